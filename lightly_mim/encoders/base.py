@@ -1,0 +1,838 @@
+"""The contract that every encoder keeps, and the one function that builds them.
+
+An encoder is a timm model behind lightly's `MaskedVisionTransformer` interface, with
+two more ways to encode masked images: `encode_masked` puts the mask token in place of
+the masked patches (SimMIM), `encode_visible` leaves them out (MAE).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from abc import abstractmethod
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import timm
+import torch
+from lightly.models import utils
+from lightly.models.modules.masked_vision_transformer import MaskedVisionTransformer
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightly_mim.masking import count_masked, expand_mask, mask_to_index
+from lightly_mim.patches import Size, gather_patches, grid_size, to_pair
+
+Pool = Literal["mean", "cls", "cls+mean"]
+
+
+class MaskedEncoder(MaskedVisionTransformer):
+    """A timm model that encodes masked images. Use `masked_encoder` to build one.
+
+    The model's weights and positions are left as they are. Its classifier is removed,
+    so that no parameter stays without a gradient.
+
+    Attributes:
+        vit:
+            The timm model.
+        mask_token:
+            Parameter with shape (1, 1, dim) that stands in for a masked patch. None
+            until `add_mask_token` is called, since a parameter that a method does not
+            use breaks plain DDP.
+        name:
+            timm's name of the model, None for a model that was passed by hand.
+        options:
+            The further timm options that the model was built with. Can be written as
+            JSON.
+        pos_embed:
+            The `pos_embed` argument of `masked_encoder`.
+        img_size:
+            (height, width) in pixels that the model was built for.
+        patch_size:
+            (height, width) in pixels of one input token.
+        stride:
+            (height, width) in pixels of one output token.
+        in_chans:
+            Number of image channels.
+        embed_dim:
+            Size of an output token.
+        num_prefix_tokens:
+            Number of class and register tokens in front of the patch tokens.
+        has_class_token:
+            Whether the first prefix token is a class token.
+        num_layers:
+            Number of features that `forward_intermediates` returns.
+        mean:
+            Per channel, what is subtracted from images with values in [0, 1].
+        std:
+            Per channel, what they are divided by afterwards.
+    """
+
+    mask_token: nn.Parameter | None  # type: ignore[assignment]
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        # timm's families share names, but no base class that a type checker knows.
+        self.vit = cast(Any, vit)
+        self.vit.reset_classifier(0)
+        self.register_parameter("mask_token", None)
+
+        self.name: str | None = None
+        self.options: dict[str, Any] = {}
+        self.pos_embed: str | None = None
+
+        patch_embed = self.vit.patch_embed
+        self.img_size = to_pair(patch_embed.img_size, "img_size")
+        self.patch_size = to_pair(patch_embed.patch_size, "patch_size")
+        self.stride = self.patch_size
+        self.in_chans: int = patch_embed.proj.in_channels
+        self.embed_dim: int = self.vit.num_features
+        self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
+        self.has_class_token = getattr(self.vit, "cls_token", None) is not None
+        self.num_layers = len(self._blocks())
+        self.mean, self.std = _imagenet_statistics(self.in_chans)
+
+    @property
+    def sequence_length(self) -> int:
+        """Number of input tokens at `img_size`, prefix tokens included."""
+        h, w = grid_size(self.img_size, self.patch_size)
+        return self.num_prefix_tokens + h * w
+
+    @property
+    def feature_dim(self) -> int:
+        """Size of the features that `forward` and `embed` return."""
+        return self.embed_dim
+
+    def add_mask_token(self) -> None:
+        """Adds the mask token, drawn from a truncated normal with deviation 0.02.
+
+        The deviation is that of SimMIM's reference code. A mask token that is already
+        there is kept.
+        """
+        if self.mask_token is None:
+            projection = self.vit.patch_embed.proj
+            token = projection.weight.new_empty(1, 1, projection.out_channels)
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(token, std=0.02))
+
+    # lightly's interface.
+
+    def forward(
+        self,
+        images: Tensor,
+        idx_mask: Tensor | None = None,
+        idx_keep: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns one feature per image, the mean of its patch tokens.
+
+        lightly's and timm's encoders return the class token by default. SimMIM never
+        trains it, so this one does not. A model with `fc_norm` normalises the mean
+        instead of the tokens, as in timm.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            idx_mask:
+                See `preprocess`.
+            idx_keep:
+                See `preprocess`. Each image must keep a patch token.
+            mask:
+                See `preprocess`.
+
+        Returns:
+            Tensor with shape (batch_size, embed_dim).
+
+        Raises:
+            ValueError: See `preprocess`.
+        """
+        tokens = self.preprocess(images, idx_mask, idx_keep, mask)
+        tokens = self._transform(tokens, self.input_grid(images), idx_keep)
+        tokens = self.vit.norm(tokens)
+        if idx_keep is None:
+            return self._fc_norm(pool_tokens(tokens, self.num_prefix_tokens, "mean"))
+        # The caller may have dropped prefix tokens, or kept them in any order.
+        is_patch = (idx_keep >= self.num_prefix_tokens).unsqueeze(-1).to(tokens.dtype)
+        return self._fc_norm((tokens * is_patch).sum(dim=1) / is_patch.sum(dim=1))
+
+    def encode(
+        self,
+        images: Tensor,
+        idx_mask: Tensor | None = None,
+        idx_keep: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Encodes images.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            idx_mask:
+                See `preprocess`.
+            idx_keep:
+                See `preprocess`.
+            mask:
+                See `preprocess`.
+
+        Returns:
+            Tensor with shape (batch_size, num_tokens, embed_dim), normalised, prefix
+            tokens first. Where timm normalises the pooled feature (`fc_norm`), each
+            token is normalised with that norm.
+
+        Raises:
+            ValueError: See `preprocess`.
+        """
+        tokens = self.preprocess(images, idx_mask, idx_keep, mask)
+        return self._norm(self._transform(tokens, self.input_grid(images), idx_keep))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        idx_mask: Tensor | None = None,
+        idx_keep: Tensor | None = None,
+        norm: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encodes images and returns the output of every layer, too.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            idx_mask:
+                See `preprocess`.
+            idx_keep:
+                See `preprocess`.
+            norm:
+                Whether the final norm is applied to the output of every layer as well.
+            mask:
+                See `preprocess`.
+
+        Returns:
+            The tokens that `encode` returns, and a list of `num_layers` tensors with
+            shape (batch_size, num_tokens, embed_dim).
+
+        Raises:
+            ValueError: See `preprocess`.
+        """
+        outputs: list[Tensor] = []
+        tokens = self.preprocess(images, idx_mask, idx_keep, mask)
+        grid = self.input_grid(images)
+        tokens = self._norm(self._transform(tokens, grid, idx_keep, outputs))
+        if norm:
+            outputs = [self._norm(output) for output in outputs]
+        return tokens, outputs
+
+    def preprocess(
+        self,
+        images: Tensor,
+        idx_mask: Tensor | None = None,
+        idx_keep: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Embeds patches, masks tokens, adds positions and drops tokens, in that order.
+
+        All indices and masks count the prefix tokens in.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            idx_mask:
+                int64 tensor with shape (batch_size, num_masked), the tokens that the
+                mask token replaces. Excludes `mask`.
+            idx_keep:
+                int64 tensor with shape (batch_size, num_kept), the tokens that are
+                encoded. All of them if None.
+            mask:
+                Bool tensor with shape (batch_size, sequence_length), True where the
+                mask token replaces a token. Excludes `idx_mask`.
+
+        Returns:
+            Tensor with shape (batch_size, sequence_length, dim), or (batch_size,
+            num_kept, dim).
+
+        Raises:
+            ValueError: If the images do not fit the encoder, if `idx_mask` and `mask`
+                are both given, if `mask` has the wrong shape, or if there is no mask
+                token.
+        """
+        if idx_mask is not None and mask is not None:
+            raise ValueError(
+                "idx_mask and mask cannot both be set at the same time. Pass one."
+            )
+        grid = self.input_grid(images)
+        tokens = self.prepend_prefix_tokens(self.images_to_tokens(images))
+        if idx_mask is not None:
+            mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            mask = mask.scatter(1, idx_mask, True)
+        if mask is not None:
+            if mask.shape != tokens.shape[:2]:
+                raise ValueError(
+                    "The mask needs one entry per token, prefix tokens included: shape "
+                    f"{tuple(tokens.shape[:2])}, got {tuple(mask.shape)}. A mask over "
+                    "the image goes to encode_masked."
+                )
+            tokens = self._replace_masked(tokens, mask)
+        tokens = self.add_pos_embed(tokens, grid)
+        return tokens if idx_keep is None else utils.get_at_index(tokens, idx_keep)
+
+    def images_to_tokens(self, images: Tensor) -> Tensor:
+        """Embeds the patches.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+
+        Returns:
+            Tensor with shape (batch_size, num_patches, dim), without positions and
+            prefix tokens.
+
+        Raises:
+            ValueError: If the images do not fit the encoder.
+        """
+        self.input_grid(images)
+        tokens: Tensor = self.vit.patch_embed(images)
+        # timm keeps the grid, (batch_size, height, width, dim), for some models.
+        return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
+
+    def prepend_prefix_tokens(self, x: Tensor) -> Tensor:
+        """Puts the class token and the registers in front of the patch tokens.
+
+        Args:
+            x:
+                Tensor with shape (batch_size, num_patches, dim).
+
+        Returns:
+            Tensor with shape (batch_size, num_prefix_tokens + num_patches, dim).
+        """
+        names = ("cls_token", "reg_token")
+        prefix = [getattr(self.vit, name, None) for name in names]
+        tokens = [token.expand(len(x), -1, -1) for token in prefix if token is not None]
+        return torch.cat([*tokens, x], dim=1)
+
+    @abstractmethod
+    def add_pos_embed(
+        self,
+        x: Tensor,
+        grid: tuple[int, int] | None = None,
+        idx_keep: Tensor | None = None,
+    ) -> Tensor:
+        """Adds the absolute positions, if the model has any.
+
+        Args:
+            x:
+                Tensor with shape (batch_size, num_tokens, dim), prefix tokens first.
+            grid:
+                How many patches lie along (height, width) of the images. That of
+                `img_size` if None.
+            idx_keep:
+                int64 tensor with shape (batch_size, num_tokens) that says which tokens
+                of the sequence `x` holds. All of them if None.
+
+        Returns:
+            Tensor with the shape of `x`.
+        """
+
+    # What masked image modelling adds.
+
+    def encode_masked(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Encodes images with the mask token in place of the masked patches.
+
+        The mask token replaces the embedded patch before any position is added
+        (SimMIM, https://arxiv.org/abs/2111.09886, section 3.2 and reference code).
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            mask:
+                Bool tensor with shape (batch_size, mask_height, mask_width), True =
+                masked, in any grid that divides the grid of patches.
+
+        Returns:
+            Tensor with shape (batch_size, num_prefix_tokens + num_output_patches,
+            embed_dim).
+
+        Raises:
+            ValueError: If the images or the mask do not fit the encoder, or if there is
+                no mask token.
+        """
+        grid = self.input_grid(images)
+        mask = _expand_mask(mask, images, grid)
+        tokens = self._replace_masked(self.images_to_tokens(images), mask.flatten(1))
+        tokens = self.add_pos_embed(self.prepend_prefix_tokens(tokens), grid)
+        return self._norm(self._transform(tokens, grid))
+
+    def encode_visible(
+        self, images: Tensor, mask: Tensor, num_masked: int | None = None
+    ) -> Tensor:
+        """Encodes the prefix tokens and the visible patches alone.
+
+        Nothing is computed for masked patches, not even their embedding (MAE,
+        https://arxiv.org/abs/2111.06377, section 3).
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            mask:
+                Bool tensor with shape (batch_size, mask_height, mask_width), True =
+                masked, in any grid that divides the grid of patches, with the same
+                number of True entries in each image.
+            num_masked:
+                That number. Counted if None, which waits for the device.
+
+        Returns:
+            Tensor with shape (batch_size, num_prefix_tokens + num_visible, embed_dim),
+            the visible patches in raster order.
+
+        Raises:
+            ValueError: If the images or the mask do not fit the encoder.
+        """
+        grid = self.input_grid(images)
+        if num_masked is None:
+            num_masked = count_masked(mask)
+        num_masked *= grid[0] * grid[1] // (mask.shape[-2] * mask.shape[-1])
+        mask = _expand_mask(mask, images, grid)
+        idx_keep, _ = mask_to_index(mask, num_masked, self.num_prefix_tokens)
+        visible = idx_keep[:, self.num_prefix_tokens :] - self.num_prefix_tokens
+
+        # The patch embedding is a convolution whose windows do not overlap, which is a
+        # linear map of flattened patches: (channels, height, width) in the weight,
+        # (height, width, channels) in the patches.
+        patches = gather_patches(images, visible, self.patch_size)
+        projection = self.vit.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = functional.linear(patches, weight, projection.bias)
+        tokens = self.vit.patch_embed.norm(tokens)
+
+        tokens = self.add_pos_embed(self.prepend_prefix_tokens(tokens), grid, idx_keep)
+        return self._norm(self._transform(tokens, grid, idx_keep))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the encoded patches as a picture.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+
+        Returns:
+            Tensor with shape (batch_size, embed_dim, height / stride, width / stride).
+
+        Raises:
+            ValueError: If the images do not fit the encoder.
+        """
+        tokens = self.encode(images)[:, self.num_prefix_tokens :]
+        h, w = grid_size((images.shape[-2], images.shape[-1]), self.stride, "stride")
+        return tokens.transpose(1, 2).reshape(len(images), -1, h, w)
+
+    def embed(self, images: Tensor, pool: Pool = "mean", layer: int = -1) -> Tensor:
+        """Returns one feature per image, from any layer.
+
+        The last layer's feature is normalised as the model does it. Other layers give
+        the mean or the class token of what their block returns, without a norm.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            pool:
+                See `pool_tokens`.
+            layer:
+                Which layer, from 0 to `num_layers` - 1, or counted from the end if
+                negative.
+
+        Returns:
+            Tensor with shape (batch_size, embed_dim), or (batch_size, 2 * embed_dim)
+            for the pool "cls+mean".
+
+        Raises:
+            ValueError: If the images do not fit the encoder, or if it has no such layer
+                or no class token.
+        """
+        if pool != "mean" and not self.has_class_token:
+            raise ValueError(
+                f"The pool '{pool}' takes the class token, and this encoder has none. "
+                "Use the pool 'mean'."
+            )
+        if not -self.num_layers <= layer < self.num_layers:
+            raise ValueError(
+                f"The encoder has layers 0 to {self.num_layers - 1} (or "
+                f"-{self.num_layers} to -1 from the end), got {layer}."
+            )
+        outputs: list[Tensor] = []
+        tokens = self._transform(
+            self.preprocess(images), self.input_grid(images), intermediates=outputs
+        )
+        if layer % self.num_layers < self.num_layers - 1:
+            return pool_tokens(outputs[layer], self.num_prefix_tokens, pool)
+        pooled = pool_tokens(self.vit.norm(tokens), self.num_prefix_tokens, pool)
+        parts = pooled.view(len(pooled), -1, self.embed_dim)
+        return self._fc_norm(parts).flatten(1)
+
+    def input_grid(self, images: Tensor) -> tuple[int, int]:
+        """Checks images and returns how many patches lie along (height, width).
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+
+        Raises:
+            ValueError: If the images do not fit the encoder.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"The encoder takes images with shape (batch_size, {self.in_chans}, "
+                f"height, width), got {tuple(images.shape)}. For another number of "
+                "channels, build it with in_chans=..."
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"The encoder takes normalised float images, got {images.dtype}. Convert "
+                "them: (images / 255 - mean) / std."
+            )
+        size = images.shape[-2], images.shape[-1]
+        self._check_size(size)
+        return grid_size(size, self.patch_size)
+
+    # Training.
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades compute for memory: blocks are run again in the backward pass.
+
+        Args:
+            enable:
+                Whether to do so.
+        """
+        self.vit.set_grad_checkpointing(enable)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Sets stochastic depth, which rises linearly over the blocks as in timm.
+
+        Args:
+            rate:
+                Probability that the last block's branches are dropped, in [0, 1). The
+                first block's are never dropped.
+
+        Raises:
+            ValueError: If the rate is out of range.
+        """
+        if not 0 <= rate < 1:
+            raise ValueError(f"The drop path rate lies in [0, 1), got {rate}.")
+        blocks = self._blocks()
+        rates = torch.linspace(0, rate, len(blocks), device="cpu").tolist()
+        for block, block_rate in zip(blocks, rates, strict=True):
+            for path, module in list(block.named_modules()):
+                parent, _, name = path.rpartition(".")
+                if name.startswith("drop_path"):
+                    new = DropPath(block_rate) if block_rate > 0 else nn.Identity()
+                    new.train(module.training)
+                    setattr(block.get_submodule(parent), name, new)
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of the parameters that weight decay leaves out.
+
+        These are the ones that timm names for the model, and the mask token. Biases and
+        other vectors are for the optimiser to see.
+        """
+        exempt = {f"vit.{name}" for name in self.vit.no_weight_decay()} | {"mask_token"}
+        return exempt & {name for name, _ in self.named_parameters()}
+
+    # What the families of models have in common, and where they differ.
+
+    def _blocks(self) -> list[nn.Module]:
+        """Returns the transformer blocks, first to last."""
+        return list(self.vit.blocks)
+
+    @abstractmethod
+    def _transform(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        idx_keep: Tensor | None = None,
+        intermediates: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Runs the blocks on embedded tokens, without the norm that follows them.
+
+        Args:
+            tokens:
+                Tensor with shape (batch_size, num_tokens, dim).
+            grid:
+                How many patches lie along (height, width) of the images.
+            idx_keep:
+                int64 tensor with shape (batch_size, num_tokens) that says which tokens
+                of the sequence these are. All of them if None.
+            intermediates:
+                List that takes the output of every layer.
+
+        Returns:
+            Tensor with shape (batch_size, num_output_tokens, embed_dim).
+        """
+
+    def _norm(self, tokens: Tensor) -> Tensor:
+        """Normalises every token."""
+        return self._fc_norm(self.vit.norm(tokens))
+
+    def _fc_norm(self, features: Tensor) -> Tensor:
+        """Applies the norm that some models have behind the pooling."""
+        if not hasattr(self.vit, "fc_norm"):
+            return features
+        return cast(Tensor, self.vit.fc_norm(features))
+
+    def _replace_masked(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Puts the mask token where a bool (batch_size, num_tokens) mask is True."""
+        if self.mask_token is None:
+            raise ValueError(
+                "The encoder has no mask token to put in place of masked tokens. Call "
+                "add_mask_token() once, before the optimiser is made."
+            )
+        mask_token = self.mask_token.to(tokens.dtype)
+        return torch.where(mask.bool().unsqueeze(-1), mask_token, tokens)
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Raises a ValueError if the encoder cannot take images of this size."""
+        if self.vit.patch_embed.strict_img_size and size != self.img_size:
+            raise ValueError(
+                f"The encoder was built for images of {self.img_size[0]} x "
+                f"{self.img_size[1]} pixels, got {size[0]} x {size[1]}. Resize the "
+                f"images or build it with img_size={size}."
+            )
+
+
+def pool_tokens(tokens: Tensor, num_prefix_tokens: int, pool: Pool = "mean") -> Tensor:
+    """Makes one feature of the tokens of an image.
+
+    Args:
+        tokens:
+            Tensor with shape (batch_size, num_tokens, dim), prefix tokens first.
+        num_prefix_tokens:
+            Number of class and register tokens.
+        pool:
+            "mean" of the patch tokens, "cls" for the class token, or "cls+mean" for
+            both, one behind the other.
+
+    Returns:
+        Tensor with shape (batch_size, dim), or (batch_size, 2 * dim) for "cls+mean".
+
+    Raises:
+        ValueError: If there is no such pool, or no prefix token to take.
+    """
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, got '{pool}'.")
+    mean = tokens[:, num_prefix_tokens:].mean(dim=1)
+    if pool == "mean":
+        return mean
+    if num_prefix_tokens == 0:
+        raise ValueError(
+            f"The pool '{pool}' takes the class token, and there is none. Use 'mean'."
+        )
+    cls = tokens[:, 0]
+    return cls if pool == "cls" else torch.cat([cls, mean], dim=-1)
+
+
+def masked_encoder(
+    encoder: str | nn.Module,
+    *,
+    img_size: Size | None = None,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    pos_embed: Literal["learned", "sincos"] | None = None,
+    **options: Any,
+) -> MaskedEncoder:
+    """Builds an encoder from a timm name, or wraps a timm model.
+
+    Args:
+        encoder:
+            timm's name of the model, or the model itself, whose classifier is then
+            removed. A `MaskedEncoder` is returned as it is.
+        img_size:
+            Height and width of the images in pixels, one number for squares. timm's
+            own for that model if None.
+        in_chans:
+            Number of image channels.
+        pretrained:
+            Whether timm loads its pretrained weights.
+        pos_embed:
+            None leaves the absolute positions as timm made them, "learned" asks for
+            learned ones, "sincos" replaces them by fixed 2-D sines and cosines (MAE),
+            for any aspect ratio.
+        **options:
+            Further arguments of the timm model, such as `depth`, `embed_dim`,
+            `window_size`, `drop_path_rate` or `dynamic_img_size`.
+
+    Returns:
+        The encoder, without a mask token.
+
+    Raises:
+        ValueError: If timm has no such model or cannot build it like that, or if the
+            model is of a family that is not supported.
+    """
+    if isinstance(encoder, str):
+        wrapped = _build(encoder, img_size, in_chans, pretrained, options)
+    else:
+        if pretrained or options:
+            raise ValueError(
+                "A model that is passed by hand is used as it is: pass pretrained and "
+                f"{sorted(options)} to timm.create_model instead."
+            )
+        wrapped = encoder if isinstance(encoder, MaskedEncoder) else _wrap(encoder)
+        if img_size is not None and to_pair(img_size, "img_size") != wrapped.img_size:
+            raise ValueError(
+                f"The model was built with img_size={wrapped.img_size}, got "
+                f"img_size={img_size}. Build it for the size that you need."
+            )
+        # 3 is the default, which says nothing about a model that is already built.
+        if in_chans not in (3, wrapped.in_chans):
+            raise ValueError(
+                f"The model was built with in_chans={wrapped.in_chans}, got "
+                f"in_chans={in_chans}. Build it for the channels that you need."
+            )
+    if pos_embed is not None:
+        _set_positions(wrapped, pos_embed)
+    return wrapped
+
+
+def _build(
+    name: str,
+    img_size: Size | None,
+    in_chans: int,
+    pretrained: bool,
+    options: dict[str, Any],
+) -> MaskedEncoder:
+    """Lets timm build a model by its name, and wraps it."""
+    base_name = name.split(".")[0]
+    if ":" not in name and not timm.is_model(base_name):
+        close = difflib.get_close_matches(base_name, timm.list_models())
+        hint = f"Did you mean {' or '.join(close)}?" if close else _FAMILIES
+        raise ValueError(f"timm has no model '{name}'. {hint}")
+    try:
+        # What is built is what the record of it builds again: JSON has no tuples.
+        options = json.loads(json.dumps(options))
+    except TypeError as error:
+        raise ValueError(
+            f"Options that cannot be written as JSON cannot be recorded: {error}. "
+            "Build the model with timm.create_model and pass it instead of its name."
+        ) from error
+    arguments: dict[str, Any] = {"in_chans": in_chans, **options}
+    if img_size is not None:
+        arguments["img_size"] = to_pair(img_size, "img_size")
+    try:
+        model: Any = timm.create_model(name, pretrained, num_classes=0, **arguments)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"timm cannot build '{name}' with {arguments}: {error} {_FAMILIES}"
+        ) from error
+
+    encoder = _wrap(model)
+    encoder.name = name
+    encoder.options = options
+    config = model.pretrained_cfg
+    if pretrained and len(config["mean"]) == in_chans:
+        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
+    return encoder
+
+
+def _wrap(model: nn.Module) -> MaskedEncoder:
+    """Chooses the encoder class of a timm model."""
+    # The families build on this file, so they can only be imported once it is loaded.
+    from timm.models.vision_transformer import VisionTransformer
+
+    from lightly_mim.encoders.vit import MaskedViT
+
+    families: dict[type[nn.Module], type[MaskedEncoder]] = {
+        VisionTransformer: MaskedViT,
+    }
+    # Exact types: a subclass may embed or attend in another way.
+    if type(model) not in families:
+        raise ValueError(f"{type(model).__name__} is not supported. {_FAMILIES}")
+    return families[type(model)](model)
+
+
+_FAMILIES = (
+    "Supported are timm's VisionTransformer, Beit, SwinTransformer and "
+    "SwinTransformerV2."
+)
+
+
+def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:
+    """Makes the absolute positions learned, or fixed sines and cosines."""
+    if pos_embed not in ("learned", "sincos"):
+        raise ValueError(
+            f"pos_embed is 'learned', 'sincos' or None, got '{pos_embed}'."
+        )
+    positions: nn.Parameter | None = getattr(encoder.vit, "pos_embed", None)
+    if positions is None:
+        raise ValueError(
+            f"{type(encoder.vit).__name__} was built without absolute positions, got "
+            f"pos_embed='{pos_embed}'. Leave pos_embed out."
+        )
+    if pos_embed == "sincos":
+        grid = grid_size(encoder.img_size, encoder.patch_size)
+        num_prefix_tokens = positions.shape[1] - grid[0] * grid[1]
+        values = sincos_positions(grid, encoder.embed_dim, num_prefix_tokens)
+        with torch.no_grad():
+            positions.copy_(values)
+    positions.requires_grad_(pos_embed == "learned")
+    encoder.pos_embed = pos_embed
+
+
+def sincos_positions(
+    grid: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0
+) -> Tensor:
+    """Makes fixed 2-D sine-cosine positions for any aspect ratio.
+
+    The layout is that of MAE's reference code: sines and cosines of the column, then of
+    the row, and zeros for the prefix tokens.
+
+    Args:
+        grid:
+            How many patches lie along (height, width).
+        embed_dim:
+            Size of a token, a multiple of 4.
+        num_prefix_tokens:
+            Number of class and register tokens in front of the patch tokens.
+
+    Returns:
+        Float tensor with shape (num_prefix_tokens + height * width, embed_dim).
+
+    Raises:
+        ValueError: If the size of a token is no multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(
+            "Sine-cosine positions need an embed_dim that is a multiple of 4, got "
+            f"{embed_dim}."
+        )
+    rows, columns = np.indices(grid, dtype=np.float32)
+    patches = utils.get_2d_sine_cosine_positional_embedding_from_grid(
+        embed_dim, np.stack([columns, rows])
+    )
+    positions = torch.from_numpy(patches).float()
+    return functional.pad(positions, (0, 0, num_prefix_tokens, 0))
+
+
+def _expand_mask(mask: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Checks a mask over the images and repeats it up to the grid of patches."""
+    if mask.dtype != torch.bool or mask.ndim != 3 or len(mask) != len(images):
+        raise ValueError(
+            f"{len(images)} images take a bool mask with shape ({len(images)}, height, "
+            f"width), True = masked, got {mask.dtype} with shape {tuple(mask.shape)}."
+        )
+    return expand_mask(mask, grid)
+
+
+def _imagenet_statistics(
+    in_chans: int,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns ImageNet's mean and deviation, averaged over colours unless RGB."""
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if in_chans == len(mean):
+        return tuple(mean), tuple(std)
+    return (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
