@@ -1,0 +1,241 @@
+"""A folder of images as a data set of (sample, target, filename)."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightly_mim.data.decode import BrokenImageError, decode_image
+from lightly_mim.patches import Size, to_pair
+
+PICTURE_EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".pgm",
+    ".ppm",
+)
+ARRAY_EXTENSIONS = (".npy",)
+
+OnError = Literal["raise", "skip"]
+
+# One keyed draw after another for a broken file. 100 failures in a row do not happen
+# by chance unless nearly everything is broken: at 3 in 4 broken, once in 10^12 images.
+_MAX_DRAWS = 100
+
+
+class ImageFiles(NamedTuple):
+    """Which files are read, and as what.
+
+    Attributes:
+        filenames:
+            Paths relative to the root.
+        targets:
+            One label per file, an index into the classes; all 0 without classes.
+        classes:
+            Names of the classes, empty if there are none.
+    """
+
+    filenames: list[str]
+    targets: list[int]
+    classes: list[str]
+
+
+class ImageDataset(Dataset[tuple[Any, int, str]]):
+    """Reads the images below a folder.
+
+    Yields (sample, target, filename) as lightly's `LightlyDataset`. If every image lies
+    in some sub-folder of the root, at any depth, the root's sub-folders are the
+    classes, in alphabetical order. If images lie in the root itself, there are no
+    classes, and images of sub-folders are taken too.
+
+    Files are images by their extension (`PICTURE_EXTENSIONS`, upper or lower case) and
+    come in alphabetical order; hidden ones are left out, links are followed. How they
+    are decoded is told in `decode_image`. Where lightly's own data set differs: it
+    saturates 16 bits, ignores EXIF orientation and, if there are sub-folders, leaves
+    out the images beside them.
+
+    Attributes:
+        root:
+            The folder.
+        transform:
+            Function from a PIL image of mode L or RGB (or a uint8 tensor with shape
+            (channels, height, width) if `in_chans` is neither 1 nor 3) to a sample.
+            None yields the image.
+        in_chans:
+            1 for grey, 3 for colour; other numbers read `.npy` files.
+        on_error:
+            What a file does that cannot be used: "raise" an error that names it, or
+            "skip", which yields another image in its place, drawn by torch's random
+            state (which `KeyedDataset` keys). The filename is then that of the other
+            image, and `KeyedLoader.unreadable` tells which files were replaced.
+        min_size:
+            Smallest (height, width) of an image; smaller ones cannot be used. None
+            accepts all.
+        in_memory:
+            Keep each image once it is decoded. For sets that fit into memory, once per
+            process: a loader reads them without workers by default.
+        filenames:
+            Paths of the images relative to the root.
+        targets:
+            One label per image, an index into the classes; all 0 without classes.
+        classes:
+            Names of the classes, empty if there are none.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no image, or if an argument
+            is not one of those allowed.
+        BrokenImageError: A ValueError. On access to a file that cannot be used, or with
+            `on_error="skip"` if 100 draws in a row hit only such files.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        transform: Callable[[Any], Any] | None = None,
+        *,
+        in_chans: int = 3,
+        on_error: OnError = "raise",
+        min_size: Size | None = None,
+        in_memory: bool = False,
+        files: ImageFiles | None = None,
+    ) -> None:
+        """Finds the images, or takes `files` instead of everything below the root."""
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be 1 or more, got {in_chans}.")
+        self.root = Path(root)
+        self.transform = transform
+        self.in_chans = in_chans
+        self.on_error = on_error
+        self.min_size = None if min_size is None else to_pair(min_size, "min_size")
+        self.in_memory = in_memory
+        self.filenames, self.targets, self.classes = files or find_images(
+            root, PICTURE_EXTENSIONS if in_chans in (1, 3) else ARRAY_EXTENSIONS
+        )
+        self._decoded: dict[int, Image | Tensor] = {}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in order."""
+        return [self.root / filename for filename in self.filenames]
+
+    def __len__(self) -> int:
+        return len(self.filenames)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, str]:
+        image, index = self._read_or_replace(index)
+        sample = image if self.transform is None else self.transform(image)
+        return sample, self.targets[index], self.filenames[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers that are spawned decode for themselves.
+        return self.__dict__ | {"_decoded": {}}
+
+    def _read_or_replace(self, index: int) -> tuple[Image | Tensor, int]:
+        try:
+            return self._read(index), index
+        except BrokenImageError:
+            if self.on_error == "raise":
+                raise
+        for _ in range(_MAX_DRAWS):
+            other = int(torch.randint(len(self), ()))
+            try:
+                return self._read(other), other
+            except BrokenImageError as error:
+                last_error = error
+        raise BrokenImageError(
+            f"{_MAX_DRAWS} files in a row, drawn from the {len(self)} of {self.root}, "
+            f"could not be used. The last one: {last_error}",
+            last_error.path,
+        )
+
+    def _read(self, index: int) -> Image | Tensor:
+        if index in self._decoded:
+            return self._decoded[index]
+        image = decode_image(
+            self.root / self.filenames[index],
+            self.in_chans,
+            self.min_size,
+            # A picture that is kept must serve other transforms as well.
+            None if self.in_memory else getattr(self.transform, "decode_size", None),
+        )
+        if self.in_memory:
+            self._decoded[index] = image
+        return image
+
+
+def find_images(
+    root: str | os.PathLike[str], extensions: tuple[str, ...] = PICTURE_EXTENSIONS
+) -> ImageFiles:
+    """Finds the images below a folder; see `ImageDataset` for what counts.
+
+    Args:
+        root:
+            The folder.
+        extensions:
+            Lower-case endings of the files to take.
+
+    Returns:
+        Filenames, targets and classes.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        kind = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {kind}; a folder of images is expected.")
+    found = list(_files_below(root))
+    filenames = [name for name in found if name.lower().endswith(extensions)]
+    if not filenames:
+        raise ValueError(
+            f"No images in {root}: files ending with {', '.join(extensions)} are "
+            f"looked for, {_describe(found)}."
+        )
+    folders = [Path(name).parts[0] for name in filenames if os.sep in name]
+    if len(folders) < len(filenames):
+        return ImageFiles(filenames, [0] * len(filenames), [])
+    classes = sorted(set(folders))
+    label = {name: number for number, name in enumerate(classes)}
+    return ImageFiles(filenames, [label[folder] for folder in folders], classes)
+
+
+def _files_below(
+    root: Path, folder: str = "", above: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Yields the paths of all files relative to the root, hidden ones left out."""
+    real = os.path.realpath(root / folder)
+    if real in above:  # a link back to a folder that holds it
+        return
+    with os.scandir(root / folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if entry.name.startswith("."):
+            continue
+        name = os.path.join(folder, entry.name)  # noqa: PTH118, called a million times
+        if entry.is_dir():
+            yield from _files_below(root, name, above | {real})
+        else:
+            yield name
+
+
+def _describe(filenames: list[str]) -> str:
+    if not filenames:
+        return "there are no files"
+    endings = Counter(Path(name).suffix or "no ending" for name in filenames)
+    counts = ", ".join(f"{count} x {end}" for end, count in endings.most_common(5))
+    return f"found {len(filenames)} other files ({counts})"
