@@ -142,13 +142,13 @@ def count_masked(mask: Tensor) -> int:
     lowest, highest = int(counts.min()), int(counts.max())
     if lowest != highest:
         raise ValueError(
-            f"Every image of a batch needs the same number of masked cells, got {lowest} "
-            f"to {highest} of {mask[0].numel()}."
+            "Every image of a batch needs the same number of masked cells, got "
+            f"{lowest} to {highest} of {mask[0].numel()}."
         )
     if not 0 < lowest < mask[0].numel():
         raise ValueError(
-            f"A mask covers some of the image and leaves some of it visible, got {lowest} "
-            f"of {mask[0].numel()} cells masked."
+            "A mask covers some of the image and leaves some of it visible, got "
+            f"{lowest} of {mask[0].numel()} cells masked."
         )
     return lowest
 
@@ -171,9 +171,9 @@ def expand_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     (h, w), (height, width) = mask.shape[-2:], grid
     if height % h or width % w:
         raise ValueError(
-            f"A mask of {h} x {w} cells cannot be laid over a grid of {height} x {width} "
-            "tokens: each side of the grid must be a multiple of the mask's. Choose a "
-            "mask_patch_size that is a multiple of the encoder's patch size."
+            f"A mask of {h} x {w} cells cannot be laid over a grid of {height} x "
+            f"{width}: each side of the grid must be a multiple of the mask's. Choose "
+            "a mask_patch_size that is a multiple of the encoder's patch size."
         )
     mask = mask.repeat_interleave(height // h, dim=-2)
     return mask.repeat_interleave(width // w, dim=-1)
@@ -204,7 +204,7 @@ def mask_to_index(
 
     Args:
         mask:
-            Bool tensor with shape (batch_size, height, width), one cell per patch token.
+            Bool tensor with shape (batch_size, height, width), a cell per patch token.
         num_masked:
             Number of True entries in each image.
         num_prefix_tokens:

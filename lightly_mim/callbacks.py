@@ -1,0 +1,204 @@
+"""What watches a pretraining run: pictures, the metrics file, lines in a log."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from lightly_mim.files import atomic_write
+from lightly_mim.masking import expand_mask
+from lightly_mim.methods.base import MaskedImageModel
+from lightly_mim.reporting.figures import reconstruction_grid
+
+# Mid grey in normalised units: 0 is the mean of the data set.
+_MASKED_VALUE = 0.0
+
+
+class ReconstructionPictures(Callback):
+    """Writes a grid of original | masked | reconstruction | pasted pictures.
+
+    The images and their masks stay the same from epoch to epoch. The reconstruction
+    column shows what the model predicted alone, on grey; the pasted column shows it in
+    its surroundings. A target that was normalised per patch or window is turned back
+    into pixels with the true statistics of the image, which the model did not predict.
+
+    Attributes:
+        images:
+            Float tensor with shape (num_images, channels, height, width), normalised.
+        mask:
+            Bool tensor with shape (num_images, mask_height, mask_width).
+        directory:
+            Where the pictures go, as `epoch_0010.png`.
+        every_n_epochs:
+            How often, besides the last epoch. 0 for the last epoch only.
+    """
+
+    def __init__(
+        self, images: Tensor, mask: Tensor, directory: Path | str, every_n_epochs: int
+    ) -> None:
+        self.images = images
+        self.mask = mask
+        self.directory = Path(directory)
+        self.every_n_epochs = every_n_epochs
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def on_train_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Writes the pictures when it is time."""
+        epoch = trainer.current_epoch + 1
+        last = epoch == trainer.max_epochs
+        if last or (self.every_n_epochs and epoch % self.every_n_epochs == 0):
+            method = pl_module.method
+            assert isinstance(method, MaskedImageModel)
+            path = self.directory / f"epoch_{epoch:04d}.png"
+            write_reconstructions(method, self.images, self.mask, path)
+
+
+def write_reconstructions(
+    method: MaskedImageModel, images: Tensor, mask: Tensor, path: Path | str
+) -> None:
+    """Writes a grid of original | masked | reconstruction | pasted pictures.
+
+    Args:
+        method:
+            The method that predicts. Its mode, and the random numbers of the run, stay
+            as they were.
+        images:
+            Float tensor with shape (num_images, channels, height, width), normalised.
+        mask:
+            Bool tensor with shape (num_images, mask_height, mask_width).
+        path:
+            The PNG file.
+    """
+    device = next(method.parameters()).device
+    images, mask = images.to(device), mask.to(device)
+    training = method.training
+    method.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        pasted = method.reconstruct(images, mask)
+    method.train(training)
+    masked = expand_mask(mask, (images.shape[-2], images.shape[-1]))[:, None]
+    pictures = (
+        images,
+        images.masked_fill(masked, _MASKED_VALUE),
+        pasted.masked_fill(~masked, _MASKED_VALUE),
+        pasted,
+    )
+    mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]
+    std = torch.tensor(method.encoder.std, device=device)[:, None, None]
+    grid = reconstruction_grid(
+        *((picture * std + mean).clamp(0, 1).cpu() for picture in pictures)
+    )
+    with atomic_write(path) as temporary:
+        grid.save(temporary, format="PNG")
+
+
+class EpochLines(Callback):
+    """Prints a line after every epoch: for logs, where a progress bar is noise."""
+
+    def on_train_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Takes the time."""
+        self._start = time.perf_counter()
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def on_train_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Prints the line."""
+        metrics = trainer.callback_metrics
+        names = ("train_loss", "val_loss", "images_per_second")
+        values = "  ".join(
+            f"{name} {float(metrics[name]):.4g}" for name in names if name in metrics
+        )
+        seconds = time.perf_counter() - self._start
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}  "
+            f"{seconds:.1f} s",
+            flush=True,
+        )
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's CSV logger, but a run that goes on keeps its `metrics.csv`.
+
+    Lightning's own deletes the file when a run is resumed.
+    """
+
+    def __init__(self, out: Path | str) -> None:
+        super().__init__(save_dir=str(out), name="", version="")
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer of the file, made on rank zero when it is first needed."""
+        if rank_zero_only.rank == 0 and self._experiment is None:
+            self._experiment = _MetricsFile(log_dir=self.log_dir)
+        return super().experiment
+
+    def drop_after(self, step: int) -> None:
+        """Drops the rows that a resumed run is going to write again.
+
+        Args:
+            step:
+                Number of optimiser steps in the checkpoint that the run resumes from.
+        """
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            rows = [row for row in reader if int(row["step"]) < step]
+        _write_rows(path, header, rows)
+
+
+class _MetricsFile(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.exists():
+            with path.open(newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _write_rows(path, fieldnames, rows)
+
+
+def _write_rows(
+    path: Path, header: list[str], rows: list[Mapping[str, Any]] | list[dict[str, Any]]
+) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=header)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written beside their place and then renamed.
+
+    Lightning's own go through the system's folder for temporary files, from where a
+    rename is a copy when that is another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
+    ) -> None:
+        """Writes a checkpoint, see `TorchCheckpointIO.save_checkpoint`."""
+        with atomic_write(path) as temporary:
+            torch.save(checkpoint, temporary)

@@ -1,0 +1,6 @@
+"""One file, one method: model, loss and published recipes, in the paper's order."""
+
+from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.methods.simmim import SimMIM
+
+__all__ = ["MIMOutput", "MaskedImageModel", "SimMIM"]

@@ -1,0 +1,247 @@
+"""Recipes, parameter groups and learning rate schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_right
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a pretraining run.
+
+    Learning rates are given per `lr_batch_size` images: the rate of a run is `lr *
+    batch_size / lr_batch_size`, and so are the rates of warm-up and end.
+
+    Attributes:
+        source:
+            Where the values were published.
+        encoder:
+            timm name of the encoder.
+        encoder_options:
+            Further timm options of the encoder.
+        method_options:
+            Further options of the method.
+        img_size:
+            Side of the images in pixels.
+        epochs:
+            Passes over the data set.
+        batch_size:
+            Images per optimiser step.
+        lr:
+            Highest learning rate, per `lr_batch_size` images.
+        lr_batch_size:
+            Batch size that the learning rates are given for.
+        warmup_lr:
+            Learning rate of the first step, per `lr_batch_size` images.
+        min_lr:
+            Learning rate that the cosine ends with, per `lr_batch_size` images.
+        warmup_epochs:
+            Epochs of linear warm-up.
+        schedule:
+            'cosine', or 'step': the rate is multiplied by `step_factor` at each of
+            `step_epochs`.
+        cosine_from_warmup:
+            Whether the cosine begins where warm-up ends (MAE) or at the first step,
+            hidden by the warm-up (SimMIM, timm).
+        step_epochs:
+            Epochs at which the 'step' schedule steps.
+        step_factor:
+            Factor of a step.
+        betas:
+            AdamW's betas.
+        weight_decay:
+            AdamW's weight decay.
+        decay_mask_token:
+            Whether weight decay applies to the mask token.
+        clip_grad:
+            Largest norm of the gradient. None for no clipping.
+        drop_path:
+            Stochastic depth rate of the encoder's last block. None leaves the encoder
+            as it was built.
+        min_scale:
+            Smallest share of an image that a crop covers.
+    """
+
+    source: str
+    encoder: str
+    img_size: int
+    epochs: int
+    batch_size: int
+    lr: float
+    lr_batch_size: int
+    warmup_epochs: float
+    min_scale: float
+    encoder_options: Mapping[str, Any] = field(default_factory=dict)
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    schedule: Literal["cosine", "step"] = "cosine"
+    cosine_from_warmup: bool = False
+    step_epochs: tuple[float, ...] = ()
+    step_factor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    decay_mask_token: bool = False
+    clip_grad: float | None = None
+    drop_path: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.schedule not in ("cosine", "step"):
+            raise ValueError(
+                f"The schedule is 'cosine' or 'step', got {self.schedule!r}."
+            )
+        if self.epochs < 1 or not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                "A recipe has at least 1 epoch and a warm-up of 0 to `epochs` epochs, "
+                f"got epochs={self.epochs} and warmup_epochs={self.warmup_epochs}."
+            )
+        if self.lr <= 0 or self.warmup_lr < 0 or self.min_lr < 0:
+            raise ValueError(
+                "Learning rates are positive (warmup_lr and min_lr may be 0), got "
+                f"lr={self.lr}, warmup_lr={self.warmup_lr}, min_lr={self.min_lr}."
+            )
+
+    def for_epochs(self, epochs: int) -> Recipe:
+        """Returns the recipe for another number of epochs.
+
+        Warm-up and steps keep their share of the run: ten epochs of warm-up out of a
+        hundred become two out of twenty.
+        """
+        share = epochs / self.epochs
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=self.warmup_epochs * share,
+            step_epochs=tuple(epoch * share for epoch in self.step_epochs),
+        )
+
+
+def learning_rate_factor(
+    step: int, steps_per_epoch: float, total_steps: int, recipe: Recipe
+) -> float:
+    """Returns the learning rate of an optimiser step as a share of the highest.
+
+    Args:
+        step:
+            Number of optimiser steps taken before.
+        steps_per_epoch:
+            Optimiser steps in an epoch.
+        total_steps:
+            Optimiser steps in the run.
+        recipe:
+            Gives warm-up, schedule and the rates.
+
+    Returns:
+        Number in [0, 1].
+    """
+    warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup_steps:
+        start = recipe.warmup_lr / recipe.lr
+        return start + (1 - start) * step / warmup_steps
+    if recipe.schedule == "step":
+        boundaries = [round(epoch * steps_per_epoch) for epoch in recipe.step_epochs]
+        return recipe.step_factor ** bisect_right(boundaries, step)
+    first = warmup_steps if recipe.cosine_from_warmup else 0
+    progress = min((step - first) / max(total_steps - first, 1), 1.0)
+    end = recipe.min_lr / recipe.lr
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    no_weight_decay: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into those with and without weight decay.
+
+    Biases and the weights of normalisation layers never decay: they have one dimension.
+
+    Args:
+        module:
+            Module with the parameters.
+        weight_decay:
+            Weight decay of the first group.
+        no_weight_decay:
+            Names of further parameters that do not decay.
+
+    Returns:
+        Parameter groups for an optimiser, empty ones left out.
+
+    Raises:
+        ValueError: If a name does not exist.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    unknown = set(no_weight_decay) - {name for name, _ in module.named_parameters()}
+    if unknown:
+        raise ValueError(
+            f"No parameter has the name {sorted(unknown)}, of which no_weight_decay "
+            "speaks."
+        )
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        exempt = parameter.ndim <= 1 or name in no_weight_decay
+        (no_decay if exempt else decay).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    module: nn.Module,
+    recipe: Recipe,
+    batch_size: int,
+    steps_per_epoch: float,
+    total_steps: int,
+    no_weight_decay: Collection[str] = (),
+    fused: bool = True,
+) -> tuple[Optimizer, LambdaLR]:
+    """Makes the optimiser of a recipe and its schedule, which steps with it.
+
+    Args:
+        module:
+            Module with the parameters.
+        recipe:
+            The settings.
+        batch_size:
+            Images per optimiser step, over all devices and accumulated micro-batches.
+        steps_per_epoch:
+            Optimiser steps in an epoch.
+        total_steps:
+            Optimiser steps in the run.
+        no_weight_decay:
+            Names of parameters with several dimensions that do not decay.
+        fused:
+            Whether AdamW runs as one kernel. A fused optimiser unscales fp16 gradients
+            by itself, after they were clipped: use False with a gradient scaler.
+
+    Returns:
+        (AdamW optimiser, learning rate scheduler).
+    """
+    optimizer = AdamW(
+        parameter_groups(module, recipe.weight_decay, no_weight_decay),
+        lr=recipe.lr * batch_size / recipe.lr_batch_size,
+        betas=recipe.betas,
+        fused=fused,
+    )
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, steps_per_epoch, total_steps, recipe)
+
+    return optimizer, LambdaLR(optimizer, factor)

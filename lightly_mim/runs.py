@@ -1,0 +1,137 @@
+"""A run directory: what is in it, and when it may be written.
+
+    config.yaml           the arguments, rerunnable with `--config`
+    checkpoints/last.ckpt all that a resume needs
+    encoder.safetensors   the encoder alone, under timm's names
+    metrics.csv           losses, learning rate, gradient norm, images per second
+    tensorboard/          the same for TensorBoard
+    reconstructions/      pictures
+    results.json          what `evaluate` found
+    finished.json         the marker of a run that came to its end
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightly_mim.files import atomic_write
+
+# Arguments that a resumed run may change: they do not change its numbers.
+_FREE_TO_CHANGE = {
+    "resume",
+    "overwrite",
+    "num_workers",
+    "progress",
+    "reconstruct_every",
+    "log_every",
+}
+
+
+class RunDirectory:
+    """The directory of one run.
+
+    Attributes:
+        path:
+            The directory.
+        checkpoint:
+            Everything that a resume needs.
+        encoder:
+            The encoder alone.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoint = self.path / "checkpoints" / "last.ckpt"
+        self.encoder = self.path / "encoder.safetensors"
+        self.reconstructions = self.path / "reconstructions"
+        self.marker = self.path / "finished.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.marker.exists()
+
+    def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+        """Refuses what would lose a run or mix two of them. Writes nothing.
+
+        Args:
+            config:
+                The arguments of the run that is about to start.
+            resume:
+                Whether to go on with a run that is there.
+            overwrite:
+                Whether to replace a run that is there.
+
+        Raises:
+            ValueError: If the directory is in use and neither was asked for, or both;
+                if it is to be replaced and is not a run directory; if the run that is
+                there was started with other arguments.
+        """
+        if resume and overwrite:
+            raise ValueError("Pass resume or overwrite, not both.")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: pass another folder as out.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            raise ValueError(
+                f"The folder {self.path} is not empty and is not a run directory (it "
+                "has no config.yaml): pass another folder as out."
+            )
+        if not resume and not overwrite:
+            state = "a finished" if self.finished else "an unfinished"
+            raise ValueError(
+                f"There is {state} run in {self.path} already: pass resume to go on "
+                "with it, overwrite to replace it, or another folder as out."
+            )
+        if resume:
+            self._check_same(config)
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        stored = yaml.safe_load(self.config.read_text()) or {}
+        # What was recorded is what YAML makes of it: tuples become lists.
+        wanted = yaml.safe_load(yaml.safe_dump(dict(config)))
+        differences = [
+            f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} now"
+            for name in sorted(stored.keys() | wanted.keys())
+            if name not in _FREE_TO_CHANGE and stored.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"The run in {self.path} was started with other arguments, so going on "
+                "would mix two runs:\n  " + "\n  ".join(differences) + "\nPass the "
+                "run's own arguments, or another folder as out."
+            )
+
+    def begin(self, config: Mapping[str, Any], overwrite: bool) -> None:
+        """Makes the directory ready and records the arguments.
+
+        Args:
+            config:
+                The arguments of the run.
+            overwrite:
+                Whether to remove a run that is there first. Only what a run writes is
+                removed.
+        """
+        if overwrite:
+            for name in ("checkpoints", "reconstructions", "tensorboard"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in ("metrics.csv", "results.json", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
+            self.marker.unlink(missing_ok=True)
+            self.encoder.unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.config) as temporary:
+            temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes the marker of a run that came to its end."""
+        with atomic_write(self.marker) as temporary:
+            temporary.write_text(json.dumps(dict(summary), indent=2) + "\n")
