@@ -1,5 +1,165 @@
 """Any supported timm backbone behind lightly's MaskedVisionTransformer interface."""
 
-from lightly_mim.encoders.base import MaskedEncoder, masked_encoder, pool_tokens
+from __future__ import annotations
 
-__all__ = ["MaskedEncoder", "masked_encoder", "pool_tokens"]
+import difflib
+import json
+import math
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lightly_mim.encoders.base import MaskedEncoder, Pool, pool_tokens
+from lightly_mim.encoders.beit import MaskedBeit
+from lightly_mim.encoders.swin import MaskedSwin
+from lightly_mim.encoders.vit import MaskedViT, sincos_positions
+from lightly_mim.patches import Size, to_pair
+
+__all__ = ["MaskedEncoder", "Pool", "masked_encoder", "pool_tokens"]
+
+_FAMILIES: dict[type[nn.Module], type[MaskedEncoder]] = {
+    VisionTransformer: MaskedViT,
+    Beit: MaskedBeit,
+    SwinTransformer: MaskedSwin,
+    SwinTransformerV2: MaskedSwin,
+}
+_SUPPORTED = f"Supported are timm's {', '.join(f.__name__ for f in _FAMILIES)}."
+
+
+def masked_encoder(
+    encoder: str | nn.Module,
+    *,
+    img_size: Size | None = None,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    pos_embed: Literal["learned", "sincos"] | None = None,
+    **options: Any,
+) -> MaskedEncoder:
+    """Builds an encoder from a timm name, or wraps a timm model.
+
+    Args:
+        encoder:
+            timm's name of the model, or the model itself, whose classifier is then
+            removed. A `MaskedEncoder` is returned as it is.
+        img_size:
+            Height and width of the images in pixels, one number for squares. timm's
+            own for that model if None.
+        in_chans:
+            Number of image channels.
+        pretrained:
+            Whether timm loads its pretrained weights.
+        pos_embed:
+            None leaves the absolute positions as timm made them, "learned" asks for
+            learned ones, "sincos" replaces them by fixed 2-D sines and cosines (MAE),
+            for any aspect ratio.
+        **options:
+            Further arguments of the timm model, such as `depth`, `embed_dim`,
+            `window_size`, `drop_path_rate` or `dynamic_img_size`.
+
+    Returns:
+        The encoder, without a mask token.
+
+    Raises:
+        ValueError: If timm has no such model or cannot build it like that, or if the
+            model is of a family that is not supported.
+    """
+    if isinstance(encoder, str):
+        wrapped = _build(encoder, img_size, in_chans, pretrained, options)
+    else:
+        if pretrained or options:
+            raise ValueError(
+                "A model that is passed by hand is used as it is: pass pretrained and "
+                f"{sorted(options)} to timm.create_model instead."
+            )
+        wrapped = encoder if isinstance(encoder, MaskedEncoder) else _wrap(encoder)
+        if img_size is not None and to_pair(img_size, "img_size") != wrapped.img_size:
+            raise ValueError(
+                f"The model was built with img_size={wrapped.img_size}, got "
+                f"img_size={img_size}. Build it for the size that you need."
+            )
+        # 3 is the default, which says nothing about a model that is already built.
+        if in_chans not in (3, wrapped.in_chans):
+            raise ValueError(
+                f"The model was built with in_chans={wrapped.in_chans}, got "
+                f"in_chans={in_chans}. Build it for the channels that you need."
+            )
+    if pos_embed is not None:
+        _set_positions(wrapped, pos_embed)
+    return wrapped
+
+
+def _build(
+    name: str,
+    img_size: Size | None,
+    in_chans: int,
+    pretrained: bool,
+    options: dict[str, Any],
+) -> MaskedEncoder:
+    """Lets timm build a model by its name, and wraps it."""
+    base_name = name.split(".")[0]
+    if ":" not in name and not timm.is_model(base_name):
+        close = difflib.get_close_matches(base_name, timm.list_models())
+        hint = f"Did you mean {' or '.join(close)}?" if close else _SUPPORTED
+        raise ValueError(f"timm has no model '{name}'. {hint}")
+    try:
+        # What is built is what the record of it builds again: JSON has no tuples.
+        options = json.loads(json.dumps(options))
+    except TypeError as error:
+        raise ValueError(
+            f"Options that cannot be written as JSON cannot be recorded: {error}. "
+            "Build the model with timm.create_model and pass it instead of its name."
+        ) from error
+    arguments: dict[str, Any] = {"in_chans": in_chans, **options}
+    if img_size is not None:
+        arguments["img_size"] = to_pair(img_size, "img_size")
+    try:
+        model: Any = timm.create_model(name, pretrained, num_classes=0, **arguments)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"timm cannot build '{name}' with {arguments}: {error}. {_SUPPORTED}"
+        ) from error
+
+    encoder = _wrap(model)
+    encoder.name = name
+    encoder.options = options
+    config = model.pretrained_cfg
+    if pretrained and len(config["mean"]) == in_chans:
+        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
+    return encoder
+
+
+def _wrap(model: nn.Module) -> MaskedEncoder:
+    """Chooses the encoder class of a timm model."""
+    # Exact types: a subclass may embed or attend in another way.
+    if type(model) not in _FAMILIES:
+        raise ValueError(f"{type(model).__name__} is not supported. {_SUPPORTED}")
+    return _FAMILIES[type(model)](model)
+
+
+def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:
+    """Makes the absolute positions learned, or fixed sines and cosines."""
+    if pos_embed not in ("learned", "sincos"):
+        raise ValueError(
+            f"pos_embed is 'learned', 'sincos' or None, got '{pos_embed}'."
+        )
+    positions: nn.Parameter | None = getattr(encoder.vit, "pos_embed", None)
+    if positions is None:
+        raise ValueError(
+            f"{type(encoder.vit).__name__} was built without absolute positions, got "
+            f"pos_embed='{pos_embed}'. Leave pos_embed out."
+        )
+    if pos_embed == "sincos":
+        # With no_embed_class, prefix tokens have no positions.
+        num_prefix = positions.shape[1] - math.prod(encoder.grid)
+        with torch.no_grad():
+            positions.copy_(
+                sincos_positions(encoder.grid, encoder.embed_dim, num_prefix)
+            )
+    positions.requires_grad_(pos_embed == "learned")
+    encoder.pos_embed = pos_embed

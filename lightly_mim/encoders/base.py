@@ -1,4 +1,4 @@
-"""The contract that every encoder keeps, and the one function that builds them.
+"""The contract that every encoder keeps.
 
 An encoder is a timm model behind lightly's `MaskedVisionTransformer` interface, with
 two more ways to encode masked images: `encode_masked` puts the mask token in place of
@@ -7,13 +7,10 @@ the masked patches (SimMIM), `encode_visible` leaves them out (MAE).
 
 from __future__ import annotations
 
-import difflib
-import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
-import timm
 import torch
 from lightly.models import utils
 from lightly.models.modules.masked_vision_transformer import MaskedVisionTransformer
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightly_mim.masking import count_masked, expand_mask, mask_to_index
-from lightly_mim.patches import Size, gather_patches, grid_size, to_pair
+from lightly_mim.patches import gather_patches, grid_size, to_pair
 
 Pool = Literal["mean", "cls", "cls+mean"]
 
@@ -50,6 +47,8 @@ class MaskedEncoder(MaskedVisionTransformer):
             The `pos_embed` argument of `masked_encoder`.
         img_size:
             (height, width) in pixels that the model was built for.
+        grid:
+            How many patches lie along (height, width) of such images.
         patch_size:
             (height, width) in pixels of one input token.
         stride:
@@ -86,6 +85,7 @@ class MaskedEncoder(MaskedVisionTransformer):
         patch_embed = self.vit.patch_embed
         self.img_size = to_pair(patch_embed.img_size, "img_size")
         self.patch_size = to_pair(patch_embed.patch_size, "patch_size")
+        self.grid = grid_size(self.img_size, self.patch_size)
         self.stride = self.patch_size
         self.in_chans: int = patch_embed.proj.in_channels
         self.embed_dim: int = self.vit.num_features
@@ -97,8 +97,7 @@ class MaskedEncoder(MaskedVisionTransformer):
     @property
     def sequence_length(self) -> int:
         """Number of input tokens at `img_size`, prefix tokens included."""
-        h, w = grid_size(self.img_size, self.patch_size)
-        return self.num_prefix_tokens + h * w
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
     @property
     def feature_dim(self) -> int:
@@ -310,12 +309,12 @@ class MaskedEncoder(MaskedVisionTransformer):
         Returns:
             Tensor with shape (batch_size, num_prefix_tokens + num_patches, dim).
         """
-        names = ("cls_token", "reg_token")
-        prefix = [getattr(self.vit, name, None) for name in names]
-        tokens = [token.expand(len(x), -1, -1) for token in prefix if token is not None]
-        return torch.cat([*tokens, x], dim=1)
+        for name in ("reg_token", "cls_token"):
+            token = getattr(self.vit, name, None)
+            if token is not None:
+                x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+        return x
 
-    @abstractmethod
     def add_pos_embed(
         self,
         x: Tensor,
@@ -337,6 +336,14 @@ class MaskedEncoder(MaskedVisionTransformer):
         Returns:
             Tensor with the shape of `x`.
         """
+        positions = self._positions(self.grid if grid is None else grid)
+        if positions is not None:
+            if idx_keep is not None:
+                # Not an index: an embedding's backward is deterministic on CPUs.
+                positions = functional.embedding(idx_keep, positions[0])
+            x = x + positions
+        dropout = getattr(self.vit, "pos_drop", None)
+        return x if dropout is None else cast(Tensor, dropout(x))
 
     # What masked image modelling adds.
 
@@ -456,25 +463,53 @@ class MaskedEncoder(MaskedVisionTransformer):
             ValueError: If the images do not fit the encoder, or if it has no such layer
                 or no class token.
         """
-        if pool != "mean" and not self.has_class_token:
-            raise ValueError(
-                f"The pool '{pool}' takes the class token, and this encoder has none. "
-                "Use the pool 'mean'."
-            )
-        if not -self.num_layers <= layer < self.num_layers:
-            raise ValueError(
-                f"The encoder has layers 0 to {self.num_layers - 1} (or "
-                f"-{self.num_layers} to -1 from the end), got {layer}."
-            )
+        return self.embed_layers(images, [layer], [pool])[layer, pool]
+
+    def embed_layers(
+        self, images: Tensor, layers: Sequence[int], pools: Sequence[Pool]
+    ) -> dict[tuple[int, Pool], Tensor]:
+        """Returns what `embed` returns for many layers and pools, in one pass.
+
+        Args:
+            images:
+                Normalised images, tensor with shape (batch_size, channels, height,
+                width).
+            layers:
+                See `embed`.
+            pools:
+                See `pool_tokens`.
+
+        Returns:
+            The features of each layer and pool, see `embed`.
+
+        Raises:
+            ValueError: See `embed`.
+        """
+        for layer in layers:
+            if not -self.num_layers <= layer < self.num_layers:
+                raise ValueError(
+                    f"The encoder has layers 0 to {self.num_layers - 1} (or "
+                    f"-{self.num_layers} to -1 from the end), got {layer}."
+                )
+        for pool in pools:
+            if pool != "mean" and not self.has_class_token:
+                raise ValueError(
+                    f"The pool '{pool}' takes the class token, and this encoder has "
+                    "none. Use the pool 'mean'."
+                )
         outputs: list[Tensor] = []
-        tokens = self._transform(
-            self.preprocess(images), self.input_grid(images), intermediates=outputs
-        )
-        if layer % self.num_layers < self.num_layers - 1:
-            return pool_tokens(outputs[layer], self.num_prefix_tokens, pool)
-        pooled = pool_tokens(self.vit.norm(tokens), self.num_prefix_tokens, pool)
-        parts = pooled.view(len(pooled), -1, self.embed_dim)
-        return self._fc_norm(parts).flatten(1)
+        tokens = self.preprocess(images)
+        self._transform(tokens, self.input_grid(images), intermediates=outputs)
+        outputs[-1] = self.vit.norm(outputs[-1])
+        features = {}
+        for layer in layers:
+            for pool in pools:
+                pooled = pool_tokens(outputs[layer], self.num_prefix_tokens, pool)
+                if layer % self.num_layers == self.num_layers - 1:
+                    parts = pooled.view(len(pooled), -1, self.embed_dim)
+                    pooled = self._fc_norm(parts).flatten(1)
+                features[layer, pool] = pooled
+        return features
 
     def input_grid(self, images: Tensor) -> tuple[int, int]:
         """Checks images and returns how many patches lie along (height, width).
@@ -495,8 +530,8 @@ class MaskedEncoder(MaskedVisionTransformer):
             )
         if not images.is_floating_point():
             raise ValueError(
-                f"The encoder takes normalised float images, got {images.dtype}. Convert "
-                "them: (images / 255 - mean) / std."
+                f"The encoder takes normalised float images, got {images.dtype}. "
+                "Convert them: (images / 255 - mean) / std."
             )
         size = images.shape[-2], images.shape[-1]
         self._check_size(size)
@@ -550,6 +585,10 @@ class MaskedEncoder(MaskedVisionTransformer):
     def _blocks(self) -> list[nn.Module]:
         """Returns the transformer blocks, first to last."""
         return list(self.vit.blocks)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Returns the absolute positions, (1, num_tokens, dim), prefix included."""
+        return None
 
     @abstractmethod
     def _transform(
@@ -635,187 +674,6 @@ def pool_tokens(tokens: Tensor, num_prefix_tokens: int, pool: Pool = "mean") -> 
         )
     cls = tokens[:, 0]
     return cls if pool == "cls" else torch.cat([cls, mean], dim=-1)
-
-
-def masked_encoder(
-    encoder: str | nn.Module,
-    *,
-    img_size: Size | None = None,
-    in_chans: int = 3,
-    pretrained: bool = False,
-    pos_embed: Literal["learned", "sincos"] | None = None,
-    **options: Any,
-) -> MaskedEncoder:
-    """Builds an encoder from a timm name, or wraps a timm model.
-
-    Args:
-        encoder:
-            timm's name of the model, or the model itself, whose classifier is then
-            removed. A `MaskedEncoder` is returned as it is.
-        img_size:
-            Height and width of the images in pixels, one number for squares. timm's
-            own for that model if None.
-        in_chans:
-            Number of image channels.
-        pretrained:
-            Whether timm loads its pretrained weights.
-        pos_embed:
-            None leaves the absolute positions as timm made them, "learned" asks for
-            learned ones, "sincos" replaces them by fixed 2-D sines and cosines (MAE),
-            for any aspect ratio.
-        **options:
-            Further arguments of the timm model, such as `depth`, `embed_dim`,
-            `window_size`, `drop_path_rate` or `dynamic_img_size`.
-
-    Returns:
-        The encoder, without a mask token.
-
-    Raises:
-        ValueError: If timm has no such model or cannot build it like that, or if the
-            model is of a family that is not supported.
-    """
-    if isinstance(encoder, str):
-        wrapped = _build(encoder, img_size, in_chans, pretrained, options)
-    else:
-        if pretrained or options:
-            raise ValueError(
-                "A model that is passed by hand is used as it is: pass pretrained and "
-                f"{sorted(options)} to timm.create_model instead."
-            )
-        wrapped = encoder if isinstance(encoder, MaskedEncoder) else _wrap(encoder)
-        if img_size is not None and to_pair(img_size, "img_size") != wrapped.img_size:
-            raise ValueError(
-                f"The model was built with img_size={wrapped.img_size}, got "
-                f"img_size={img_size}. Build it for the size that you need."
-            )
-        # 3 is the default, which says nothing about a model that is already built.
-        if in_chans not in (3, wrapped.in_chans):
-            raise ValueError(
-                f"The model was built with in_chans={wrapped.in_chans}, got "
-                f"in_chans={in_chans}. Build it for the channels that you need."
-            )
-    if pos_embed is not None:
-        _set_positions(wrapped, pos_embed)
-    return wrapped
-
-
-def _build(
-    name: str,
-    img_size: Size | None,
-    in_chans: int,
-    pretrained: bool,
-    options: dict[str, Any],
-) -> MaskedEncoder:
-    """Lets timm build a model by its name, and wraps it."""
-    base_name = name.split(".")[0]
-    if ":" not in name and not timm.is_model(base_name):
-        close = difflib.get_close_matches(base_name, timm.list_models())
-        hint = f"Did you mean {' or '.join(close)}?" if close else _FAMILIES
-        raise ValueError(f"timm has no model '{name}'. {hint}")
-    try:
-        # What is built is what the record of it builds again: JSON has no tuples.
-        options = json.loads(json.dumps(options))
-    except TypeError as error:
-        raise ValueError(
-            f"Options that cannot be written as JSON cannot be recorded: {error}. "
-            "Build the model with timm.create_model and pass it instead of its name."
-        ) from error
-    arguments: dict[str, Any] = {"in_chans": in_chans, **options}
-    if img_size is not None:
-        arguments["img_size"] = to_pair(img_size, "img_size")
-    try:
-        model: Any = timm.create_model(name, pretrained, num_classes=0, **arguments)
-    except (AssertionError, TypeError) as error:
-        raise ValueError(
-            f"timm cannot build '{name}' with {arguments}: {error} {_FAMILIES}"
-        ) from error
-
-    encoder = _wrap(model)
-    encoder.name = name
-    encoder.options = options
-    config = model.pretrained_cfg
-    if pretrained and len(config["mean"]) == in_chans:
-        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
-    return encoder
-
-
-def _wrap(model: nn.Module) -> MaskedEncoder:
-    """Chooses the encoder class of a timm model."""
-    # The families build on this file, so they can only be imported once it is loaded.
-    from timm.models.vision_transformer import VisionTransformer
-
-    from lightly_mim.encoders.vit import MaskedViT
-
-    families: dict[type[nn.Module], type[MaskedEncoder]] = {
-        VisionTransformer: MaskedViT,
-    }
-    # Exact types: a subclass may embed or attend in another way.
-    if type(model) not in families:
-        raise ValueError(f"{type(model).__name__} is not supported. {_FAMILIES}")
-    return families[type(model)](model)
-
-
-_FAMILIES = (
-    "Supported are timm's VisionTransformer, Beit, SwinTransformer and "
-    "SwinTransformerV2."
-)
-
-
-def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:
-    """Makes the absolute positions learned, or fixed sines and cosines."""
-    if pos_embed not in ("learned", "sincos"):
-        raise ValueError(
-            f"pos_embed is 'learned', 'sincos' or None, got '{pos_embed}'."
-        )
-    positions: nn.Parameter | None = getattr(encoder.vit, "pos_embed", None)
-    if positions is None:
-        raise ValueError(
-            f"{type(encoder.vit).__name__} was built without absolute positions, got "
-            f"pos_embed='{pos_embed}'. Leave pos_embed out."
-        )
-    if pos_embed == "sincos":
-        grid = grid_size(encoder.img_size, encoder.patch_size)
-        num_prefix_tokens = positions.shape[1] - grid[0] * grid[1]
-        values = sincos_positions(grid, encoder.embed_dim, num_prefix_tokens)
-        with torch.no_grad():
-            positions.copy_(values)
-    positions.requires_grad_(pos_embed == "learned")
-    encoder.pos_embed = pos_embed
-
-
-def sincos_positions(
-    grid: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0
-) -> Tensor:
-    """Makes fixed 2-D sine-cosine positions for any aspect ratio.
-
-    The layout is that of MAE's reference code: sines and cosines of the column, then of
-    the row, and zeros for the prefix tokens.
-
-    Args:
-        grid:
-            How many patches lie along (height, width).
-        embed_dim:
-            Size of a token, a multiple of 4.
-        num_prefix_tokens:
-            Number of class and register tokens in front of the patch tokens.
-
-    Returns:
-        Float tensor with shape (num_prefix_tokens + height * width, embed_dim).
-
-    Raises:
-        ValueError: If the size of a token is no multiple of 4.
-    """
-    if embed_dim % 4:
-        raise ValueError(
-            "Sine-cosine positions need an embed_dim that is a multiple of 4, got "
-            f"{embed_dim}."
-        )
-    rows, columns = np.indices(grid, dtype=np.float32)
-    patches = utils.get_2d_sine_cosine_positional_embedding_from_grid(
-        embed_dim, np.stack([columns, rows])
-    )
-    positions = torch.from_numpy(patches).float()
-    return functional.pad(positions, (0, 0, num_prefix_tokens, 0))
 
 
 def _expand_mask(mask: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:

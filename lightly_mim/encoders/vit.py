@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from lightly.models import utils
+from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -12,7 +16,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lightly_mim.encoders.base import MaskedEncoder
-from lightly_mim.patches import grid_size
 
 
 class MaskedViT(MaskedEncoder):
@@ -28,45 +31,17 @@ class MaskedViT(MaskedEncoder):
         _check_supported(vit)
         super().__init__(vit)
 
-    def add_pos_embed(
-        self,
-        x: Tensor,
-        grid: tuple[int, int] | None = None,
-        idx_keep: Tensor | None = None,
-    ) -> Tensor:
-        """Adds the absolute positions, if the model has any.
-
-        Args:
-            x:
-                Tensor with shape (batch_size, num_tokens, dim), prefix tokens first.
-            grid:
-                How many patches lie along (height, width) of the images. That of
-                `img_size` if None.
-            idx_keep:
-                int64 tensor with shape (batch_size, num_tokens) that says which tokens
-                of the sequence `x` holds. All of them if None.
-
-        Returns:
-            Tensor with the shape of `x`.
-        """
-        positions = self.vit.pos_embed
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        positions: Tensor | None = self.vit.pos_embed
         if positions is None:
-            return x
-        trained_grid = grid_size(self.img_size, self.patch_size)
-        grid = trained_grid if grid is None else grid
-        # With no_embed_class the prefix tokens have no positions.
-        num_prefix = positions.shape[1] - trained_grid[0] * trained_grid[1]
-        positions = resample_abs_pos_embed(
-            positions, list(grid), list(trained_grid), num_prefix_tokens=num_prefix
+            return None
+        num_prefix_positions = positions.shape[1] - self.grid[0] * self.grid[1]
+        resampled = resample_abs_pos_embed(
+            positions, list(grid), list(self.grid), num_prefix_positions
         )
-        positions = functional.pad(
-            positions, (0, 0, self.num_prefix_tokens - num_prefix, 0)
-        )
-        if idx_keep is not None:
-            # Not an index: the backward pass of an embedding is deterministic on CPUs.
-            positions = functional.embedding(idx_keep, positions[0])
-        dropped: Tensor = self.vit.pos_drop(x + positions)
-        return dropped
+        # With no_embed_class, prefix tokens have no positions: nothing is added then.
+        missing = self.num_prefix_tokens - num_prefix_positions
+        return functional.pad(resampled, (0, 0, missing, 0)) if missing else resampled
 
     def _transform(
         self,
@@ -77,17 +52,20 @@ class MaskedViT(MaskedEncoder):
     ) -> Tensor:
         tokens = self.vit.norm_pre(tokens)
         for block in self.vit.blocks:
-            if self.vit.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = self._run(block, tokens)
             if intermediates is not None:
                 intermediates.append(tokens)
         return tokens
 
+    def _run(self, block: Callable[..., Any], *arguments: Any) -> Tensor:
+        """Calls a block, which is run again in the backward pass if asked for."""
+        if self.vit.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore
+        return block(*arguments)  # type: ignore
+
 
 def _check_supported(vit: Any) -> None:
-    """Raises a ValueError for parts whose work a mask would change or disturb."""
+    """Raises a ValueError for parts that would disturb the mask or go unused."""
     if type(vit.patch_embed) is not PatchEmbed:
         raise ValueError(
             "Only a plain patch embedding can be masked patch by patch, got "
@@ -98,14 +76,49 @@ def _check_supported(vit: Any) -> None:
             "Padded images shift the masked patches. Build the model with "
             "dynamic_img_pad=False, and dynamic_img_size=True for images of any size."
         )
-    if not isinstance(vit.patch_drop, nn.Identity):
+    if isinstance(getattr(vit, "patch_drop", None), PatchDropout):
         raise ValueError(
             "Patches that are dropped at random lose their place in the mask. Build "
             "the model with patch_drop_rate=0."
         )
-    if vit.attn_pool is not None:
+    if getattr(vit, "attn_pool", None) is not None:
         raise ValueError(
-            f"The attention pooling of global_pool='{vit.global_pool}' is a head, which "
-            "masked image modelling does not train. Build the model with "
+            f"The attention pooling of global_pool='{vit.global_pool}' is a head, "
+            "which masked image modelling does not train. Build the model with "
             "global_pool=''."
         )
+
+
+def sincos_positions(
+    grid: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0
+) -> Tensor:
+    """Makes fixed 2-D sine-cosine positions for any aspect ratio.
+
+    The layout is that of MAE's reference code: sines and cosines of the column, then of
+    the row, and zeros for the prefix tokens.
+
+    Args:
+        grid:
+            How many patches lie along (height, width).
+        embed_dim:
+            Size of a token, a multiple of 4.
+        num_prefix_tokens:
+            Number of class and register tokens in front of the patch tokens.
+
+    Returns:
+        Float tensor with shape (num_prefix_tokens + height * width, embed_dim).
+
+    Raises:
+        ValueError: If the size of a token is no multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(
+            "Sine-cosine positions need an embed_dim that is a multiple of 4, got "
+            f"{embed_dim}."
+        )
+    rows, columns = np.indices(grid, dtype=np.float32)
+    patches = utils.get_2d_sine_cosine_positional_embedding_from_grid(
+        embed_dim, np.stack([columns, rows])
+    )
+    positions = torch.from_numpy(patches).float()
+    return functional.pad(positions, (0, 0, num_prefix_tokens, 0))
