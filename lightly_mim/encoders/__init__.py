@@ -56,8 +56,8 @@ def masked_encoder(
             Whether timm loads its pretrained weights.
         pos_embed:
             None leaves the absolute positions as timm made them, "learned" asks for
-            learned ones, "sincos" replaces them by fixed 2-D sines and cosines (MAE),
-            for any aspect ratio.
+            learned ones, "sincos" replaces them, pretrained ones too, by fixed 2-D
+            sines and cosines as in MAE, for any aspect ratio.
         **options:
             Further arguments of the timm model, such as `depth`, `embed_dim`,
             `window_size`, `drop_path_rate` or `dynamic_img_size`.

@@ -392,7 +392,8 @@ class MaskedEncoder(MaskedVisionTransformer):
                 masked, in any grid that divides the grid of patches, with the same
                 number of True entries in each image.
             num_masked:
-                That number. Counted if None, which waits for the device.
+                That number, taken on trust. Counted if None, which checks the mask and
+                waits for the device.
 
         Returns:
             Tensor with shape (batch_size, num_prefix_tokens + num_visible, embed_dim),
@@ -402,11 +403,11 @@ class MaskedEncoder(MaskedVisionTransformer):
             ValueError: If the images or the mask do not fit the encoder.
         """
         grid = self.input_grid(images)
+        token_mask = _expand_mask(mask, images, grid)
         if num_masked is None:
             num_masked = count_masked(mask)
-        num_masked *= grid[0] * grid[1] // (mask.shape[-2] * mask.shape[-1])
-        mask = _expand_mask(mask, images, grid)
-        idx_keep, _ = mask_to_index(mask, num_masked, self.num_prefix_tokens)
+        num_masked *= token_mask[0].numel() // mask[0].numel()
+        idx_keep, _ = mask_to_index(token_mask, num_masked, self.num_prefix_tokens)
         visible = idx_keep[:, self.num_prefix_tokens :] - self.num_prefix_tokens
 
         # The patch embedding is a convolution whose windows do not overlap, which is a

@@ -59,9 +59,12 @@ class MaskedViT(MaskedEncoder):
 
     def _run(self, block: Callable[..., Any], *arguments: Any) -> Tensor:
         """Calls a block, which is run again in the backward pass if asked for."""
+        tokens: Tensor
         if self.vit.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore
-        return block(*arguments)  # type: ignore
+            tokens = checkpoint(block, *arguments, use_reentrant=False)
+        else:
+            tokens = block(*arguments)
+        return tokens
 
 
 def _check_supported(vit: Any) -> None:

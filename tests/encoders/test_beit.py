@@ -194,7 +194,7 @@ class TestVariants:
         torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_bias_that_is_trained_without_checkpoint_rounding() -> None:
+def test_bfloat16_autocast() -> None:
     encoder = build("SimMIM")
     images, mask = draw(encoder)
     with torch.autocast("cpu", dtype=torch.bfloat16):
