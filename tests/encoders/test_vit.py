@@ -225,6 +225,13 @@ def test_forward__idx_keep_in_any_order() -> None:
     torch.testing.assert_close(encoder(images, idx_keep=shuffled), expected)
 
 
+def test_forward__idx_keep_and_fc_norm() -> None:
+    encoder = build("fc_norm and class token")
+    images, _ = draw(encoder)
+    every = torch.arange(25).expand(3, -1)
+    torch.testing.assert_close(encoder(images, idx_keep=every), encoder(images))
+
+
 def test_embed__pools_and_layers() -> None:
     encoder = build("registers")
     images, _ = draw(encoder)
