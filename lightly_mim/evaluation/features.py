@@ -1,0 +1,317 @@
+"""Features of a data set: one pass over the images for all layers and poolings.
+
+What comes after, kNN and probes, reads features and labels and knows no encoder. What
+makes the features is any function from a batch of normalised images to a dictionary of
+features. `EncoderFeatures` and `PixelFeatures` are two of them; several share one pass,
+so that no image is decoded twice.
+
+Shapes: N images, D features, B images in a batch, C channels, (H, W) pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from lightly_mim.data.loading import KeyedLoader
+from lightly_mim.encoders import MaskedEncoder, Pool
+from lightly_mim.patches import Size, to_pair
+
+Precision = Literal["32", "bf16"]
+Key = tuple[int | None, str]  # layer and pooling; raw pixels have no layer
+FeatureFunction = Callable[[Tensor], Mapping[Key, Tensor]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of all images of a data set.
+
+    Attributes:
+        values:
+            For each (layer, pooling), a float32 tensor with shape (num_images, dim) on
+            the CPU. Layers count from 0.
+        labels:
+            int64 tensor with shape (num_images,).
+        filenames:
+            One name per image, empty if the data set has none.
+        seconds:
+            Time spent on the features, reading the images excluded.
+    """
+
+    values: dict[Key, Tensor]
+    labels: Tensor
+    filenames: list[str]
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class EncoderFeatures:
+    """Pools the tokens of several layers of an encoder, see `embed_layers` there.
+
+    Attributes:
+        encoder:
+            The encoder.
+        layers:
+            Blocks of a ViT or stages of a Swin, from 0, each one once.
+        pools:
+            Names of poolings, see `lightly_mim.encoders.pool_tokens`.
+
+    Raises:
+        ValueError: If no layer or no pooling is given, or if there is no such layer.
+            On a call, if there is no such pooling, or if it takes a class token and the
+            encoder has none.
+    """
+
+    def __init__(
+        self,
+        encoder: MaskedEncoder,
+        layers: Sequence[int] = (-1,),
+        pools: Sequence[Pool] = ("mean",),
+    ) -> None:
+        count = encoder.num_layers
+        if not layers or not all(-count <= layer < count for layer in layers):
+            raise ValueError(
+                f"layers is one or more of 0 to {count - 1} (or -{count} to -1, from "
+                f"the end), got {list(layers)}."
+            )
+        if not pools:
+            raise ValueError(f"pools is one or more of {get_args(Pool)}, got none.")
+        self.encoder = encoder
+        self.layers = list(dict.fromkeys(layer % count for layer in layers))
+        self.pools = list(pools)
+
+    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
+        """Returns features with shape (batch_size, dim) of normalised images."""
+        features = self.encoder.embed_layers(images, self.layers, self.pools)
+        return dict(features.items())
+
+
+class PixelFeatures:
+    """Takes the pixels themselves as features: the baseline without an encoder.
+
+    Attributes:
+        size:
+            (height, width) that images are resized to, bilinear with antialiasing.
+    """
+
+    def __init__(self, size: Size = 32) -> None:
+        self.size = to_pair(size, "size")
+
+    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
+        """Returns features with shape (batch_size, channels * height * width)."""
+        small = functional.interpolate(
+            images, self.size, mode="bilinear", antialias=True
+        )
+        return {(None, "pixels"): small.flatten(1)}
+
+
+def extract_features(
+    encoder: MaskedEncoder,
+    data: Dataset[Any] | DataLoader[Any],
+    layers: Sequence[int] = (-1,),
+    pools: Sequence[Pool] = ("mean",),
+    *,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: torch.device | str | None = None,
+    precision: Precision = "32",
+) -> Features:
+    """Encodes every image once and pools the tokens of several layers.
+
+    Args:
+        encoder:
+            The encoder. It runs in evaluation mode without gradients, and is given back
+            in the mode and on the device where it was.
+        data:
+            A data set of (image, label, filename), as lightly's, with images of the
+            encoder's size; or a loader of such batches. An image is a tensor with shape
+            (channels, height, width) or a list whose first entry is one. uint8 is
+            normalised with the encoder's mean and standard deviation, floats count as
+            normalised already.
+        layers:
+            Blocks of a ViT or stages of a Swin, counted from 0, or from the end if
+            negative.
+        pools:
+            Any of "mean", "cls" and "cls+mean", see `lightly_mim.encoders.pool_tokens`.
+        batch_size:
+            Number of images at a time, if `data` is not a loader.
+        num_workers:
+            Number of processes that read images, if `data` is not a loader. By default
+            chosen by `lightly_mim.data.loading.default_num_workers`.
+        device:
+            Where to encode. By default where the encoder is.
+        precision:
+            "32", or "bf16" for bfloat16 autocast: several times as fast where the
+            hardware computes in it, with features that differ in the third digit.
+
+    Returns:
+        The features, labels and filenames in the order of the data.
+
+    Raises:
+        ValueError: If there is no such layer or pooling, if the images do not fit the
+            encoder, if the labels are not classes, or if a feature is not finite.
+    """
+    function = EncoderFeatures(encoder, layers, pools)
+    if not isinstance(data, DataLoader):
+        data = KeyedLoader(data, batch_size, training=False, num_workers=num_workers)
+    device = _device_of(encoder) if device is None else torch.device(device)
+    with evaluating(encoder, device):
+        return collect_features(
+            {"encoder": function},
+            data,
+            encoder.mean,
+            encoder.std,
+            device=device,
+            precision=precision,
+        )["encoder"]
+
+
+def collect_features(
+    functions: Mapping[str, FeatureFunction],
+    batches: Iterable[Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "32",
+) -> dict[str, Features]:
+    """Passes over the images once and applies feature functions to every batch.
+
+    Args:
+        functions:
+            Functions from normalised float images with shape (batch_size, channels,
+            height, width) on the device to features with shape (batch_size, dim).
+        batches:
+            Tuples (images or list of views, labels, filenames). Of the views the first
+            one is taken; the filenames may be missing.
+        mean:
+            Per channel, what is subtracted from uint8 images, scaled to [0, 1].
+        std:
+            Per channel, what they are divided by afterwards.
+        device:
+            Where to compute.
+        precision:
+            See `extract_features`.
+
+    Returns:
+        The features of each function, with labels and filenames, in the order of the
+        batches.
+
+    Raises:
+        ValueError: If there are no images, if the labels are not classes, or if a
+            feature is not finite.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is one of {get_args(Precision)}, got {precision}.")
+    device = torch.device(device)
+    bf16 = torch.autocast(device.type, torch.bfloat16)
+    parts: dict[str, dict[Key, list[Tensor]]] = {name: {} for name in functions}
+    seconds = dict.fromkeys(functions, 0.0)
+    labels: list[Tensor] = []
+    filenames: list[str] = []
+    for batch in batches:
+        images = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
+        images = images.to(device, non_blocking=True)
+        labels.append(_check_labels(batch[1]))
+        filenames.extend(batch[2] if len(batch) > 2 else ())
+        for name, function in functions.items():
+            start = time.perf_counter()
+            with torch.no_grad(), bf16 if precision == "bf16" else nullcontext():
+                features = function(normalize_images(images, mean, std))
+            for key, value in features.items():
+                parts[name].setdefault(key, []).append(value.float().cpu())
+            seconds[name] += time.perf_counter() - start
+    if not labels:
+        raise ValueError("There are no images to take features of.")
+    joined = torch.cat(labels)
+    return {
+        name: Features(_join(parts[name]), joined, filenames, seconds[name])
+        for name in functions
+    }
+
+
+def normalize_images(
+    images: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Normalises uint8 images; float images count as normalised already.
+
+    Args:
+        images:
+            Tensor with shape (batch_size, channels, height, width).
+        mean:
+            Per channel, what is subtracted from images in [0, 1].
+        std:
+            Per channel, what they are divided by afterwards.
+
+    Returns:
+        Float tensor with the shape of the images.
+
+    Raises:
+        ValueError: If there is not one mean and one standard deviation per channel.
+    """
+    if images.is_floating_point():
+        return images
+    if not images.shape[1] == len(mean) == len(std):
+        raise ValueError(
+            f"The images have {images.shape[1]} channel(s), but {len(mean)} are to be "
+            f"normalised. Build the encoder with in_chans={images.shape[1]}."
+        )
+    shift = torch.tensor(mean, device=images.device)[:, None, None]
+    scale = torch.tensor(std, device=images.device)[:, None, None]
+    return (images / 255 - shift) / scale
+
+
+@contextmanager
+def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Puts a module in evaluation mode on a device, and back as it was afterwards.
+
+    Args:
+        encoder:
+            The module.
+        device:
+            Where it shall be meanwhile.
+    """
+    home = _device_of(encoder)
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval().to(device)
+    try:
+        yield
+    finally:
+        encoder.to(home)
+        for module, training in modes:
+            module.training = training
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _join(parts: Mapping[Key, list[Tensor]]) -> dict[Key, Tensor]:
+    joined = {key: torch.cat(values) for key, values in parts.items()}
+    for (layer, pool), value in joined.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"The features of layer {layer}, pooling '{pool}' hold NaN or infinite "
+                "values: the weights of the encoder are broken, or the images are."
+            )
+    return joined
+
+
+def _check_labels(labels: Any) -> Tensor:
+    is_class = isinstance(labels, Tensor) and labels.ndim == 1
+    if not is_class or labels.is_floating_point() or bool((labels < 0).any()):
+        raise ValueError(
+            "An evaluation needs one class per image, a whole number from 0, got "
+            f"labels {labels}."
+        )
+    return torch.as_tensor(labels, dtype=torch.int64, device="cpu")

@@ -1,0 +1,352 @@
+"""Weighted k-nearest-neighbour classification on cached features.
+
+- [0]: InstDisc, 2018, https://arxiv.org/abs/1805.01978 (section 3.4: cosine similarity,
+  each of the k neighbours votes with weight exp(similarity / temperature))
+- [1]: DINOv2, 2023, https://arxiv.org/abs/2304.07193 (temperature 0.07, k of 10, 20,
+  100, 200 in `dinov2/eval/knn.py`)
+
+k and the temperature are chosen by leave-one-out on the training set; the test set is
+scored once, with that choice.
+
+Shapes: Q queries, N images in the bank, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.protocol import Outcome, rank_classes
+
+# The published values of k, and smaller ones for small training sets.
+KS = (1, 5, 10, 20, 50, 100, 200)
+# [0] uses 0.1, [1] 0.07. The smaller ones serve encoders whose features lie in a narrow
+# cone, as means of patch tokens do: there all similarities are close to 1, and at 0.07
+# every neighbour would have about the same say.
+TEMPERATURES = (0.01, 0.02, 0.05, 0.07, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class KNN:
+    """The kNN protocol: layer, pooling, k and temperature chosen by leave-one-out.
+
+    Attributes:
+        ks:
+            Numbers of neighbours to choose from. None for those of 1, 5, 10, 20, 50,
+            100 and 200 that are smaller than the number of training images.
+        temperatures:
+            Temperatures to choose from.
+        chunk_size:
+            Number of queries at a time; bounds the memory, see `knn_predict_grid`.
+    """
+
+    ks: Sequence[int] | None = None
+    temperatures: Sequence[float] = TEMPERATURES
+    chunk_size: int = 256
+
+    def check(self, num_train: int) -> list[str]:
+        """See `FeatureProtocol`."""
+        ks = fitting_ks(num_train) if self.ks is None else self.ks
+        _check_grid(ks, self.temperatures, num_train - 1, self.chunk_size)
+        if self.ks is None and len(ks) < len(KS):
+            return [f"kNN: with {num_train} training images, k is one of {ks}."]
+        return []
+
+    def __call__(
+        self,
+        train: Features,
+        test: Features,
+        num_classes: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Outcome:
+        """See `FeatureProtocol`. Nothing is random."""
+        labels = train.labels.to(device)
+        choices = {
+            key: choose_knn(
+                values.to(device),
+                labels,
+                num_classes,
+                self.ks,
+                self.temperatures,
+                chunk_size=self.chunk_size,
+            )
+            for key, values in train.values.items()
+        }
+        key = max(choices, key=lambda key: choices[key].accuracy)  # the first of equals
+        ranked = knn_predict_grid(
+            test.values[key].to(device),
+            train.values[key].to(device),
+            labels,
+            num_classes,
+            [choices[key].k],
+            [choices[key].temperature],
+            num_ranks=min(5, num_classes),
+            chunk_size=self.chunk_size,
+        )
+        return Outcome(
+            key,
+            {"k": choices[key].k, "temperature": choices[key].temperature},
+            [
+                {"layer": layer, "pooling": pooling, **choice._asdict()}
+                for (layer, pooling), choice in choices.items()
+            ],
+            ranked[0, 0].cpu(),
+        )
+
+
+class KNNChoice(NamedTuple):
+    """What leave-one-out on the training set has chosen.
+
+    Attributes:
+        k:
+            Number of neighbours.
+        temperature:
+            Temperature of their weights.
+        accuracy:
+            Leave-one-out top-1 accuracy on the training set, in [0, 1].
+    """
+
+    k: int
+    temperature: float
+    accuracy: float
+
+
+def fitting_ks(num_images: int) -> list[int]:
+    """Returns those of the default values of k that leave-one-out allows.
+
+    Args:
+        num_images:
+            Number of training images.
+    """
+    return [k for k in KS if k < num_images]
+
+
+def knn_predict_grid(
+    queries: Tensor | None,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    *,
+    num_ranks: int = 1,
+    chunk_size: int = 256,
+) -> Tensor:
+    """Predicts with every k and every temperature in one pass over the similarities.
+
+    The result is exact. Of neighbours that are equally near, those that come first in
+    the bank are taken; of classes with equally many votes, the one with the lowest
+    number.
+
+    Args:
+        queries:
+            Tensor with shape (num_queries, dim), which need not be normalised. None
+            leaves one out: each image of the bank asks all the others.
+        bank:
+            Tensor with shape (num_images, dim), the training images.
+        bank_labels:
+            int64 tensor with shape (num_images,) with values in [0, num_classes).
+        num_classes:
+            Number of classes.
+        ks:
+            Numbers of neighbours.
+        temperatures:
+            Temperatures of the weights exp(similarity / temperature).
+        num_ranks:
+            How many classes to return per query, the most probable first.
+        chunk_size:
+            Number of queries at a time. Bounds the memory: the largest tensor has
+            chunk_size * num_images numbers.
+
+    Returns:
+        int64 tensor with shape (len(ks), len(temperatures), num_queries, num_ranks)
+        with the predicted classes.
+
+    Raises:
+        ValueError: If the shapes, a k, a temperature or the number of ranks is out of
+            range.
+    """
+    leave_one_out = queries is None
+    queries = bank if queries is None else queries
+    _check_grid(ks, temperatures, len(bank) - leave_one_out, chunk_size)
+    _check_bank(queries, bank, bank_labels, num_classes)
+    if not 1 <= num_ranks <= num_classes:
+        raise ValueError(
+            f"num_ranks lies between 1 and the {num_classes} classes, got {num_ranks}."
+        )
+    queries = functional.normalize(queries.float(), dim=1)
+    bank = functional.normalize(bank.float(), dim=1)
+    predictions = [
+        _vote_grid(
+            *_nearest(queries, bank, start, chunk_size, max(ks), leave_one_out),
+            bank_labels,
+            num_classes,
+            ks,
+            temperatures,
+            num_ranks,
+        )
+        for start in range(0, len(queries), chunk_size)
+    ]
+    return torch.cat(predictions, dim=2)
+
+
+def choose_knn(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int] | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    *,
+    chunk_size: int = 256,
+) -> KNNChoice:
+    """Chooses k and the temperature by leave-one-out on the training set.
+
+    Of settings that are equally good the first one of the grid is taken, with k in the
+    outer loop.
+
+    Args:
+        features:
+            Tensor with shape (num_images, dim) of the training images.
+        labels:
+            int64 tensor with shape (num_images,) with values in [0, num_classes).
+        num_classes:
+            Number of classes.
+        ks:
+            Numbers of neighbours to try. None tries those of `KS` that are smaller than
+            the number of images.
+        temperatures:
+            Temperatures to try.
+        chunk_size:
+            Number of images at a time, see `knn_predict_grid`.
+
+    Returns:
+        The best setting and its leave-one-out accuracy.
+
+    Raises:
+        ValueError: If a k or a temperature is out of range.
+    """
+    ks = fitting_ks(len(features)) if ks is None else list(ks)
+    predictions = knn_predict_grid(
+        None, features, labels, num_classes, ks, temperatures, chunk_size=chunk_size
+    )
+    correct = (predictions[..., 0] == labels).sum(dim=2).flatten()
+    best = int(correct.argmax())  # the first one of equals
+    return KNNChoice(
+        k=ks[best // len(temperatures)],
+        temperature=temperatures[best % len(temperatures)],
+        accuracy=int(correct[best]) / len(labels),
+    )
+
+
+def _nearest(
+    queries: Tensor,
+    bank: Tensor,
+    start: int,
+    chunk_size: int,
+    k: int,
+    leave_one_out: bool,
+) -> tuple[Tensor, Tensor]:
+    """Finds the k nearest of a chunk, ordered by similarity and then by number.
+
+    Returns:
+        (similarities, indices), tensors with shape (chunk, k).
+    """
+    similarity = queries[start : start + chunk_size] @ bank.T
+    if leave_one_out:
+        rows = torch.arange(len(similarity), device=similarity.device)
+        similarity[rows, rows + start] = -torch.inf
+    values, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    if values.shape[1] > k:
+        # topk takes any of equals. A row whose k-th neighbour is as near as the next
+        # one is sorted in full, which is rare and slow.
+        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+        values, index = values[:, :k], index[:, :k]
+        if len(tied):
+            ordered = similarity[tied].sort(dim=1, descending=True, stable=True)
+            values[tied], index[tied] = ordered[0][:, :k], ordered[1][:, :k]
+    index, order = index.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, index.gather(1, order)
+
+
+def _vote_grid(
+    similarities: Tensor,
+    index: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    num_ranks: int,
+) -> Tensor:
+    """Lets the k nearest vote, for every k and temperature.
+
+    Returns:
+        int64 tensor with shape (len(ks), len(temperatures), chunk, num_ranks).
+    """
+    labels = bank_labels[index]
+    chunk = len(labels)
+    predictions = labels.new_empty(len(ks), len(temperatures), chunk, num_ranks)
+    by_size = sorted(range(len(ks)), key=lambda i: ks[i])
+    for j, temperature in enumerate(temperatures):
+        # Relative to the nearest one: the votes keep their proportions and
+        # exp(1 / temperature) cannot overflow.
+        logits = (similarities - similarities[:, :1]).double() / temperature
+        weights = logits.exp()
+        votes = weights.new_zeros(chunk, num_classes)
+        counted = 0
+        for i in by_size:  # a larger k adds its further neighbours to the smaller one's
+            new = slice(counted, ks[i])
+            votes.scatter_add_(1, labels[:, new], weights[:, new])
+            predictions[i, j] = rank_classes(votes, num_ranks)
+            counted = ks[i]
+    return predictions
+
+
+def _check_grid(
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    num_neighbours: int,
+    chunk_size: int,
+) -> None:
+    if not ks or not temperatures:
+        raise ValueError(
+            f"The kNN grid needs at least one k and one temperature, got ks={list(ks)} "
+            f"and temperatures={list(temperatures)} for {num_neighbours} neighbour(s)."
+        )
+    if min(ks) < 1 or max(ks) > num_neighbours:
+        raise ValueError(
+            f"k lies between 1 and the {num_neighbours} training image(s) that can be "
+            f"neighbours, got {list(ks)}. Use smaller values or more training images."
+        )
+    if min(temperatures) <= 0:
+        raise ValueError(f"Temperatures are positive, got {list(temperatures)}.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is at least 1, got {chunk_size}.")
+
+
+def _check_bank(
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int
+) -> None:
+    if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
+        raise ValueError(
+            "Queries and bank are matrices with as many columns, got shapes "
+            f"{tuple(queries.shape)} and {tuple(bank.shape)}."
+        )
+    if bank_labels.shape != bank.shape[:1] or bank_labels.dtype != torch.int64:
+        raise ValueError(
+            f"Labels are int64 with shape ({len(bank)},), got {bank_labels.dtype} with "
+            f"shape {tuple(bank_labels.shape)}."
+        )
+    if int(bank_labels.min()) < 0 or int(bank_labels.max()) >= num_classes:
+        raise ValueError(
+            f"Labels lie in [0, {num_classes}), got {int(bank_labels.min())} to "
+            f"{int(bank_labels.max())}."
+        )

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightly_mim.checkpoints import save_encoder
+from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.evaluation import at_random, load_encoder
+
+OPTIONS = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+
+
+def small_encoder() -> MaskedEncoder:
+    encoder = masked_encoder(
+        "vit_tiny_patch16_224",
+        img_size=(32, 48),
+        in_chans=1,
+        pos_embed="sincos",
+        **OPTIONS,
+    )
+    encoder.mean, encoder.std = (0.25,), (0.125,)
+    return encoder
+
+
+def test_load_encoder__run_directory_and_file(tmp_path: Path) -> None:
+    encoder = small_encoder().eval()
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    images = torch.randn(2, 1, 32, 48)
+    for path in (tmp_path, str(tmp_path), tmp_path / "encoder.safetensors"):
+        loaded = load_encoder(path).eval()
+        assert torch.equal(loaded(images), encoder(images))
+        assert (loaded.mean, loaded.std) == ((0.25,), (0.125,))
+        assert (loaded.name, loaded.options) == (encoder.name, OPTIONS)
+        assert loaded.pos_embed == "sincos"
+        assert not loaded.vit.pos_embed.requires_grad
+
+
+def test_load_encoder__run_of_another_size(tmp_path: Path) -> None:
+    save_encoder(small_encoder(), tmp_path / "encoder.safetensors")
+    assert load_encoder(tmp_path, img_size=(32, 48)).img_size == (32, 48)
+    with pytest.raises(ValueError, match=r"built with img_size=\(32, 48\)"):
+        load_encoder(tmp_path, img_size=64)
+
+
+def test_load_encoder__timm_name() -> None:
+    encoder = load_encoder(
+        "vit_tiny_patch16_224", img_size=(32, 64), in_chans=1, pretrained=False
+    )
+    assert encoder.img_size == (32, 64)
+    assert encoder.in_chans == 1
+
+
+def test_load_encoder__modules() -> None:
+    encoder = small_encoder()
+    assert load_encoder(encoder) is encoder
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **OPTIONS)
+    assert load_encoder(model).vit is model
+
+
+def test_load_encoder__neither_run_nor_name() -> None:
+    with pytest.raises(ValueError, match=r"'runs/missing' is neither"):
+        load_encoder("runs/missing")
+
+
+def test_load_encoder__run_without_encoder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has not finished"):
+        load_encoder(tmp_path)
+
+
+def test_load_encoder__weights_cannot_be_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(ValueError, match=r"no route to the hub.*pretrained=False"):
+        load_encoder("vit_tiny_patch16_224")
+
+
+def test_load_encoder__unknown_weights() -> None:
+    with pytest.raises(ValueError, match=r"Cannot load timm's pretrained weights"):
+        load_encoder("vit_tiny_patch16_224.nonsense")
+
+
+def test_load_encoder__module_passed_by_hand(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **OPTIONS)
+    save_encoder(masked_encoder(model), tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"pass the module as encoder="):
+        load_encoder(tmp_path)
+
+
+def test_load_encoder__weights_of_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small_encoder(), path)
+    with safe_open(path, framework="pt") as content:
+        metadata = content.metadata()
+    weights = load_file(path)
+    del weights["norm.weight"]
+    save_file(weights, path, metadata)
+    with pytest.raises(ValueError, match=r"(?s)do not fit timm's.*norm\.weight"):
+        load_encoder(path)
+
+
+def test_at_random() -> None:
+    encoder = small_encoder()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = at_random(encoder, seed=0)
+    assert torch.equal(torch.rand(3), expected)  # the global state is left alone
+    again, other = at_random(encoder, seed=0), at_random(encoder, seed=1)
+    weight = "blocks.0.mlp.fc1.weight"
+    weights = [e.vit.get_parameter(weight) for e in (encoder, first, again, other)]
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[0], weights[1])
+    assert first.vit.state_dict().keys() == encoder.vit.state_dict().keys()
+    assert (first.mean, first.std) == (encoder.mean, encoder.std)
+    images = torch.randn(1, 1, 32, 48)
+    assert first(images).shape == encoder(images).shape
+
+
+def test_at_random__module_passed_by_hand() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **OPTIONS)
+    with pytest.raises(ValueError, match="passed by hand"):
+        at_random(masked_encoder(model), seed=0)
