@@ -6,6 +6,7 @@ for a model without classifier. The file's metadata says which model that is.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import lightly_mim
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.files import atomic_write
 from lightly_mim.runs import RunDirectory
@@ -54,7 +54,7 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         "pos_embed": encoder.pos_embed,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
-        "version": lightly_mim.__version__,
+        "version": importlib.metadata.version("lightly-mim"),
     }
 
 

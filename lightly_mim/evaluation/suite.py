@@ -27,7 +27,6 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import Dataset
 
-import lightly_mim
 from lightly_mim.checkpoints import encoder_spec
 from lightly_mim.data import ImageDataset, KeyedLoader, open_data, seed_from
 from lightly_mim.data.sources import Data
@@ -164,8 +163,8 @@ def evaluate(
     img_size: Size | None = None,
     in_chans: int = 3,
     pretrained: bool = True,
-    knn: KNN | None = None,
-    linear: Linear | None = None,
+    knn: KNN = KNN(),  # noqa: B008, frozen
+    linear: Linear = Linear(),  # noqa: B008, frozen
     progress: bool | None = None,
 ) -> Results:
     """Evaluates a frozen encoder on labelled images.
@@ -224,9 +223,9 @@ def evaluate(
         pretrained:
             For the name of a timm model: load timm's pretrained weights.
         knn:
-            Settings of kNN. By default `KNN()`.
+            Settings of kNN.
         linear:
-            Settings of the linear probe. By default `Linear()`.
+            Settings of the linear probe.
         progress:
             Show a progress bar while encoding. By default on a terminal.
 
@@ -241,10 +240,7 @@ def evaluate(
     _check_choice("protocols", protocols, get_args(ProtocolName))
     _check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
     file = None if out is None else _results_file(Path(out), overwrite)
-    settings: dict[str, FeatureProtocol] = {
-        "knn": knn or KNN(),
-        "linear": linear or Linear(),
-    }
+    settings: dict[str, FeatureProtocol] = {"knn": knn, "linear": linear}
     model = load_encoder(
         encoder, img_size=img_size, in_chans=in_chans, pretrained=pretrained
     )
@@ -478,9 +474,6 @@ def _to_json(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("lightly", "timm", "torch", "torchvision")
-    return {
-        "lightly_mim": lightly_mim.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    packages = ("lightly-mim", "lightly", "timm", "torch", "torchvision")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **versions}
