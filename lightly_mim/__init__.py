@@ -1,3 +1,24 @@
 """Masked image modelling for lightly."""
 
+from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.evaluation import evaluate
+from lightly_mim.methods import MaskedImageModel, MIMOutput, SimMIM
+from lightly_mim.optim import Recipe
+from lightly_mim.pretraining import Pretraining, pretrain
+from lightly_mim.transforms import EvalTransform, SimMIMTransform
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "EvalTransform",
+    "MIMOutput",
+    "MaskedEncoder",
+    "MaskedImageModel",
+    "Pretraining",
+    "Recipe",
+    "SimMIM",
+    "SimMIMTransform",
+    "evaluate",
+    "masked_encoder",
+    "pretrain",
+]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
@@ -22,8 +23,7 @@ from lightly_mim.masking import expand_mask
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.reporting.figures import reconstruction_grid
 
-# Mid grey in normalised units: 0 is the mean of the data set.
-_MASKED_VALUE = 0.0
+_GREY = 0.5
 
 
 class ReconstructionPictures(Callback):
@@ -53,7 +53,7 @@ class ReconstructionPictures(Callback):
         self.directory = Path(directory)
         self.every_n_epochs = every_n_epochs
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @rank_zero_only
     def on_train_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
@@ -91,23 +91,27 @@ def write_reconstructions(
         pasted = method.reconstruct(images, mask)
     method.train(training)
     masked = expand_mask(mask, (images.shape[-2], images.shape[-1]))[:, None]
-    pictures = (
-        images,
-        images.masked_fill(masked, _MASKED_VALUE),
-        pasted.masked_fill(~masked, _MASKED_VALUE),
-        pasted,
-    )
     mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]
     std = torch.tensor(method.encoder.std, device=device)[:, None, None]
-    grid = reconstruction_grid(
-        *((picture * std + mean).clamp(0, 1).cpu() for picture in pictures)
+    original, pasted = (images * std + mean).cpu(), (pasted * std + mean).cpu()
+    masked = masked.cpu()
+    reconstruction_grid(
+        original,
+        original.masked_fill(masked, _GREY),
+        pasted.masked_fill(~masked, _GREY),
+        pasted,
+        path,
     )
-    with atomic_write(path) as temporary:
-        grid.save(temporary, format="PNG")
 
 
 class EpochLines(Callback):
     """Prints a line after every epoch: for logs, where a progress bar is noise."""
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Takes the time, if the run goes on within an epoch."""
+        self._start = time.perf_counter()
 
     def on_train_epoch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -115,7 +119,7 @@ class EpochLines(Callback):
         """Takes the time."""
         self._start = time.perf_counter()
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @rank_zero_only
     def on_train_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
@@ -143,12 +147,14 @@ class MetricsLogger(CSVLogger):
         super().__init__(save_dir=str(out), name="", version="")
 
     @property
-    def experiment(self) -> ExperimentWriter:
+    @rank_zero_experiment
+    def experiment(self) -> Any:
         """The writer of the file, made on rank zero when it is first needed."""
-        if rank_zero_only.rank == 0 and self._experiment is None:
+        if self._experiment is None:
             self._experiment = _MetricsFile(log_dir=self.log_dir)
-        return super().experiment
+        return self._experiment
 
+    @rank_zero_only
     def drop_after(self, step: int) -> None:
         """Drops the rows that a resumed run is going to write again.
 

@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_origin, get_type_hints
 
+import rich
 from jsonargparse import auto_cli
 
 import lightly_mim.methods
-from lightly_mim.evaluation import evaluate
+from lightly_mim.evaluation import Results, evaluate
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.pretraining import NonFiniteLossError, pretrain
 
-COMMANDS: dict[str, Callable[..., Any]] = {"pretrain": pretrain, "evaluate": evaluate}
+COMMANDS: dict[str, Any] = {"pretrain": pretrain, "evaluate": evaluate}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -36,13 +37,15 @@ def main(args: Sequence[str] | None = None) -> None:
         if words and words[0] in COMMANDS:
             words = _join_lists(words, COMMANDS[words[0]])
             words = _encoder_options(words)
-        auto_cli(COMMANDS, args=words, as_positional=False, prog="lightly-mim")
+        result = auto_cli(COMMANDS, args=words, as_positional=False, prog="lightly-mim")
     except ValueError as error:
         _fail(2, error)
     except (NonFiniteLossError, OSError) as error:
         _fail(1, error)
     except KeyboardInterrupt:
         sys.exit(130)
+    if isinstance(result, Results):
+        rich.print(result)
 
 
 def _fail(code: int, error: Exception) -> None:

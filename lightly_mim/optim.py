@@ -1,4 +1,4 @@
-"""Recipes, parameter groups and learning rate schedules."""
+"""Recipes, the optimiser and its learning rate schedules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -157,52 +158,6 @@ def learning_rate_factor(
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(
-    module: nn.Module,
-    weight_decay: float,
-    no_weight_decay: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """Splits the trainable parameters into those with and without weight decay.
-
-    Biases and the weights of normalisation layers never decay: they have one dimension.
-
-    Args:
-        module:
-            Module with the parameters.
-        weight_decay:
-            Weight decay of the first group.
-        no_weight_decay:
-            Names of further parameters that do not decay.
-
-    Returns:
-        Parameter groups for an optimiser, empty ones left out.
-
-    Raises:
-        ValueError: If a name does not exist.
-    """
-    parameters = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-    unknown = set(no_weight_decay) - {name for name, _ in module.named_parameters()}
-    if unknown:
-        raise ValueError(
-            f"No parameter has the name {sorted(unknown)}, of which no_weight_decay "
-            "speaks."
-        )
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in parameters.items():
-        exempt = parameter.ndim <= 1 or name in no_weight_decay
-        (no_decay if exempt else decay).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def build_optimizer(
     module: nn.Module,
     recipe: Recipe,
@@ -226,7 +181,8 @@ def build_optimizer(
         total_steps:
             Optimiser steps in the run.
         no_weight_decay:
-            Names of parameters with several dimensions that do not decay.
+            Names of parameters that do not decay, beside those with one dimension:
+            biases and the weights of normalisation layers.
         fused:
             Whether AdamW runs as one kernel. A fused optimiser unscales fp16 gradients
             by itself, after they were clipped: use False with a gradient scaler.
@@ -235,7 +191,9 @@ def build_optimizer(
         (AdamW optimiser, learning rate scheduler).
     """
     optimizer = AdamW(
-        parameter_groups(module, recipe.weight_decay, no_weight_decay),
+        param_groups_weight_decay(
+            module, recipe.weight_decay, no_weight_decay_list=no_weight_decay
+        ),
         lr=recipe.lr * batch_size / recipe.lr_batch_size,
         betas=recipe.betas,
         fused=fused,

@@ -1,13 +1,13 @@
 """A run directory: what is in it, and when it may be written.
 
-    config.yaml           the arguments, rerunnable with `--config`
-    checkpoints/last.ckpt all that a resume needs
-    encoder.safetensors   the encoder alone, under timm's names
-    metrics.csv           losses, learning rate, gradient norm, images per second
-    tensorboard/          the same for TensorBoard
-    reconstructions/      pictures
-    results.json          what `evaluate` found
-    finished.json         the marker of a run that came to its end
+config.yaml           the arguments, rerunnable with `--config`
+checkpoints/last.ckpt all that a resume needs
+encoder.safetensors   the encoder alone, under timm's names
+metrics.csv           losses, learning rate, gradient norm, images per second
+tensorboard/          the same for TensorBoard
+reconstructions/      pictures
+results.json          what `evaluate` found
+finished.json         the marker of a run that came to its end
 """
 
 from __future__ import annotations

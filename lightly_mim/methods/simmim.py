@@ -86,6 +86,10 @@ class SimMIM(MaskedImageModel):
         check_loss_name(loss)
         if region not in ("masked", "all"):
             raise ValueError(f"The region is 'masked' or 'all', got {region!r}.")
+        if isinstance(encoder, str):
+            # timm builds Swin with 0.1; the reference pretrains it without, and the ViT
+            # with 0.1, which its recipe sets.
+            encoder_options = {"drop_path_rate": 0.0} | encoder_options
         self.encoder: MaskedEncoder = masked_encoder(
             encoder, img_size=img_size, in_chans=in_chans, **encoder_options
         )

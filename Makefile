@@ -1,0 +1,39 @@
+# Every target makes and reuses .venv. PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: install demo test test-slow check format clean
+
+install: $(READY)  ## set up .venv
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## the main job: pretrain SimMIM on solar cells and evaluate it
+	$(BIN)/python benchmarks/solar_cells.py --out runs/demo --overwrite
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)  ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## all that CI checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+	$(MAKE) test-slow
+	$(BIN)/python benchmarks/solar_cells.py --quick --out runs/quick --overwrite
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv, caches and runs
+	rm -rf .venv runs dist build .*_cache

@@ -1,0 +1,713 @@
+"""Pretraining: `pretrain(...)` and the one LightningModule, `Pretraining`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    Callback,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Generator, Tensor
+from torch.utils.data import Dataset, Subset
+from torchmetrics import MeanMetric
+
+from lightly_mim.callbacks import (
+    AtomicCheckpointIO,
+    EpochLines,
+    MetricsLogger,
+    ReconstructionPictures,
+)
+from lightly_mim.checkpoints import save_encoder
+from lightly_mim.data import KeyedLoader, keyed_random_state, open_data, seed_from
+from lightly_mim.data.sources import Data
+from lightly_mim.evaluation.features import normalize_images
+from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.optim import Recipe, build_optimizer
+from lightly_mim.runs import RunDirectory
+from lightly_mim.transforms import EvalTransform
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+NUM_PICTURES = 8
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class Pretraining(pl.LightningModule):
+    """Trains a method of masked image modelling with Lightning.
+
+    Batches are lightly's, (list of views, labels, filenames), or any tuple or list that
+    begins with the images. uint8 images are normalised on the device with the
+    encoder's mean and standard deviation; float images count as normalised.
+
+    Masks are a function of (seed, epoch, batch index), drawn for the global batch, of
+    which each rank takes its rows; dropout and drop path are reseeded before every
+    batch from the same key and the rank. Logs `train_loss`, `val_loss`, `lr`,
+    `grad_norm` and `images_per_second`.
+
+    Attributes:
+        method:
+            The method that is trained.
+        recipe:
+            Optimiser settings. None for the method's default, stretched to the
+            Trainer's epochs.
+        batch_size:
+            Images per optimiser step over all devices and accumulated micro-batches,
+            which the learning rate is scaled by. None to read it from the loader.
+        steps_per_epoch:
+            Optimiser steps in an epoch. None to ask Lightning, which then makes the
+            loader before it restores a checkpoint and forgets to restore the loader's
+            position: needed to resume within an epoch.
+        seed:
+            Seed of masks and noise.
+        compile:
+            Whether to compile the method with `torch.compile`.
+
+    Examples:
+        >>> module = Pretraining(SimMIM("vit_tiny_patch16_224"))  # doctest: +SKIP
+        >>> pl.Trainer(max_epochs=10).fit(module, dataloader)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        method: MaskedImageModel,
+        recipe: Recipe | None = None,
+        batch_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.recipe = recipe
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        # In the checkpoint, so that an epoch that was cut has the mean of all of it.
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss.persistent(True)
+        if compile:
+            # Not torch.compile(method), which would rename the keys of its state.
+            self.method.compile()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Computes the loss of a batch."""
+        images = self._images(batch)
+        # global_step stands still while gradients accumulate; the batch index does not.
+        key = (self.seed, "train", self.current_epoch, batch_idx)
+        torch.manual_seed(seed_from(*key, "noise", self.global_rank))
+        output = self._forward(images, key)
+        loss = output.loss.detach()
+        self._note_non_finite(loss)
+        self._images_seen += len(images) * self.trainer.world_size
+        self.log("train_loss_step", loss, prog_bar=True, batch_size=len(images))
+        self.train_loss.update(loss)
+        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
+        return output.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Computes the loss on masks that are the same in every epoch."""
+        images = self._images(batch)
+        output = self._forward(images, (self.seed, "validation", batch_idx))
+        self.log(
+            "val_loss",
+            output.loss,
+            prog_bar=True,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(images),
+        )
+
+    def _forward(self, images: Tensor, key: tuple[int | str, ...]) -> MIMOutput:
+        generator = Generator(images.device).manual_seed(seed_from(*key, "mask"))
+        # The whole global batch's masks, by shape alone, and of those this rank's rows.
+        rows = len(images)
+        everything = images[:1].expand(rows * self.trainer.world_size, -1, -1, -1)
+        mask = self.method.draw_mask(everything, generator)
+        mask = mask[self.global_rank * rows :][:rows]
+        output: MIMOutput = self.method(images, mask, self.method.num_masked(images))
+        return output
+
+    def _images(self, batch: Any) -> Tensor:
+        views = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if isinstance(views, (list, tuple)):
+            if len(views) != 1:
+                raise ValueError(
+                    f"{type(self.method).__name__} takes one view of an image, and the "
+                    f"batch has {len(views)}: use a transform with one view, such as "
+                    f"{type(self.method).__name__}.transform()."
+                )
+            views = views[0]
+        encoder = self.method.encoder
+        return normalize_images(views, encoder.mean, encoder.std)
+
+    # Optimiser.
+
+    def configure_optimizers(self) -> Any:
+        """Makes the optimiser and the schedule of the recipe."""
+        trainer = self.trainer
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(
+                "The learning rate schedule needs the length of the run: pass "
+                "max_epochs to the Trainer."
+            )
+        if self.steps_per_epoch is not None:
+            total_steps = self.steps_per_epoch * epochs
+        else:
+            total_steps = int(trainer.estimated_stepping_batches)
+        recipe = self.recipe or self.method.recipe().for_epochs(epochs)
+        exempt = self.method.no_weight_decay()
+        if recipe.decay_mask_token:
+            exempt = {name for name in exempt if not name.endswith("mask_token")}
+        optimizer, scheduler = build_optimizer(
+            self.method,
+            recipe,
+            batch_size=self._global_batch_size(),
+            steps_per_epoch=total_steps / epochs,
+            total_steps=total_steps,
+            no_weight_decay=exempt,
+            fused=trainer.precision != "16-mixed",
+        )
+        self._clip_grad = recipe.clip_grad
+        self._schedule = scheduler
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }
+
+    def _global_batch_size(self) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        loader = self.trainer.train_dataloader
+        per_device = getattr(loader, "batch_size", None)
+        if not isinstance(per_device, int):
+            raise ValueError(
+                "The learning rate is scaled by the batch size, which this loader does "
+                "not tell: pass Pretraining(..., batch_size=...), the number of images "
+                "per optimiser step over all devices."
+            )
+        accumulated = self.trainer.accumulate_grad_batches
+        return per_device * self.trainer.world_size * accumulated
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the recipe's norm, or the Trainer's, and logs the norm before it."""
+        if gradient_clip_algorithm == "value":
+            raise ValueError("Gradients are clipped by norm, not by value.")
+        largest = gradient_clip_val or self._clip_grad or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.method.parameters(), largest)
+        if self.trainer.precision != "16-mixed":
+            # A gradient scaler skips steps with infinite gradients by itself.
+            self._note_non_finite(norm)
+        self.log("grad_norm", norm)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    # Non-finite losses are noted on the device and read when something is logged or
+    # saved, so that no step waits for the device.
+
+    def on_fit_start(self) -> None:
+        """Prepares the note of non-finite losses and the clock."""
+        self._bad_step = torch.tensor(-1, device=self.device)
+        self._log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._start_clock()
+
+    def _note_non_finite(self, value: Tensor) -> None:
+        bad = (self._bad_step < 0) & ~torch.isfinite(value)
+        self._bad_step = torch.where(bad, self.global_step, self._bad_step)
+
+    def check_finite(self) -> None:
+        """Ends the run if a loss or a gradient was not finite.
+
+        Raises:
+            NonFiniteLossError: If so, naming the step, the learning rate and the last
+                good checkpoint.
+        """
+        step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="max"))
+        if step < 0:
+            return
+        schedule = self._schedule
+        lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](step)
+        callback = self.trainer.checkpoint_callback
+        last_good = getattr(callback, "best_model_path", "") or "none was written yet"
+        raise NonFiniteLossError(
+            f"The loss or its gradient became NaN or infinite in optimiser step {step} "
+            f"at a learning rate of {lr:.3g}. The last good checkpoint: {last_good}. "
+            "Lower the learning rate, lengthen the warm-up, or use float32 precision."
+        )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Checks the loss when Lightning logs, and logs the speed of an epoch."""
+        last = self.trainer.is_last_batch
+        if last or self.global_step % self._log_every == 0:
+            self.check_finite()
+        if last:
+            seconds = time.perf_counter() - self._epoch_start
+            self.log(
+                "images_per_second",
+                self._images_seen / seconds,
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the epoch's mean and count, unless the run goes on within it."""
+        self.train_loss.reset()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._images_seen = 0
+        self._epoch_start = time.perf_counter()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes back the rows of `metrics.csv` that are going to be written again."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.drop_after(checkpoint["global_step"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps weights that a non-finite loss has spoilt out of a checkpoint."""
+        self.check_finite()
+
+
+def pretrain(
+    out: str | Path,
+    data: Data,
+    method: MaskedImageModel | Callable[[], MaskedImageModel],
+    *,
+    val: Data | None = None,
+    recipe: str | Recipe | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    warmup_epochs: float | None = None,
+    weight_decay: float | None = None,
+    min_scale: float | None = None,
+    seed: int = 0,
+    precision: Precision | None = None,
+    accelerator: str = "auto",
+    devices: int | str | list[int] = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    accumulate: int = 1,
+    grad_checkpointing: bool = False,
+    compile: bool = False,
+    num_workers: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    reconstruct_every: int = 10,
+    log_every: int = 10,
+    tensorboard: bool = True,
+    loggers: list[Logger] | None = None,
+    callbacks: list[Callback] | None = None,
+    progress: bool | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> MaskedImageModel:
+    """Pretrains an encoder on images and writes everything into a run directory.
+
+    The directory is described in `lightly_mim.runs`. A run that was cut goes on with
+    `resume=True` at the last checkpoint and ends with the weights of one that never was
+    cut, bit for bit on a CPU with the same versions, threads, precision and compile
+    setting.
+
+    Args:
+        out:
+            The run directory.
+        data:
+            A folder of images with `train/` and `val/`, with class folders, or flat;
+            the name of a data set (see `lightly_mim.data.open_data`); or a Dataset
+            that yields (sample, ...) with its transform applied.
+        method:
+            The method, or a function that makes it. `seed` covers the initial weights
+            only of what is made by a function: on the command line, always.
+        val:
+            Images for the validation loss: a folder or a Dataset. By default the
+            `val/` part of `data` if it has one; without either, nothing is validated.
+        recipe:
+            Name of one of the method's published recipes, or a `Recipe`. By default
+            the method's first recipe, with the encoder left as it was built. A recipe
+            that is chosen also sets the drop path rate of the encoder.
+        epochs:
+            Passes over the training images. By default the recipe's. Warm-up and
+            schedule keep their share of the run.
+        batch_size:
+            Images per optimiser step, over all devices and accumulated micro-batches.
+            By default the recipe's. An incomplete last batch is dropped.
+        lr:
+            Highest learning rate per `recipe.lr_batch_size` images (512 for SimMIM),
+            instead of the recipe's.
+        warmup_epochs:
+            Epochs of linear warm-up, instead of the recipe's.
+        weight_decay:
+            Weight decay, instead of the recipe's.
+        min_scale:
+            Smallest share of an image that a training crop covers, instead of the
+            recipe's.
+        seed:
+            Seed of everything that is random.
+        precision:
+            Lightning's precision. By default 'bf16-mixed' where the hardware computes
+            in bfloat16, '32-true' elsewhere.
+        accelerator:
+            Lightning's accelerator: 'auto', 'cpu', 'gpu', 'mps'.
+        devices:
+            Lightning's devices: how many, or which.
+        num_nodes:
+            Number of machines.
+        strategy:
+            Lightning's strategy: 'auto', 'ddp', ...
+        accumulate:
+            Number of micro-batches that an optimiser step accumulates.
+        grad_checkpointing:
+            Trade time for memory: recompute the encoder's activations.
+        compile:
+            Compile the method with `torch.compile`.
+        num_workers:
+            Processes that read images, per device. By default chosen by the loader.
+        on_error:
+            'raise' ends the run at an image that cannot be read and names it. 'skip'
+            puts another image in its place, and says how many there were.
+        reconstruct_every:
+            Epochs between two pictures of reconstructions. 0 for the last epoch only.
+        log_every:
+            Optimiser steps between two logs.
+        tensorboard:
+            Write logs for TensorBoard beside `metrics.csv`.
+        loggers:
+            Further Lightning loggers.
+        callbacks:
+            Further Lightning callbacks.
+        progress:
+            Show a progress bar. By default on a terminal; elsewhere a line is printed
+            for every epoch.
+        resume:
+            Go on with the run in `out`, or begin it if there is none. Other arguments
+            than the run's own are refused.
+        overwrite:
+            Replace the run in `out`.
+
+    Returns:
+        The trained method.
+
+    Raises:
+        ValueError: If an argument is out of range, if data and method do not fit, or
+            if `out` may not be written. Nothing has been written then.
+        NonFiniteLossError: If the loss becomes NaN or infinite.
+    """
+    arguments = dict(locals())
+    if not isinstance(method, MaskedImageModel):
+        with keyed_random_state(seed, "weights"):
+            method = method()
+    config = _config(arguments | {"method": method})
+    run = RunDirectory(out)
+    if _rank() == 0:
+        run.check(config, resume, overwrite)
+
+    settings = _settings(
+        method,
+        recipe,
+        epochs,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay,
+        min_scale=min_scale,
+    )
+    if run.finished and resume:
+        state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+        Pretraining(method).load_state_dict(state["state_dict"])
+        return method
+    if recipe is not None and settings.drop_path is not None:
+        method.encoder.set_drop_path(settings.drop_path)
+    if grad_checkpointing:
+        method.encoder.set_grad_checkpointing()
+    method.num_masked(torch.empty(1, 1, *method.encoder.img_size))  # checks the sizes
+
+    images = _Images(method, data, val, settings, num_workers, on_error, seed)
+    show_bar = sys.stdout.isatty() if progress is None else progress
+    trainer = pl.Trainer(
+        max_epochs=settings.epochs,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision or default_precision(accelerator),
+        accumulate_grad_batches=accumulate,
+        log_every_n_steps=min(log_every, images.steps_per_epoch),
+        limit_val_batches=0.0 if images.val is None else 1.0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+        plugins=[AtomicCheckpointIO()],
+        logger=[
+            MetricsLogger(out),
+            *([TensorBoardLogger(out, "tensorboard", "")] if tensorboard else []),
+            *(loggers or []),
+        ],
+        enable_progress_bar=show_bar,
+        enable_model_summary=False,
+        callbacks=[
+            ModelCheckpoint(
+                run.checkpoint.parent,
+                run.checkpoint.stem,
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            ),
+            ReconstructionPictures(
+                *images.pictures(), run.reconstructions, reconstruct_every
+            ),
+            *([RichProgressBar(refresh_rate=10)] if show_bar else [EpochLines()]),
+            *(callbacks or []),
+        ],
+    )
+    images.check(trainer)
+    checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
+    if trainer.is_global_zero:
+        run.begin(config, overwrite)
+        print(_summary(trainer, settings, images, checkpoint), flush=True)
+    module = Pretraining(
+        method, settings, settings.batch_size, images.steps_per_epoch, seed, compile
+    )
+    with warnings.catch_warnings():
+        # A run that goes on writes to the directory that it wrote to before.
+        warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")
+        trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        save_encoder(method.encoder, run.encoder)
+        run.finish(
+            {
+                "epochs": trainer.current_epoch,
+                "steps": trainer.global_step,
+                "images_per_second": float(
+                    trainer.callback_metrics["images_per_second"]
+                ),
+            }
+        )
+        print(
+            f"Finished. The encoder is in {run.encoder}.\nEvaluate it: "
+            f"lightly-mim evaluate --encoder {run.path} --data {data}",
+            flush=True,
+        )
+    return method
+
+
+class _Images(pl.LightningDataModule):
+    """Makes the loaders once Lightning has told each process its rank."""
+
+    def __init__(
+        self,
+        method: MaskedImageModel,
+        data: Data,
+        val: Data | None,
+        recipe: Recipe,
+        num_workers: int | None,
+        on_error: Literal["raise", "skip"],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        encoder = method.encoder
+        self.method = method
+        self.batch_size = recipe.batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.eval_transform = EvalTransform(encoder.img_size, normalize=None)
+        self.train, self.val = open_data(
+            data,
+            val,
+            transform=method.transform(normalize=None, min_scale=recipe.min_scale),
+            val_transform=self.eval_transform,
+            in_chans=encoder.in_chans,
+            on_error=on_error,
+            min_size=method.masking.mask_patch_size,
+        )
+        num_images = len(self.train)  # type: ignore[arg-type]
+        if not 0 < self.batch_size <= num_images:
+            raise ValueError(
+                f"A batch has 1 to all {num_images} images of the data set, got "
+                f"batch_size={self.batch_size}. Incomplete batches are dropped."
+            )
+        self.steps_per_epoch = num_images // self.batch_size
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raises a ValueError if batch and processes do not fit the images."""
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size is the number of images per optimiser step, {parts} = "
+                f"{trainer.world_size} device(s) x {trainer.accumulate_grad_batches} "
+                f"accumulated micro-batch(es) share it, and {self.batch_size} does not "
+                "divide by that."
+            )
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Returns a few images, normalised, and their masks: the same in every run."""
+        dataset = self.val if self.val is not None else self.train
+        count = min(NUM_PICTURES, len(dataset))  # type: ignore[arg-type]
+        loader = self._loader(Subset(dataset, range(count)), count, num_workers=0)
+        images = next(iter(loader))[0]
+        images = images[0] if isinstance(images, list) else images
+        encoder = self.method.encoder
+        images = normalize_images(images, encoder.mean, encoder.std)
+        generator = Generator().manual_seed(seed_from(self.seed, "pictures"))
+        return images, self.method.draw_mask(images, generator)
+
+    def train_dataloader(self) -> KeyedLoader:
+        """Returns the training images, this rank's rows of each global batch."""
+        assert self.trainer is not None
+        micro_batch = self.batch_size // self.trainer.accumulate_grad_batches
+        return self._loader(self.train, micro_batch, training=True)
+
+    def val_dataloader(self) -> KeyedLoader | list[Any]:
+        """Returns the validation images, in order; nothing if there are none."""
+        assert self.trainer is not None
+        if self.val is None:
+            return []
+        micro_batch = self.batch_size // self.trainer.accumulate_grad_batches
+        return self._loader(self.val, micro_batch)
+
+    def _loader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        training: bool = False,
+        num_workers: int | None = None,
+    ) -> KeyedLoader:
+        trainer = self.trainer
+        return KeyedLoader(
+            dataset,
+            batch_size,
+            training=training,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            num_workers=self.num_workers if num_workers is None else num_workers,
+        )
+
+
+def default_precision(accelerator: str) -> Precision:
+    """Returns 'bf16-mixed' where the hardware computes in bfloat16, else '32-true'.
+
+    Args:
+        accelerator:
+            Lightning's name of the accelerator; 'auto' prefers a GPU.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
+        # Without these instructions a CPU emulates bfloat16, slower than float32.
+        supported = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    else:
+        supported = False
+    return "bf16-mixed" if supported else "32-true"
+
+
+def _rank() -> int:
+    """Returns this process' number, also before a Trainer is there."""
+    return getattr(rank_zero_only, "rank", None) or 0
+
+
+def _settings(
+    method: MaskedImageModel,
+    recipe: str | Recipe | None,
+    epochs: int | None,
+    **changes: float | None,
+) -> Recipe:
+    """Returns the recipe with the caller's own values in it."""
+    if not isinstance(recipe, Recipe):
+        recipe = method.recipe(recipe)
+    if epochs is not None:
+        if epochs < 1:
+            raise ValueError(f"A run has at least 1 epoch, got epochs={epochs}.")
+        recipe = recipe.for_epochs(epochs)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(recipe, **given)  # type: ignore[arg-type]
+
+
+def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `pretrain` as YAML can hold them."""
+    return {name: _plain(value) for name, value in arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MaskedImageModel):
+        return _method_config(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    # A data set, a module or a callback that was passed by hand: what it is can be
+    # told, not built again.
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+
+def _method_config(method: MaskedImageModel) -> dict[str, Any]:
+    """Returns class and arguments in the words that jsonargparse reads."""
+    cls = type(method)
+    named = inspect.signature(cls).parameters
+    arguments = {name: _plain(value) for name, value in method.init_args.items()}
+    config = {
+        "class_path": f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": {k: v for k, v in arguments.items() if k in named},
+        "dict_kwargs": {k: v for k, v in arguments.items() if k not in named},
+    }
+    return {name: value for name, value in config.items() if value}
+
+
+def _summary(
+    trainer: pl.Trainer, recipe: Recipe, images: _Images, checkpoint: Path | None
+) -> str:
+    """Returns what a run is about to do, and the defaults that the machine chose."""
+    method, encoder = images.method, images.method.encoder
+    height, width = encoder.img_size
+    num_train = len(images.train)  # type: ignore[arg-type]
+    if images.val is None:
+        validation = "no validation images (pass val to get a validation loss)"
+    else:
+        validation = f"{len(images.val)} validation images"  # type: ignore[arg-type]
+    lr = recipe.lr * recipe.batch_size / recipe.lr_batch_size
+    lines = [
+        f"{type(method).__name__}, {encoder.name or type(encoder.vit).__name__} at "
+        f"{height} x {width} pixels, {method.masking}",
+        f"{num_train} training images, {validation}",
+        f"{recipe.epochs} epochs of {images.steps_per_epoch} steps of "
+        f"{recipe.batch_size} images, learning rate up to {lr:.3g}",
+        f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision "
+        f"{trainer.precision}",
+    ]
+    if checkpoint:
+        lines.append(f"going on from {checkpoint}")
+    return "\n".join(lines)

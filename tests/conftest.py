@@ -1,0 +1,44 @@
+"""Small real images for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+TINY_VIT: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mask_patch_size": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and val/, two classes of real photographs cut into pieces.
+
+    16 + 16 training and 6 + 6 validation JPEG files of 48 x 40 pixels.
+    """
+    root = tmp_path_factory.mktemp("photos")
+    for name, photo in zip(
+        ("temple", "flower"), load_sample_images().images, strict=True
+    ):
+        pieces = [
+            photo[y : y + 40, x : x + 48]
+            for y in range(0, 400, 80)
+            for x in range(0, 600, 120)
+        ]
+        for number, piece in enumerate(pieces[:22]):
+            folder = root / ("train" if number < 16 else "val") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(np.ascontiguousarray(piece))
+            image.save(folder / f"{number:02d}.jpg", quality=95)
+    return root

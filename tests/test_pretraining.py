@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from lightly.data import LightlyDataset
+from lightly.data.multi_view_collate import MultiViewCollate
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightly_mim.checkpoints import read_encoder
+from lightly_mim.methods import SimMIM
+from lightly_mim.pretraining import (
+    NonFiniteLossError,
+    Pretraining,
+    default_precision,
+    pretrain,
+)
+from lightly_mim.transforms import SimMIMTransform
+
+from .conftest import TINY_VIT
+
+DROPPING = TINY_VIT | {"drop_path_rate": 0.3}
+
+
+def build() -> SimMIM:
+    return SimMIM(**DROPPING)
+
+
+def run(out: Path, data: Path, **options: Any) -> Any:
+    """A run of 3 epochs of 4 steps of 8 images."""
+    defaults = {
+        "method": build,
+        "epochs": 3,
+        "batch_size": 8,
+        "lr": 0.1,
+        "precision": "32-true",
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_workers": 0,
+        "tensorboard": False,
+        "log_every": 2,
+    }
+    return pretrain(out, data, **(defaults | options))
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    state = torch.load(path / "checkpoints" / "last.ckpt")["state_dict"]
+    return {name: t for name, t in state.items() if name.startswith("method.")}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with (path / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run(out, photos, reconstruct_every=2)
+    return out
+
+
+def test_pretrain__writes_the_run_directory(finished: Path) -> None:
+    assert json.loads((finished / "finished.json").read_text())["steps"] == 12
+    assert {p.name for p in (finished / "reconstructions").iterdir()} == {
+        "epoch_0002.png",
+        "epoch_0003.png",
+    }
+    with Image.open(finished / "reconstructions" / "epoch_0003.png") as picture:
+        assert picture.mode == "RGB"
+    spec = read_encoder(finished).spec
+    assert spec["name"] == "vit_tiny_patch16_224"
+    rows = rows_of(finished)
+    assert {
+        "train_loss",
+        "val_loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "train_loss_step",
+        "epoch",
+        "step",
+    } <= set(rows[0])
+    losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert len([row for row in rows if row["val_loss"]]) == 3
+
+
+def test_pretrain__same_seed_same_run(
+    finished: Path, photos: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "again", photos, num_workers=1)
+    assert_same(weights(tmp_path / "again"), weights(finished))
+    run(tmp_path / "other", photos, seed=1)
+    other = weights(tmp_path / "other")["method.head.weight"]
+    assert not torch.equal(other, weights(finished)["method.head.weight"])
+
+
+class Interrupt(Callback):
+    """Ends a run with an error before a batch, like a power cut would."""
+
+    def __init__(self, epoch: int, batch: int, save: Path | None = None) -> None:
+        self.place = (epoch, batch)
+        self.save = save
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == self.place:
+            raise InterruptedError
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, out: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.save and (trainer.current_epoch, batch_idx + 1) == self.place:
+            trainer.save_checkpoint(self.save)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "save"),
+    [(1, 0, False), (2, 0, False), (2, 3, False), (1, 2, True), (2, 1, True)],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pretrain__resumed_run_ends_the_same(
+    finished: Path,
+    photos: Path,
+    tmp_path: Path,
+    epoch: int,
+    batch: int,
+    save: bool,
+    num_workers: int,
+) -> None:
+    out = tmp_path / "run"
+    checkpoint = out / "checkpoints" / "last.ckpt" if save else None
+    with pytest.raises(InterruptedError):
+        run(out, photos, callbacks=[Interrupt(epoch, batch, checkpoint)])
+    assert not (out / "finished.json").exists()
+    assert not (out / "encoder.safetensors").exists()
+    # Whatever the process has drawn meanwhile must not matter.
+    torch.manual_seed(123)
+    callbacks = [Interrupt(99, 99)]  # recorded like the first run's
+    run(out, photos, callbacks=callbacks, resume=True, num_workers=num_workers)
+    assert_same(weights(out), weights(finished))
+    rows = rows_of(out)
+    expected = rows_of(finished)
+    assert [(row["epoch"], row["step"]) for row in rows] == [
+        (row["epoch"], row["step"]) for row in expected
+    ]
+    for name in ("train_loss", "val_loss", "lr", "grad_norm"):
+        assert [row[name] for row in rows] == [row[name] for row in expected], name
+
+
+def test_pretrain__finished_run_returns_at_once(finished: Path, photos: Path) -> None:
+    before = (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    method = run(finished, photos, reconstruct_every=2, resume=True)
+    assert (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    trained = weights(finished)
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, trained[f"method.{name}"])
+
+
+def test_pretrain__config_runs_again(finished: Path, tmp_path: Path) -> None:
+    from lightly_mim.cli import main
+
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["method"]["class_path"].endswith("SimMIM")
+    main(
+        [
+            "pretrain",
+            "--config",
+            str(finished / "config.yaml"),
+            "--out",
+            str(tmp_path / "again"),
+        ]
+    )
+    assert_same(weights(tmp_path / "again"), weights(finished))
+
+
+def test_pretrain__instance_is_trained_in_place(photos: Path, tmp_path: Path) -> None:
+    method = build()
+    before = method.head.weight.clone()
+    assert run(tmp_path / "a", photos, method=method, epochs=1) is method
+    assert not torch.equal(method.head.weight, before)
+
+
+def test_pretrain__options_change_no_loss(photos: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, options in {
+        "plain": {},
+        "grad_checkpointing": {"grad_checkpointing": True},
+        "accumulate": {"accumulate": 2},
+    }.items():
+        run(
+            tmp_path / name,
+            photos,
+            epochs=1,
+            method=lambda: SimMIM(**TINY_VIT),
+            **options,
+        )
+        losses[name] = weights(tmp_path / name)["method.head.weight"]
+    assert torch.equal(losses["grad_checkpointing"], losses["plain"])
+    # Accumulated micro-batches draw other masks; the run is the same otherwise.
+    assert losses["accumulate"].shape == losses["plain"].shape
+    assert not torch.equal(losses["accumulate"], losses["plain"])
+
+
+def test_pretrain__recipe_sets_drop_path(photos: Path, tmp_path: Path) -> None:
+    method = SimMIM(**TINY_VIT)
+    run(tmp_path / "a", photos, method=method, recipe="vit_base_800ep", epochs=1)
+    rates = [block.drop_path1.drop_prob for block in method.encoder.vit.blocks[1:]]
+    assert rates == [pytest.approx(0.1)]
+
+
+# Bad input. Nothing is written.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 33}, "1 to all 32 images.*batch_size=33"),
+        ({"batch_size": 8, "accumulate": 3}, "8 does not divide"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"recipe": "mae"}, "no recipe 'mae'.*swin_base_100ep"),
+        (
+            {
+                "method": lambda: SimMIM(
+                    **(TINY_VIT | {"img_size": 40, "mask_patch_size": 16})
+                )
+            },
+            "40 x 40",
+        ),
+        (
+            {"method": lambda: SimMIM(**(TINY_VIT | {"mask_patch_size": 32}))},
+            "masks 1 of 1",
+        ),
+        ({"resume": True, "overwrite": True}, "resume or overwrite, not both"),
+    ],
+)
+def test_pretrain__refuses(
+    photos: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", photos, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain__refuses_a_run_that_is_there(finished: Path, photos: Path) -> None:
+    before = weights(finished)
+    with pytest.raises(ValueError, match="a finished run .* overwrite to replace"):
+        run(finished, photos, reconstruct_every=2)
+    with pytest.raises(ValueError, match=r"lr: 0.1 in the run, 0.2 now"):
+        run(finished, photos, reconstruct_every=2, lr=0.2, resume=True)
+    assert_same(weights(finished), before)
+
+
+def test_pretrain__overwrite_removes_only_runs(photos: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("...")
+    with pytest.raises(ValueError, match="is not a run directory"):
+        run(tmp_path, photos, overwrite=True)
+    assert precious.read_text() == "..."
+
+    out = tmp_path / "run"
+    run(out, photos, epochs=1)
+    (out / "notes.txt").write_text("mine")
+    run(out, photos, epochs=2, overwrite=True)
+    assert json.loads((out / "finished.json").read_text())["epochs"] == 2
+    assert (out / "notes.txt").read_text() == "mine"
+    assert len(rows_of(out)) == 8
+
+
+class Poison(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            pl_module.method.head.bias.data[0] = float("nan")
+
+
+def test_pretrain__non_finite_loss_stops_the_run(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"step 6 at a learning rate of \S+\. The last good .*last.ckpt",
+    ):
+        run(out, photos, callbacks=[Poison(6)], log_every=100)
+    state = weights(out)  # of the first epoch
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert torch.load(out / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert not (out / "finished.json").exists()
+
+
+def test_pretrain__non_finite_loss_never_reaches_a_checkpoint(
+    photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteLossError, match="none was written yet"):
+        run(out, photos, callbacks=[Poison(2)], log_every=100)
+    assert not (out / "checkpoints" / "last.ckpt").exists()
+
+
+# One process and several.
+
+
+DDP_SCRIPT = """
+import sys
+from pathlib import Path
+from lightly_mim.methods import SimMIM
+from lightly_mim.pretraining import pretrain
+
+def build():
+    return SimMIM(**{vit!r})
+
+if __name__ == "__main__":
+    devices = int(sys.argv[2])
+    pretrain(
+        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.1,
+        precision="32-true", accelerator="cpu", devices=devices,
+        strategy="ddp" if devices > 1 else "auto", num_workers=0, tensorboard=False,
+        resume=len(sys.argv) > 3,
+    )
+"""
+
+
+def test_pretrain__two_processes_give_the_weights_of_one(
+    photos: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP_SCRIPT.format(vit=TINY_VIT, data=str(photos)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for devices in (1, 2):
+        subprocess.run(
+            [sys.executable, script, tmp_path / str(devices), str(devices)],
+            check=True,
+            env=environment,
+            timeout=240,
+        )
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    rows = [rows_of(tmp_path / str(n)) for n in (1, 2)]
+    for name in ("train_loss", "val_loss"):
+        assert [float(row[name]) for row in rows[0] if row[name]] == pytest.approx(
+            [float(row[name]) for row in rows[1] if row[name]], rel=1e-4
+        )
+
+
+# The module in a Trainer of one's own.
+
+
+def trainer(path: Path, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **({"max_epochs": 1} | options),
+    )
+
+
+# The Trainer of these tests has no validation.
+no_validation = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+few_batches = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+def lightly_loader(data: Path, **options: Any) -> DataLoader[Any]:
+    transform = SimMIMTransform(input_size=32)
+    dataset = LightlyDataset(str(data / "train"), transform=transform)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        collate_fn=MultiViewCollate(),
+        drop_last=True,
+        **({"batch_size": 8} | options),
+    )
+
+
+@no_validation
+@few_batches
+def test_pretraining__takes_lightlys_loader(photos: Path, tmp_path: Path) -> None:
+    module = Pretraining(SimMIM(**TINY_VIT))
+    fit = trainer(tmp_path)
+    fit.fit(module, lightly_loader(photos))
+    # 100-epoch recipe: 2e-4 per 512 images, and 8 images in a step.
+    schedule = module.lr_schedulers()
+    assert schedule.base_lrs[0] == pytest.approx(2e-4 * 8 / 512)
+    assert fit.global_step == 4
+
+
+def test_pretraining__normalises_bytes_and_passes_floats(photos: Path) -> None:
+    module = Pretraining(SimMIM(**TINY_VIT))
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    expected = (pixels / 255 - mean) / std
+    torch.testing.assert_close(module._images(([pixels], None, None)), expected)
+    assert module._images((expected, None)) is expected
+
+
+def test_pretraining__refuses_two_views() -> None:
+    module = Pretraining(SimMIM(**TINY_VIT))
+    views = [torch.zeros(2, 3, 32, 32)] * 2
+    with pytest.raises(ValueError, match="takes one view.*has 2"):
+        module._images((views, None, None))
+
+
+@no_validation
+@few_batches
+def test_pretraining__refuses_runs_without_length(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_epochs"):
+        trainer(tmp_path, max_epochs=-1).fit(
+            Pretraining(SimMIM(**TINY_VIT)), lightly_loader(photos)
+        )
+    loader = lightly_loader(photos, batch_size=1)
+    loader = DataLoader(loader.dataset, batch_size=None)
+    with pytest.raises(ValueError, match="batch_size="):
+        trainer(tmp_path).fit(Pretraining(SimMIM(**TINY_VIT)), loader)
+
+
+def test_default_precision__is_float32_where_bf16_is_emulated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for supported in (True, False):
+        monkeypatch.setattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda s=supported: s
+        )
+        expected = "bf16-mixed" if supported else "32-true"
+        assert default_precision("cpu") == default_precision("auto") == expected
+    assert default_precision("mps") == "32-true"

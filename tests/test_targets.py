@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightly_mim.patches import gather_patches
+from lightly_mim.targets import LocallyNormalizedPixels, Pixels
+
+INDEX = torch.tensor([[0, 3, 5], [1, 2, 4]])
+
+
+def test_pixels__are_the_pixels() -> None:
+    images = torch.randn(2, 3, 16, 24)
+    expected = gather_patches(images, INDEX, (8, 8))
+    assert torch.equal(Pixels()(images, INDEX, (8, 8)), expected)
+    assert Pixels().to_pixels(expected, images, INDEX, (8, 8)) is expected
+
+
+def test_locally_normalized_pixels__equals_plain_loops() -> None:
+    images = torch.randn(1, 2, 9, 11, dtype=torch.float64)
+    mean, std = LocallyNormalizedPixels(5).statistics(images)
+    for channel in range(2):
+        for y in range(9):
+            for x in range(11):
+                window = images[
+                    0, channel, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3
+                ]
+                torch.testing.assert_close(mean[0, channel, y, x], window.mean())
+                expected = (window.var(correction=1) + 1e-6).sqrt()
+                torch.testing.assert_close(std[0, channel, y, x], expected)
+
+
+def test_locally_normalized_pixels__round_trips() -> None:
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    target = LocallyNormalizedPixels(7)
+    values = target(images, INDEX, (8, 8))
+    pixels = target.to_pixels(values, images, INDEX, (8, 8))
+    torch.testing.assert_close(pixels, gather_patches(images, INDEX, (8, 8)))
+
+
+def test_locally_normalized_pixels__flat_image_stays_finite() -> None:
+    values = LocallyNormalizedPixels(47)(torch.full((2, 3, 16, 24), 2.1), INDEX, (8, 8))
+    assert values.abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("window_size", [1, 4, -3, 0])
+def test_locally_normalized_pixels__refuses(window_size: int) -> None:
+    with pytest.raises(ValueError, match="odd side of at least 3"):
+        LocallyNormalizedPixels(window_size)
