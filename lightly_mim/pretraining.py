@@ -8,7 +8,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Generator, Tensor
+from torch.utils import deterministic
 from torch.utils.data import Dataset, Subset
 from torchmetrics import MeanMetric
 
@@ -295,7 +297,7 @@ class Pretraining(pl.LightningModule):
 def pretrain(
     out: str | Path,
     data: Data,
-    method: MaskedImageModel | Callable[[], MaskedImageModel],
+    method: Callable[[], MaskedImageModel] | MaskedImageModel,
     *,
     val: Data | None = None,
     recipe: str | Recipe | None = None,
@@ -484,6 +486,8 @@ def pretrain(
         ],
     )
     images.check(trainer)
+    device = trainer.strategy.root_device
+    method.encoder.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
     if trainer.is_global_zero:
         run.begin(config, overwrite)
@@ -491,7 +495,7 @@ def pretrain(
     module = Pretraining(
         method, settings, settings.batch_size, images.steps_per_epoch, seed, compile
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _repeatable(device):
         # A run that goes on writes to the directory that it wrote to before.
         warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")
         trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
@@ -607,6 +611,27 @@ class _Images(pl.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             num_workers=self.num_workers if num_workers is None else num_workers,
         )
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Takes the operations on a CPU that give the same result every time.
+
+    A look-up in a large table, such as Swin's relative positions, sums its gradient in
+    the order in which threads arrive otherwise.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # A debugging aid that fills every new tensor with NaN.
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def default_precision(accelerator: str) -> Precision:

@@ -266,6 +266,7 @@ def evaluate(
     features: list[dict[str, Features]] = []
     with ExitStack() as stack:
         for each in encoders.values():
+            each.choose_attention(place, bf16=precision == "bf16")
             stack.enter_context(evaluating(each, place))
         for images, part in ((train, "training"), (test, "test")):
             loader = KeyedLoader(
