@@ -7,10 +7,11 @@ method=lambda: SimMIM("vit_base_patch16_224"))`.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
 
 import rich
 from jsonargparse import auto_cli
@@ -36,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words and words[0] in COMMANDS:
             words = _join_lists(words, COMMANDS[words[0]])
+            words = _say_true(words, COMMANDS[words[0]])
             words = _encoder_options(words)
         result = auto_cli(COMMANDS, args=words, as_positional=False, prog="lightly-mim")
     except ValueError as error:
@@ -55,23 +57,39 @@ def _fail(code: int, error: Exception) -> None:
 
 def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
     """Turns `--layers 4 8 -1` into `--layers [4,8,-1]`, which jsonargparse reads."""
-    lists = {
-        f"--{name}"
-        for name, hint in get_type_hints(command).items()
-        if get_origin(hint) in (list, tuple) or get_origin(hint) is Sequence
-    }
+    lists = set(_list_options(command, "--"))
     joined: list[str] = []
-    values: list[str] | None = None
-    for word in [*words, "--"]:
-        if word.startswith("--") and values is not None:
-            joined.append(f"[{','.join(values)}]" if values else "")
-            values = None
-        if values is not None and not word.startswith("["):
-            values.append(word)
-            continue
-        joined.append(word)
-        values = [] if word in lists else None
-    return joined[:-1]
+    for word in words:
+        inside = len(joined) > 1 and joined[-2] in lists
+        if joined and joined[-1] in lists and not word.startswith(("--", "[")):
+            joined.append(f"[{word}]")
+        elif inside and not word.startswith("--"):
+            joined[-1] = f"{joined[-1][:-1]},{word}]"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _say_true(words: list[str], command: Callable[..., Any]) -> list[str]:
+    """Turns `--resume` into `--resume true`, which jsonargparse reads."""
+    hints = get_type_hints(command).items()
+    flags = {f"--{name}" for name, hint in hints if bool in (hint, *get_args(hint))}
+    said: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        said.append(word)
+        if word in flags and following.startswith("--"):
+            said.append("true")
+    return said
+
+
+def _list_options(function: Any, prefix: str) -> Iterator[str]:
+    """Yields the options that take several values, those of settings included."""
+    for name, hint in get_type_hints(function).items():
+        for part in (hint, *get_args(hint)):
+            if get_origin(part) in (list, tuple, Sequence):
+                yield prefix + name
+            elif dataclasses.is_dataclass(part):
+                yield from _list_options(part, f"{prefix}{name}.")
 
 
 def _encoder_options(words: list[str]) -> list[str]:

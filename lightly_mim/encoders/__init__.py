@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
@@ -21,7 +21,13 @@ from lightly_mim.encoders.swin import MaskedSwin
 from lightly_mim.encoders.vit import MaskedViT, sincos_positions
 from lightly_mim.patches import Size, to_pair
 
-__all__ = ["MaskedEncoder", "Pool", "masked_encoder", "pool_tokens"]
+__all__ = ["Encoder", "MaskedEncoder", "Pool", "masked_encoder", "pool_tokens"]
+
+if TYPE_CHECKING:
+    Encoder = str | nn.Module
+else:
+    # What a command line can pass: its help would list every module of PyTorch.
+    Encoder = str
 
 _FAMILIES: dict[type[nn.Module], type[MaskedEncoder]] = {
     VisionTransformer: MaskedViT,
@@ -33,7 +39,7 @@ _SUPPORTED = f"Supported are timm's {', '.join(f.__name__ for f in _FAMILIES)}."
 
 
 def masked_encoder(
-    encoder: str | nn.Module,
+    encoder: Encoder,
     *,
     img_size: Size | None = None,
     in_chans: int = 3,

@@ -10,12 +10,12 @@ from torch import nn
 
 from lightly_mim.checkpoints import read_encoder
 from lightly_mim.data.seeding import keyed_random_state
-from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
 from lightly_mim.patches import Size
 
 
 def load_encoder(
-    encoder: str | Path | nn.Module,
+    encoder: Encoder | Path,
     *,
     img_size: Size | None = None,
     in_chans: int = 3,

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from lightly_mim.checkpoints import encoder_spec
 from lightly_mim.data import ImageDataset, KeyedLoader, open_data, seed_from
 from lightly_mim.data.sources import Data
-from lightly_mim.encoders import MaskedEncoder, Pool
+from lightly_mim.encoders import Encoder, MaskedEncoder, Pool
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     FeatureFunction,
@@ -143,7 +143,7 @@ class Results:
 
 
 def evaluate(
-    encoder: str | Path | nn.Module,
+    encoder: Encoder | Path,
     data: Data,
     protocols: Sequence[ProtocolName] = ("knn", "linear"),
     *,
@@ -438,7 +438,7 @@ def _class_names(train: Dataset[Any], *features: Mapping[str, Features]) -> list
     return names or [str(number) for number in range(largest + 1)]
 
 
-def _model_name(encoder: str | Path | nn.Module, model: MaskedEncoder) -> str:
+def _model_name(encoder: Encoder | Path, model: MaskedEncoder) -> str:
     if isinstance(encoder, nn.Module):
         return model.name or type(model.vit).__name__
     return str(encoder)

@@ -16,7 +16,7 @@ import torch
 from lightly.models.utils import get_at_index
 from torch import Tensor, nn
 
-from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
 from lightly_mim.losses import LossName, check_loss_name, masked_loss
 from lightly_mim.masking import RandomMasking, expand_mask, split_index
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
@@ -72,7 +72,7 @@ class SimMIM(MaskedImageModel):
 
     def __init__(
         self,
-        encoder: str | nn.Module,
+        encoder: Encoder,
         img_size: Size | None = None,
         in_chans: int = 3,
         mask_patch_size: Size = 32,
