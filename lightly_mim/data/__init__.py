@@ -1,13 +1,34 @@
 """Image folders and named data sets, keyed loading, and what a broken file does."""
 
 from lightly_mim.data.decode import BrokenImageError, decode_image
-from lightly_mim.data.folder import ImageDataset
+from lightly_mim.data.folder import ImageDataset, ReplacementName
+from lightly_mim.data.loading import (
+    GlobalBatches,
+    KeyedDataset,
+    KeyedLoader,
+    collate,
+    default_num_workers,
+)
+from lightly_mim.data.named import NAMED_DATA, imagenette, open_named, solar_cells
 from lightly_mim.data.seeding import keyed_random_state, seed_from
+from lightly_mim.data.sources import TransformedDataset, open_data
 
 __all__ = [
+    "NAMED_DATA",
     "BrokenImageError",
+    "GlobalBatches",
     "ImageDataset",
+    "KeyedDataset",
+    "KeyedLoader",
+    "ReplacementName",
+    "TransformedDataset",
+    "collate",
     "decode_image",
+    "default_num_workers",
+    "imagenette",
     "keyed_random_state",
+    "open_data",
+    "open_named",
     "seed_from",
+    "solar_cells",
 ]

@@ -53,6 +53,20 @@ class ImageFiles(NamedTuple):
     classes: list[str]
 
 
+class ReplacementName(str):
+    """Name of a file that was read in place of one that cannot be used.
+
+    Attributes:
+        replaces:
+            Name of the file that cannot be used.
+        reason:
+            Why not.
+    """
+
+    replaces: str
+    reason: str
+
+
 class ImageDataset(Dataset[tuple[Any, int, str]]):
     """Reads the images below a folder.
 
@@ -79,8 +93,9 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         on_error:
             What a file does that cannot be used: "raise" an error that names it, or
             "skip", which yields another image in its place, drawn by torch's random
-            state (which `KeyedDataset` keys). The filename is then that of the other
-            image, and `KeyedLoader.unreadable` tells which files were replaced.
+            state (which `KeyedDataset` keys). Target and filename are then those of
+            the other image, the filename is a `ReplacementName`, and
+            `KeyedLoader.unreadable` collects which files were replaced, and why.
         min_size:
             Smallest (height, width) of an image; smaller ones cannot be used. None
             accepts all.
@@ -137,24 +152,24 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         return len(self.filenames)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
-        image, index = self._read_or_replace(index)
-        sample = image if self.transform is None else self.transform(image)
-        return sample, self.targets[index], self.filenames[index]
+        try:
+            return self._read(index)
+        except BrokenImageError as error:
+            if self.on_error == "raise":
+                raise
+            sample, target, filename = self._read_another()
+            name = ReplacementName(filename)
+            name.replaces, name.reason = self.filenames[index], str(error)
+            return sample, target, name
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers that are spawned decode for themselves.
         return self.__dict__ | {"_decoded": {}}
 
-    def _read_or_replace(self, index: int) -> tuple[Image | Tensor, int]:
-        try:
-            return self._read(index), index
-        except BrokenImageError:
-            if self.on_error == "raise":
-                raise
+    def _read_another(self) -> tuple[Any, int, str]:
         for _ in range(_MAX_DRAWS):
-            other = int(torch.randint(len(self), ()))
             try:
-                return self._read(other), other
+                return self._read(int(torch.randint(len(self), ())))
             except BrokenImageError as error:
                 last_error = error
         raise BrokenImageError(
@@ -163,7 +178,12 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
             last_error.path,
         )
 
-    def _read(self, index: int) -> Image | Tensor:
+    def _read(self, index: int) -> tuple[Any, int, str]:
+        image = self._decode(index)
+        sample = image if self.transform is None else self.transform(image)
+        return sample, self.targets[index], self.filenames[index]
+
+    def _decode(self, index: int) -> Image | Tensor:
         if index in self._decoded:
             return self._decoded[index]
         image = decode_image(

@@ -1,0 +1,210 @@
+"""What may be given as `data`: a folder, a name, or a data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightly_mim.data.folder import ImageDataset, OnError
+from lightly_mim.data.loading import Item, as_item
+from lightly_mim.data.named import NAMED_DATA, Split, open_named
+from lightly_mim.patches import Size
+
+Data = str | os.PathLike[str] | Dataset[Any]
+Transform = Callable[[Any], Any]
+
+
+class TransformedDataset(Dataset[Item]):
+    """Brings a data set from elsewhere, such as lightly's, into our form.
+
+    Yields (sample, target, filename). Samples that are still images (PIL images or
+    uint8 tensors with shape (channels, height, width)) are transformed; lists of views
+    and float tensors are left as they are, since the data set has its own transform.
+
+    Attributes:
+        dataset:
+            Data set of (sample, target, filename), (sample, target) or samples. What is
+            missing becomes target 0 and the index as filename, as in lightly.
+        transform:
+            Function from an image to a sample. None transforms nothing.
+        classes:
+            Names of the classes if the data set tells them, else empty.
+    """
+
+    def __init__(self, dataset: Dataset[Any], transform: Transform | None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        inner = getattr(dataset, "dataset", dataset)  # of a LightlyDataset or a Subset
+        classes = getattr(dataset, "classes", None) or getattr(inner, "classes", None)
+        self.classes: list[str] = [str(name) for name in classes or ()]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Item:
+        sample, target, filename = as_item(self.dataset[index], index)
+        is_image = isinstance(sample, Image) or (
+            isinstance(sample, Tensor) and sample.dtype == torch.uint8
+        )
+        if self.transform is not None and is_image:
+            sample = self.transform(sample)
+        return sample, target, filename
+
+
+def open_data(
+    data: Data,
+    val: Data | None = None,
+    *,
+    transform: Transform | None = None,
+    val_transform: Transform | None = None,
+    in_chans: int = 3,
+    on_error: OnError = "raise",
+    min_size: Size | None = None,
+    data_dir: str | os.PathLike[str] = "datasets",
+    download: bool = False,
+) -> tuple[Dataset[Item], Dataset[Item] | None]:
+    """Opens images for training and, if there are any, for validation.
+
+    Args:
+        data:
+            One of:
+
+            - a folder that holds train/ and val/, or train/ alone
+            - a folder of class folders, or of images; see `ImageDataset`
+            - a name: "imagenette", "imagenette-320", "imagenette-160" or "solar-cells"
+              (a folder of that name is written "./imagenette")
+            - a data set with a length, such as lightly's; see `TransformedDataset`
+        val:
+            Validation images: a folder of them, a name or a data set, instead of those
+            that come with `data`.
+        transform:
+            Function from an image to a sample; see `ImageDataset`.
+        val_transform:
+            The same for validation. None takes `transform`.
+        in_chans:
+            1 for grey, 3 for colour; see `ImageDataset`.
+        on_error:
+            What a broken file does, "raise" or "skip"; see `ImageDataset`.
+        min_size:
+            Smallest size of an image; see `ImageDataset`.
+        data_dir:
+            Where Imagenette lies, or is put by `download`.
+        download:
+            Fetch Imagenette if it is not there.
+
+    Returns:
+        Training and validation data sets of (sample, target, filename) with `classes`,
+        the names of the classes, empty if there are none. The second is None if there
+        are no validation images.
+
+    Raises:
+        ValueError: If there are no such images, if it is not clear which ones are for
+            training, or if training and validation have different classes.
+    """
+    train_source, val_source = _train_and_val(data)
+    if val is not None:
+        val_source = _val_only(val)
+
+    def open_split(source: Data, split: Split, transform: Transform | None) -> Any:
+        if not isinstance(source, str | os.PathLike):
+            return TransformedDataset(source, transform)
+        options: dict[str, Any] = {
+            "in_chans": in_chans,
+            "on_error": on_error,
+            "min_size": min_size,
+        }
+        if source in NAMED_DATA:
+            options |= {"data_dir": data_dir, "download": download}
+            return open_named(str(source), split, transform, **options)
+        return ImageDataset(source, transform, **options)
+
+    train = open_split(train_source, "train", transform)
+    if val_source is None:
+        return train, None
+    validation = open_split(val_source, "val", val_transform or transform)
+    _check_same_classes(train.classes, validation.classes)
+    return train, validation
+
+
+def _train_and_val(data: Data) -> tuple[Data, Data | None]:
+    """Returns where training and validation images come from."""
+    if not isinstance(data, str | os.PathLike):
+        return _check_dataset(data), None
+    if data in NAMED_DATA:
+        return data, data
+    root = _check_folder(data)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return root / "train", root / "val"
+    splits = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if splits == ["train"] and len(_folders(root)) == 1:
+        return root / "train", None
+    if splits and splits != ["test"]:
+        raise ValueError(
+            f"Which images of {root} are for training? It holds the folders "
+            f"{', '.join(_folders(root)[:10])}, but not both train and val. Give "
+            f'data="{root / splits[0]}", and val="..." for validation, or '
+            f'lightly_mim.data.ImageDataset("{root}") if these are classes.'
+        )
+    return root, None
+
+
+def _val_only(val: Data) -> Data:
+    if not isinstance(val, str | os.PathLike):
+        return _check_dataset(val)
+    if val in NAMED_DATA:
+        return val
+    root = _check_folder(val)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        raise ValueError(
+            f"val is a folder of validation images, but {root} holds train and val. "
+            f'Give val="{root / "val"}".'
+        )
+    return root
+
+
+def _check_folder(path: str | os.PathLike[str]) -> Path:
+    root = Path(path)
+    if root.is_dir():
+        return root
+    kind = "is a file" if root.exists() else "does not exist"
+    raise ValueError(
+        f"{root} {kind}. Give a folder of images, a data set, or one of these names: "
+        f"{', '.join(NAMED_DATA)}."
+    )
+
+
+def _check_dataset(dataset: Dataset[Any]) -> Dataset[Any]:
+    # Not isinstance(dataset, Dataset), which LightlyDataset is not.
+    if not (hasattr(dataset, "__len__") and hasattr(type(dataset), "__getitem__")):
+        raise ValueError(
+            f"A data set needs a length and items (__len__ and __getitem__), a "
+            f"{type(dataset).__name__} does not have both. Give such a data set, a "
+            f"folder of images, or one of these names: {', '.join(NAMED_DATA)}."
+        )
+    return dataset
+
+
+def _folders(root: Path) -> list[str]:
+    entries = (entry for entry in root.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+
+
+def _check_same_classes(train: list[str], val: list[str]) -> None:
+    """Refuses different classes, whose numbers would not mean the same."""
+    if not train or not val or train == val:
+        return
+    only_train = [name for name in train if name not in val]
+    only_val = [name for name in val if name not in train]
+    raise ValueError(
+        f"Training and validation images have different classes. Only in training: "
+        f"{', '.join(only_train) or 'none'}; only in validation: "
+        f"{', '.join(only_val) or 'none'}. Give both the same folders, or no class "
+        f"folders to one of them."
+    )
