@@ -1,9 +1,9 @@
 """From a file to a picture of 8 bits and a known number of channels.
 
-PIL decodes, and the transforms go on with uint8 tensors: for a photo of 512 x 341 pixels
-that was 1.3 times as fast as cropping and resizing with PIL (torchvision 0.29, whose
-own JPEG decoder is deprecated), and PIL images are what lightly's transforms take. The
-JPEG decoder's own scaling made the decoding of a 2560 x 1708 photo 3 times as fast.
+PIL decodes, and the transforms go on with uint8 tensors: for a photo of 512 x 341 that
+was 1.3 times as fast as cropping and resizing with PIL. torchvision's own JPEG decoder
+is deprecated as of 0.29, and PIL images are what lightly's transforms take. The JPEG
+decoder's own scaling made the decoding of a 2560 x 1708 photo 3 times as fast.
 """
 
 from __future__ import annotations
