@@ -501,6 +501,7 @@ def pretrain(
         trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    unreadable = images.unreadable()
     if trainer.is_global_zero:
         save_encoder(method.encoder, run.encoder)
         run.finish(
@@ -510,8 +511,15 @@ def pretrain(
                 "images_per_second": float(
                     trainer.callback_metrics["images_per_second"]
                 ),
+                "unreadable": unreadable,
             }
         )
+        if unreadable:
+            print(
+                f"{len(unreadable)} files could not be read, and others took their "
+                f"place (all of them in {run.marker}): "
+                + "; ".join(list(unreadable.values())[:5])
+            )
         print(
             f"Finished. The encoder is in {run.encoder}.\nEvaluate it: "
             f"lightly-mim evaluate --encoder {run.path} --data {data}",
@@ -579,6 +587,17 @@ class _Images(pl.LightningDataModule):
         images = normalize_images(images, encoder.mean, encoder.std)
         generator = Generator().manual_seed(seed_from(self.seed, "pictures"))
         return images, self.method.draw_mask(images, generator)
+
+    def unreadable(self) -> dict[str, str]:
+        """Returns the files that were replaced, on all devices, and why."""
+        trainer = self.trainer
+        assert trainer is not None
+        loader = trainer.train_dataloader
+        assert isinstance(loader, KeyedLoader)
+        parts: list[dict[str, str]] = [loader.unreadable] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(parts, loader.unreadable)
+        return {name: reason for part in parts for name, reason in part.items()}
 
     def train_dataloader(self) -> KeyedLoader:
         """Returns the training images, this rank's rows of each global batch."""

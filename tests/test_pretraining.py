@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightly_mim.checkpoints import read_encoder
+from lightly_mim.data import BrokenImageError
 from lightly_mim.methods import SimMIM
 from lightly_mim.pretraining import (
     NonFiniteLossError,
@@ -320,6 +322,40 @@ def test_pretrain__non_finite_loss_never_reaches_a_checkpoint(
     with pytest.raises(NonFiniteLossError, match="none was written yet"):
         run(out, photos, callbacks=[Poison(2)], log_every=100)
     assert not (out / "checkpoints" / "last.ckpt").exists()
+
+
+# Files that cannot be read.
+
+
+@pytest.fixture
+def damaged(photos: Path, tmp_path: Path) -> Path:
+    """The photos with one truncated and one empty file."""
+    root = tmp_path / "damaged"
+    shutil.copytree(photos, root)
+    whole = (root / "train" / "temple" / "03.jpg").read_bytes()
+    (root / "train" / "temple" / "03.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "flower" / "05.jpg").write_bytes(b"")
+    return root
+
+
+def test_pretrain__broken_file_is_named(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(BrokenImageError, match=r"temple/03.jpg|flower/05.jpg"):
+        run(tmp_path / "run", damaged)
+
+
+def test_pretrain__broken_files_are_replaced_and_reported(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", damaged, on_error="skip", num_workers=1)
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    assert finished["steps"] == 12
+    assert {Path(name).as_posix() for name in finished["unreadable"]} == {
+        "temple/03.jpg",
+        "flower/05.jpg",
+    }
+    assert "2 files could not be read" in capsys.readouterr().out
+    run(tmp_path / "again", damaged, on_error="skip", num_workers=0)
+    assert_same(weights(tmp_path / "again"), weights(tmp_path / "run"))
 
 
 # One process and several.
