@@ -1,0 +1,212 @@
+"""Pretrains an encoder on photographs of solar cells and evaluates it.
+
+`python benchmarks/solar_cells.py` needs neither a GPU nor a download: the images come
+with the package elpv-dataset. See `lightly_mim.data.named.solar_cells` for the split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from common import (
+    METHODS,
+    PRETRAINED,
+    Plan,
+    Run,
+    build_parser,
+    resuming,
+    run_script,
+    run_study,
+)
+
+from lightly_mim.data.named import solar_cells
+from lightly_mim.evaluation import Linear
+
+DATA = "solar-cells"
+
+# The encoder: a ViT, small enough for two cores.
+ENCODER = "vit_tiny_patch16_224"
+ENCODER_OPTIONS: dict[str, Any] = {
+    "patch_size": 12,  # 8 x 8 patches of 96 pixels
+    "embed_dim": 192,  # ViT-Ti's
+    "depth": 8,  # ViT-Ti has 12
+    "num_heads": 6,  # 32 values each
+}
+IMG_SIZE = 96  # of the 300 pixels of a photograph
+IN_CHANS = 1  # electroluminescence is grey
+
+# What differs between methods, by name. A method that is not listed keeps its defaults.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "SimMIM": {
+        "mask_patch_size": 24,  # 2 x 2 patches, the paper's ratio of 32 to 16
+        "mask_ratio": 0.6,  # the paper's
+    },
+}
+
+# The schedule. What is not listed is that of the method's first recipe, with warm-up
+# in proportion to the epochs.
+EPOCHS = 40
+BATCH_SIZE = 64
+LEARNING_RATE = 1e-3  # of a batch of 64; scaled in proportion for other batches
+WEIGHT_DECAY = 0.05  # the paper's
+MIN_SCALE = 0.67  # smallest share of a cell that a crop covers; the paper's
+
+# The evaluation, whose choices are made on training images.
+LAST_LAYERS = 4  # blocks to choose from: features are best some blocks before the end
+POOLS = ("mean",)  # SimMIM does not train the class token
+CROP_RATIO = 1.0  # the whole cell: defects lie at the margin, too
+LINEAR = Linear()
+
+# --quick shows that everything runs, in about a minute.
+QUICK_EPOCHS = 1
+QUICK_IMG_SIZE = 48
+QUICK_ENCODER_OPTIONS: dict[str, Any] = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+QUICK_LINEAR = Linear(learning_rates=(0.01, 0.1), epochs=10)
+QUICK_NOTE = (
+    "These are the numbers of --quick, which trains too little to mean a thing."
+)
+
+CREDIT = (
+    "The photographs are those of the elpv-dataset, from the Bavarian Center for "
+    "Applied Energy Research (ZAE Bayern): Buerhop-Lutz et al., A Benchmark for Visual "
+    "Identification of Defective Solar Cells in Electroluminescence Imagery, EU PVSEC "
+    "2018; Deitsch et al., Solar Energy 185, 2019; Deitsch et al., Machine Vision and "
+    "Applications 32, 2021. Licence CC-BY-NC-SA-4.0, also for pictures made from them: "
+    "credit, no commercial use, the same licence for what is derived."
+)
+MODULES = (
+    "The labels come without the module that a cell was cut from, so cells of one "
+    "module may lie on both sides of the split."
+)
+
+EPILOG = """\
+examples:
+  python benchmarks/solar_cells.py --quick              does it run? about a minute
+  python benchmarks/solar_cells.py                      one seed, in minutes
+  python benchmarks/solar_cells.py --seeds 0 1 2        the table of the README
+  python benchmarks/solar_cells.py --encoder swin_tiny_patch4_window7_224 \\
+      --img-size 224 --method-option mask_patch_size=32
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of this script."""
+    parser = build_parser(
+        "solar_cells.py",
+        "Pretrain an encoder on photographs of solar cells and compare it with the "
+        "same\nencoder at random initialisation and with raw pixels, by kNN and a "
+        "linear probe.\nNo download: the images come with the package elpv-dataset.",
+        EPILOG,
+        {
+            "out": "runs/solar-cells",
+            "encoder": f"{ENCODER} with {_words(ENCODER_OPTIONS)}",
+            "img_size": IMG_SIZE,
+            "epochs": EPOCHS,
+            "batch_size": BATCH_SIZE,
+            "lr": f"so that a batch of {BATCH_SIZE} has {LEARNING_RATE:g}",
+        },
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the shortest setting, about a minute: shows that everything runs, its "
+        "numbers mean nothing",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script.
+
+    Args:
+        argv:
+            The words after the script's name. None for those of the process.
+    """
+    run_script(parser(), _main, argv)
+
+
+def _main(arguments: argparse.Namespace, command: str) -> None:
+    num_train, num_test = len(solar_cells("train")), len(solar_cells("val"))
+    runs = run_study(
+        arguments,
+        DATA,
+        {name: _plan(name, arguments) for name in arguments.method},
+        last_layers=LAST_LAYERS,
+        evaluation={
+            "pools": POOLS,
+            "crop_ratio": CROP_RATIO,
+            "linear": QUICK_LINEAR if arguments.quick else LINEAR,
+        },
+        title=f"Solar cells: {num_train} training and {num_test} test images",
+        notes=[*([QUICK_NOTE] if arguments.quick else []), MODULES, CREDIT],
+        command=command,
+    )
+    if runs:
+        _say_interval(runs[0])
+        _say_next(arguments, command)
+
+
+def _plan(name: str, arguments: argparse.Namespace) -> Plan:
+    """Returns how to build and train a method, with what the options leave open."""
+    quick = arguments.quick
+    options: dict[str, Any] = {
+        "encoder": arguments.encoder or ENCODER,
+        "img_size": arguments.img_size or (QUICK_IMG_SIZE if quick else IMG_SIZE),
+        "in_chans": IN_CHANS,
+    }
+    if options["encoder"] == ENCODER:
+        options |= ENCODER_OPTIONS | (QUICK_ENCODER_OPTIONS if quick else {})
+    options |= METHOD_OPTIONS.get(name, {})
+    options |= dict(arguments.encoder_option) | dict(arguments.method_option)
+    method = METHODS[name]
+    # pretrain takes the rate for as many images as the recipe counts by.
+    default_lr = LEARNING_RATE * method.recipe().lr_batch_size / BATCH_SIZE
+    return Plan(
+        partial(method, **options),
+        {
+            "epochs": arguments.epochs or (QUICK_EPOCHS if quick else EPOCHS),
+            "batch_size": arguments.batch_size or BATCH_SIZE,
+            "lr": default_lr if arguments.lr is None else arguments.lr,
+            "weight_decay": WEIGHT_DECAY,
+            "min_scale": MIN_SCALE,
+        },
+    )
+
+
+def _say_interval(run: Run) -> None:
+    """Says how much of an accuracy is the draw of the test images."""
+    row = run.scores(PRETRAINED)["linear"]
+    deviation = math.sqrt(row["top1"] * (1 - row["top1"]) / row["num_test"])
+    half = (row["top1_high"] - row["top1_low"]) / 2
+    print(
+        f"\nWith {row['num_test']} test images, a single accuracy is uncertain by "
+        f"{100 * deviation:.1f} points (one standard deviation) or ±{100 * half:.1f} "
+        "points (95 %)."
+    )
+
+
+def _say_next(arguments: argparse.Namespace, command: str) -> None:
+    seed = arguments.seed[0]
+    if arguments.quick:
+        what, then = "the real thing, in minutes", "python benchmarks/solar_cells.py"
+    elif len(arguments.seed) == 1:
+        what = "two more seeds, for mean and spread"
+        seeds = [str(seed), str(seed + 1), str(seed + 2)]
+        then = resuming(command, "--seeds", *seeds)
+    else:
+        what = "the encoder in your own code or on your own images"
+        run = arguments.out / f"{arguments.method[0]}-seed{seed}"
+        then = f"lightly-mim evaluate --encoder {run} --data {DATA} --layers 0 2 4 6"
+    print(f"Next, {what}:\n  {then}")
+
+
+def _words(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import lightly_mim.data.named
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+# Smaller still than --quick.
+WORDS = (
+    "--quick --encoder-option patch_size=24 embed_dim=24 depth=2 num_heads=2 "
+    "--batch-size 256 --accelerator cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("solar_cells")
+
+
+def test_main__quick(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    script.main([*WORDS, "--out", str(out)])
+
+    output = capsys.readouterr().out
+    assert "1968 training and 656 test images" in output
+    assert "CC-BY-NC-SA-4.0" in output and "Buerhop" in output
+    assert "cells of one module may lie on both sides" in output
+    assert "points (95 %)" in output
+    picture = out / "SimMIM-seed0" / "reconstructions" / "epoch_0001.png"
+    assert f"SimMIM's reconstructions: {picture}\n" in output
+    assert picture.exists()
+    assert output.endswith(
+        "Next, the real thing, in minutes:\n  python benchmarks/solar_cells.py\n"
+    )
+    for label in ("SimMIM, pretrained", "random initialisation", "raw pixels"):
+        assert any(line.strip().startswith(label) for line in output.splitlines())
+
+    with (out / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert all(row["num_test"] == "656" for row in rows)
+    # Four classes, the most frequent of which has 37 % of the images.
+    assert all(float(row["top1"]) > 0.4 for row in rows)
+    config = yaml.safe_load((out / "SimMIM-seed0" / "config.yaml").read_text())
+    assert config["data"] == "solar-cells"
+    assert config["method"]["init_args"]["in_chans"] == 1
+
+
+def test_main__without_the_images(
+    script: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_spec: Any = lambda name: None  # noqa: E731
+    monkeypatch.setattr(lightly_mim.data.named.importlib.util, "find_spec", find_spec)
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--out", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    assert "pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def plan_of(script: ModuleType, *words: str) -> Any:
+    return script._plan("SimMIM", script.parser().parse_args(list(words)))
+
+
+def test_plan__constants(script: ModuleType) -> None:
+    plan = plan_of(script)
+    encoder = plan.build().encoder
+    assert encoder.name == script.ENCODER
+    assert encoder.in_chans == 1
+    assert encoder.img_size == (script.IMG_SIZE, script.IMG_SIZE)
+    assert encoder.embed_dim == script.ENCODER_OPTIONS["embed_dim"]
+    assert plan.pretraining["epochs"] == script.EPOCHS
+    # The rate that pretrain makes of it: per 512 images, by the batch.
+    rate = plan.pretraining["lr"] * script.BATCH_SIZE / 512
+    assert rate == pytest.approx(script.LEARNING_RATE)
+
+
+def test_plan__options_win(script: ModuleType) -> None:
+    plan = plan_of(
+        script,
+        *"--quick --epochs 3 --lr 0.5 --img-size 72 --batch-size 8".split(),
+        *"--encoder-option depth=1 --method-option mask_ratio=0.3".split(),
+    )
+    method = plan.build()
+    assert method.encoder.num_layers == 1
+    assert method.encoder.img_size == (72, 72)
+    assert method.init_args["mask_ratio"] == 0.3
+    assert plan.pretraining["epochs"] == 3
+    assert plan.pretraining["lr"] == 0.5
+    assert plan.pretraining["batch_size"] == 8
+
+
+def test_plan__another_encoder_without_the_options_of_the_default(
+    script: ModuleType,
+) -> None:
+    words = "--encoder deit_tiny_patch16_224 --encoder-option depth=1"
+    encoder = plan_of(script, *words.split()).build().encoder
+    assert encoder.options == {"depth": 1, "drop_path_rate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--quick", "  python benchmarks/solar_cells.py\n"),
+        (
+            "--out runs/demo --overwrite",
+            "  python benchmarks/solar_cells.py --out runs/demo --seeds 0 1 2 "
+            "--resume\n",
+        ),
+        (
+            "--seeds 0 1 2 --out a",
+            "  lightly-mim evaluate --encoder a/SimMIM-seed0 --data solar-cells",
+        ),
+    ],
+)
+def test_next_command(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    expected: str,
+) -> None:
+    arguments = script.parser().parse_args(words.split())
+    script._say_next(arguments, f"python benchmarks/solar_cells.py {words}")
+    assert expected in capsys.readouterr().out
