@@ -114,7 +114,10 @@ class Pretraining(pl.LightningModule):
         # global_step stands still while gradients accumulate; the batch index does not.
         key = (self.seed, "train", self.current_epoch, batch_idx)
         torch.manual_seed(seed_from(*key, "noise", self.global_rank))
-        output = self._forward(images, key)
+        rows = len(images)
+        output = self._forward(
+            images, key, rows * self.global_rank, rows * self.trainer.world_size
+        )
         loss = output.loss.detach()
         self._note_non_finite(loss)
         self._images_seen += len(images) * self.trainer.world_size
@@ -126,7 +129,18 @@ class Pretraining(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Computes the loss on masks that are the same in every epoch."""
         images = self._images(batch)
-        output = self._forward(images, (self.seed, "validation", batch_idx))
+        # The last batch need not be shared out evenly.
+        rows = [len(images)]
+        if self.trainer.world_size > 1:
+            gathered = self.all_gather(torch.tensor(rows, device=self.device))
+            assert isinstance(gathered, Tensor)
+            rows = gathered.flatten().tolist()
+        output = self._forward(
+            images,
+            (self.seed, "validation", batch_idx),
+            first_row=sum(rows[: self.global_rank]),
+            num_rows=sum(rows),
+        )
         self.log(
             "val_loss",
             output.loss,
@@ -137,13 +151,14 @@ class Pretraining(pl.LightningModule):
             batch_size=len(images),
         )
 
-    def _forward(self, images: Tensor, key: tuple[int | str, ...]) -> MIMOutput:
+    def _forward(
+        self, images: Tensor, key: tuple[int | str, ...], first_row: int, num_rows: int
+    ) -> MIMOutput:
+        """Draws the masks of the global batch and computes this rank's rows of it."""
         generator = Generator(images.device).manual_seed(seed_from(*key, "mask"))
-        # The whole global batch's masks, by shape alone, and of those this rank's rows.
-        rows = len(images)
-        everything = images[:1].expand(rows * self.trainer.world_size, -1, -1, -1)
-        mask = self.method.draw_mask(everything, generator)
-        mask = mask[self.global_rank * rows :][:rows]
+        global_batch = images[:1].expand(num_rows, -1, -1, -1)  # for its shape alone
+        mask = self.method.draw_mask(global_batch, generator)
+        mask = mask[first_row : first_row + len(images)]
         output: MIMOutput = self.method(images, mask, self.method.num_masked(images))
         return output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
@@ -17,7 +17,11 @@ from lightly_mim.data.loading import Item, as_item
 from lightly_mim.data.named import NAMED_DATA, Split, open_named
 from lightly_mim.patches import Size
 
-Data = str | os.PathLike[str] | Dataset[Any]
+if TYPE_CHECKING:
+    Data = str | os.PathLike[str] | Dataset[Any]
+else:
+    # What a command line can pass: its help would list every Dataset of PyTorch.
+    Data = str
 Transform = Callable[[Any], Any]
 
 

@@ -1,0 +1,93 @@
+"""Every code block of the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+# A day's work as it stands in the README, an instant's here.
+SHORTENED = [
+    (r"epochs=\d+", "epochs=1"),
+    (r"--epochs \d+", "--epochs 1"),
+    (r"batch_size=\d+", "batch_size=4"),
+    (r"--batch_size \d+", "--batch_size 4"),
+    (r"vit_small_patch16_224", "vit_tiny_patch16_224"),
+    (r"\(2, 384\)", "(2, 192)"),
+]
+
+
+def shortened(source: str) -> str:
+    for pattern, replacement in SHORTENED:
+        source = re.sub(pattern, replacement, source)
+    return source
+
+
+def blocks(language: str) -> list[CodeExample]:
+    return [example for example in find_examples(README) if example.prefix == language]
+
+
+@pytest.fixture
+def folder(photos: Path, tmp_path: Path) -> Path:
+    """Where a reader stands: images in photos/, an empty runs/."""
+    shutil.copytree(photos, tmp_path / "photos")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python(code: str, folder: Path) -> None:
+    run([sys.executable, "-c", shortened(code)], folder)
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_bash(code: str, folder: Path) -> None:
+    for line in shortened(code).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "make":
+            # `make check` runs these for real, the main job in its shortest setting.
+            planned = run([*words, "--dry-run", "-C", str(ROOT)], folder)
+            assert "benchmarks/solar_cells.py" in planned or "pytest" in planned
+        elif words[:2] == ["python", "benchmarks/solar_cells.py"]:
+            help_text = run([*words[:1], str(ROOT / words[1]), "--help"], folder)
+            for word in words[2:]:
+                if word.startswith("--"):
+                    assert word in help_text
+        else:
+            assert words[0] == "lightly-mim", f"no test runs {line!r}"
+            run(words, folder)
+
+
+def test_there_are_blocks() -> None:
+    assert len(blocks("python")) >= 4
+    assert len(blocks("bash")) >= 3
+    languages = {name for name, _ in BLOCK.findall(README.read_text())}
+    assert languages <= {"python", "bash", "text"}
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
