@@ -287,6 +287,7 @@ class Pretraining(pl.LightningModule):
                 on_step=False,
                 on_epoch=True,
                 batch_size=1,
+                rank_zero_only=True,
             )
 
     def on_train_epoch_start(self) -> None:
@@ -315,6 +316,7 @@ def pretrain(
     method: Callable[[], MaskedImageModel] | MaskedImageModel,
     *,
     val: Data | None = None,
+    validate: bool = True,
     recipe: str | Recipe | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -362,6 +364,9 @@ def pretrain(
         val:
             Images for the validation loss: a folder or a Dataset. By default the
             `val/` part of `data` if it has one; without either, nothing is validated.
+        validate:
+            False leaves validation images alone: pretraining then sees training images
+            only, where those of `val/` are for testing.
         recipe:
             Name of one of the method's published recipes, or a `Recipe`. By default
             the method's first recipe, with the encoder left as it was built. A recipe
@@ -462,7 +467,7 @@ def pretrain(
         method.encoder.set_grad_checkpointing()
     method.num_masked(torch.empty(1, 1, *method.encoder.img_size))  # checks the sizes
 
-    images = _Images(method, data, val, settings, num_workers, on_error, seed)
+    images = _Images(method, data, val, validate, settings, num_workers, on_error, seed)
     show_bar = sys.stdout.isatty() if progress is None else progress
     trainer = pl.Trainer(
         max_epochs=settings.epochs,
@@ -551,6 +556,7 @@ class _Images(pl.LightningDataModule):
         method: MaskedImageModel,
         data: Data,
         val: Data | None,
+        validate: bool,
         recipe: Recipe,
         num_workers: int | None,
         on_error: Literal["raise", "skip"],
@@ -572,6 +578,8 @@ class _Images(pl.LightningDataModule):
             on_error=on_error,
             min_size=method.masking.mask_patch_size,
         )
+        if not validate:
+            self.val = None
         num_images = len(self.train)  # type: ignore[arg-type]
         if not 0 < self.batch_size <= num_images:
             raise ValueError(
@@ -754,7 +762,7 @@ def _summary(
     height, width = encoder.img_size
     num_train = len(images.train)  # type: ignore[arg-type]
     if images.val is None:
-        validation = "no validation images (pass val to get a validation loss)"
+        validation = "no validation images (val=... gives a validation loss)"
     else:
         validation = f"{len(images.val)} validation images"  # type: ignore[arg-type]
     lr = recipe.lr * recipe.batch_size / recipe.lr_batch_size

@@ -24,6 +24,7 @@ from lightly_mim.files import atomic_write
 
 # Arguments that a resumed run may change: they do not change its numbers.
 _FREE_TO_CHANGE = {
+    "out",
     "resume",
     "overwrite",
     "num_workers",

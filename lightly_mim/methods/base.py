@@ -119,11 +119,11 @@ class MaskedImageModel(nn.Module):
             ValueError: If there is no such recipe.
         """
         if name is None:
-            name = next(iter(cls.recipes))
-        if name not in cls.recipes:
+            name = next(iter(cls.recipes), None)
+        if name is None or name not in cls.recipes:
             raise ValueError(
-                f"{cls.__name__} has no recipe {name!r}. It has: "
-                f"{', '.join(cls.recipes)}."
+                f"{cls.__name__} has no recipe {name or 'of its own'!r}. It has: "
+                f"{', '.join(cls.recipes) or 'none. Pass a Recipe as recipe'}."
             )
         return cls.recipes[name]
 
