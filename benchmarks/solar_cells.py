@@ -53,14 +53,14 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 
 # The schedule. What is not listed is that of the method's first recipe, with warm-up
 # in proportion to the epochs.
-EPOCHS = 40
+EPOCHS = 32
 BATCH_SIZE = 32  # small, for many steps: an epoch has 61
 LEARNING_RATE = 1e-3  # of a batch of 32; scaled in proportion for other batches
 WEIGHT_DECAY = 0.05  # the paper's
 MIN_SCALE = 0.67  # smallest share of a cell that a crop covers; the paper's
 
 # The evaluation, whose choices are made on training images.
-LAST_LAYERS = 4  # blocks to choose from: features are best some blocks before the end
+LAST_LAYERS = 6  # all blocks to choose from: not the last is best
 POOLS = ("mean",)  # SimMIM does not train the class token
 CROP_RATIO = 1.0  # the whole cell: defects lie at the margin, too
 LINEAR = Linear()
