@@ -2,15 +2,17 @@
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import evaluate
-from lightly_mim.methods import MaskedImageModel, MIMOutput, SimMIM
+from lightly_mim.methods import MAE, MaskedImageModel, MIMOutput, SimMIM
 from lightly_mim.optim import Recipe
 from lightly_mim.pretraining import Pretraining, pretrain
-from lightly_mim.transforms import EvalTransform, SimMIMTransform
+from lightly_mim.transforms import EvalTransform, MAETransform, SimMIMTransform
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAE",
     "EvalTransform",
+    "MAETransform",
     "MIMOutput",
     "MaskedEncoder",
     "MaskedImageModel",

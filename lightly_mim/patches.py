@@ -1,4 +1,4 @@
-"""Pixels <-> patches, for any number of channels and any aspect ratio.
+"""Pixels <-> patches, for any number of channels and any aspect ratio; positions.
 
 A patch is flattened row by row with the channels last, (height, width, channels), as
 in MAE's reference code and in `lightly.models.utils.patchify`, which serves square
@@ -10,8 +10,11 @@ N = h * w patches, K of them selected, D = p * q * C values each.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from lightly.models import utils
 from torch import Tensor
+from torch.nn import functional
 
 Size = int | tuple[int, int]
 
@@ -174,3 +177,38 @@ def scatter_patches(
     index = index[..., None].expand(-1, -1, pasted.shape[-1])
     pasted = pasted.scatter(1, index, patches.to(pasted.dtype))
     return unpatchify(pasted, patch_size, grid)
+
+
+def sincos_positions(
+    grid: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0
+) -> Tensor:
+    """Makes fixed 2-D sine-cosine positions for any aspect ratio.
+
+    The layout is that of MAE's reference code: sines and cosines of the column, then of
+    the row, and zeros for the prefix tokens.
+
+    Args:
+        grid:
+            How many patches lie along (height, width).
+        embed_dim:
+            Size of a token, a multiple of 4.
+        num_prefix_tokens:
+            Number of class and register tokens in front of the patch tokens.
+
+    Returns:
+        Float tensor with shape (num_prefix_tokens + height * width, embed_dim).
+
+    Raises:
+        ValueError: If the size of a token is no multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(
+            "Sine-cosine positions need an embed_dim that is a multiple of 4, got "
+            f"{embed_dim}."
+        )
+    rows, columns = np.indices(grid, dtype=np.float32)
+    patches = utils.get_2d_sine_cosine_positional_embedding_from_grid(
+        embed_dim, np.stack([columns, rows])
+    )
+    positions = torch.from_numpy(patches).float()
+    return functional.pad(positions, (0, 0, num_prefix_tokens, 0))

@@ -90,6 +90,55 @@ class Pixels:
         return prediction
 
 
+class PatchNormalizedPixels:
+    """Pixels minus the mean, over the standard deviation, of the patch they are in.
+
+    Mean and variance are those of all values of a patch, channels together. The
+    variance is unbiased and 1e-6 is added to it, as in MAE's reference code.
+
+    - [0]: MAE, 2021, https://arxiv.org/abs/2111.06377 (section 3, "Reconstruction
+      target", and table 1d)
+    """
+
+    def __call__(
+        self, images: Tensor, index: Tensor, patch_size: tuple[int, int]
+    ) -> Tensor:
+        """Returns the normalised pixels of the cells in float32, see `Target`."""
+        patches = gather_patches(images, index, patch_size).float()
+        mean, std = self.statistics(patches)
+        return (patches - mean) / std
+
+    def to_pixels(
+        self,
+        prediction: Tensor,
+        images: Tensor,
+        index: Tensor,
+        patch_size: tuple[int, int],
+    ) -> Tensor:
+        """Undoes the normalisation with the true statistics of the masked patches.
+
+        A picture made this way shows more than the model predicted: brightness and
+        contrast of each patch are the image's own.
+        """
+        patches = gather_patches(images, index, patch_size)
+        mean, std = self.statistics(patches.float())
+        return (prediction * std + mean).to(prediction.dtype)
+
+    @staticmethod
+    def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of each patch.
+
+        Args:
+            patches:
+                Float tensor with shape (batch_size, num_cells, dim).
+
+        Returns:
+            (mean, std), each with shape (batch_size, num_cells, 1).
+        """
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return mean, (variance + 1e-6).sqrt()
+
+
 class LocallyNormalizedPixels:
     """Pixels minus the mean, over the standard deviation, of the window around each.
 

@@ -24,7 +24,59 @@ from lightly_mim.patches import Size, to_pair
 Normalize = Mapping[str, Sequence[float]]
 
 
-class SimMIMTransform:
+class _CropAndFlip:
+    """A random resized crop, antialiased, and a random horizontal flip."""
+
+    def __init__(
+        self,
+        input_size: Size,
+        min_scale: float,
+        ratio: tuple[float, float],
+        normalize: Normalize | None,
+        interpolation: T.InterpolationMode,
+    ) -> None:
+        if not 0 < min_scale <= 1:
+            raise ValueError(f"min_scale must be in (0, 1], got {min_scale}.")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(
+                f"ratio is the smallest and the largest width / height of a crop, both "
+                f"above 0, got {ratio}."
+            )
+        self.input_size = to_pair(input_size, "input_size")
+        self.min_scale = min_scale
+        self.ratio = (ratio[0], ratio[1])
+        self.normalize = _check_normalize(normalize)
+        self.crop = T.RandomResizedCrop(
+            self.input_size,
+            scale=(min_scale, 1.0),
+            ratio=self.ratio,
+            interpolation=interpolation,
+            antialias=True,
+        )
+        self.flip = T.RandomHorizontalFlip()
+
+    def __call__(self, image: Image | Tensor) -> list[Tensor]:
+        """Returns a list of one view of the image."""
+        view = self.flip(self.crop(_to_uint8_tensor(image)))
+        return [_normalize(view, self.normalize)]
+
+    def decode_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the size from which a picture may be decoded without visible loss.
+
+        Args:
+            image_size:
+                (height, width) of the picture in its file.
+
+        Returns:
+            (height, width), never more than that of the file.
+        """
+        height, width = image_size
+        area = self.min_scale * height * width
+        smallest_crop = math.sqrt(area / self.ratio[1]), math.sqrt(area * self.ratio[0])
+        return _scaled_down(image_size, smallest_crop, self.input_size)
+
+
+class SimMIMTransform(_CropAndFlip):
     """Implements the view augmentation for SimMIM [0].
 
     Input to this transform:
@@ -38,8 +90,8 @@ class SimMIMTransform:
         - Random resized crop, bilinear with antialiasing
         - Random horizontal flip, probability 0.5
 
-    Differs from lightly's `MAETransform` in the scale and in the interpolation, which
-    is bicubic there. The defaults are those of SimMIM's `data/data_simmim.py`.
+    Differs from `MAETransform` in the scale and in the interpolation, which is bicubic
+    there. The defaults are those of SimMIM's `data/data_simmim.py`.
 
     - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886
 
@@ -66,45 +118,55 @@ class SimMIMTransform:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         normalize: Normalize | None = IMAGENET_NORMALIZE,
     ) -> None:
-        if not 0 < min_scale <= 1:
-            raise ValueError(f"min_scale must be in (0, 1], got {min_scale}.")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(
-                f"ratio is the smallest and the largest width / height of a crop, both "
-                f"above 0, got {ratio}."
-            )
-        self.input_size = to_pair(input_size, "input_size")
-        self.min_scale = min_scale
-        self.ratio = (ratio[0], ratio[1])
-        self.normalize = _check_normalize(normalize)
-        self.crop = T.RandomResizedCrop(
-            self.input_size,
-            scale=(min_scale, 1.0),
-            ratio=self.ratio,
-            interpolation=T.InterpolationMode.BILINEAR,
-            antialias=True,
-        )
-        self.flip = T.RandomHorizontalFlip()
+        bilinear = T.InterpolationMode.BILINEAR
+        super().__init__(input_size, min_scale, ratio, normalize, bilinear)
 
-    def __call__(self, image: Image | Tensor) -> list[Tensor]:
-        """Returns a list of one view of the image."""
-        view = self.flip(self.crop(_to_uint8_tensor(image)))
-        return [_normalize(view, self.normalize)]
 
-    def decode_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Returns the size from which a picture may be decoded without visible loss.
+class MAETransform(_CropAndFlip):
+    """Implements the view augmentation for MAE [0].
 
-        Args:
-            image_size:
-                (height, width) of the picture in its file.
+    Input to this transform:
+        PIL image of mode L or RGB, or uint8 tensor with shape (channels, height,
+        width).
 
-        Returns:
-            (height, width), never more than that of the file.
-        """
-        height, width = image_size
-        area = self.min_scale * height * width
-        smallest_crop = math.sqrt(area / self.ratio[1]), math.sqrt(area * self.ratio[0])
-        return _scaled_down(image_size, smallest_crop, self.input_size)
+    Output of this transform:
+        List of one tensor with shape (channels, height, width).
+
+    Applies the following augmentations:
+        - Random resized crop, bicubic with antialiasing
+        - Random horizontal flip, probability 0.5
+
+    The same views as lightly's `MAETransform`, which returns floats also with
+    `normalize=None`; here that gives uint8. The defaults are the paper's (appendix A.1)
+    and those of its reference code, `main_pretrain.py`.
+
+    - [0]: Masked Autoencoder, 2021, https://arxiv.org/abs/2111.06377
+
+    Attributes:
+        input_size:
+            (height, width) of the view in pixels.
+        min_scale:
+            Smallest area of the random crop, as a part of the picture's.
+        ratio:
+            Smallest and largest width / height of the random crop.
+        normalize:
+            Dictionary with "mean" and "std", one number per channel, for images in
+            [0, 1]; views are then float32. None gives uint8 views in 0..255.
+
+    Raises:
+        ValueError: If an argument is out of its range, and on a call with a picture
+            whose kind or number of channels does not fit.
+    """
+
+    def __init__(
+        self,
+        input_size: Size = 224,
+        min_scale: float = 0.2,
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        normalize: Normalize | None = IMAGENET_NORMALIZE,
+    ) -> None:
+        bicubic = T.InterpolationMode.BICUBIC
+        super().__init__(input_size, min_scale, ratio, normalize, bicubic)
 
 
 class EvalTransform:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightly.models import utils
+from lightly.models.utils import get_2d_sine_cosine_positional_embedding
 
 from lightly_mim.patches import (
     gather_patches,
     grid_size,
     patchify,
     scatter_patches,
+    sincos_positions,
     to_pair,
     unpatchify,
 )
@@ -72,3 +76,32 @@ def test_grid_size__names_both_sizes() -> None:
 def test_unpatchify__refuses_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="5 patches of 12 values"):
         unpatchify(torch.zeros(1, 5, 12), (2, 2), (2, 2))
+
+
+def test_sincos_positions__square_equals_lightly() -> None:
+    expected = get_2d_sine_cosine_positional_embedding(
+        embed_dim=32, grid_size=5, num_prefix_tokens=2
+    )
+    positions = sincos_positions((5, 5), 32, num_prefix_tokens=2)
+    torch.testing.assert_close(positions, torch.from_numpy(expected).float())
+
+
+def test_sincos_positions__non_square_equals_plain_loops() -> None:
+    height, width, dim = 2, 3, 16
+    expected = torch.zeros(height * width, dim, dtype=torch.float64)
+    for y in range(height):
+        for x in range(width):
+            for i in range(dim // 4):
+                frequency = 1 / 10000 ** (i / (dim // 4))
+                row = expected[y * width + x]
+                row[i] = math.sin(x * frequency)
+                row[dim // 4 + i] = math.cos(x * frequency)
+                row[dim // 2 + i] = math.sin(y * frequency)
+                row[3 * dim // 4 + i] = math.cos(y * frequency)
+    positions = sincos_positions((height, width), dim)
+    torch.testing.assert_close(positions, expected.float())
+
+
+def test_sincos_positions__refuses() -> None:
+    with pytest.raises(ValueError, match="multiple of 4, got 30"):
+        sincos_positions((2, 2), 30)

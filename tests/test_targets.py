@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightly.models import utils
 
 from lightly_mim.patches import gather_patches
-from lightly_mim.targets import LocallyNormalizedPixels, Pixels
+from lightly_mim.targets import LocallyNormalizedPixels, PatchNormalizedPixels, Pixels
 
 INDEX = torch.tensor([[0, 3, 5], [1, 2, 4]])
 
@@ -14,6 +15,49 @@ def test_pixels__are_the_pixels() -> None:
     expected = gather_patches(images, INDEX, (8, 8))
     assert torch.equal(Pixels()(images, INDEX, (8, 8)), expected)
     assert Pixels().to_pixels(expected, images, INDEX, (8, 8)) is expected
+
+
+def test_patch_normalized_pixels__equals_lightly() -> None:
+    images = 0.3 + 2 * torch.randn(2, 3, 24, 24)
+    patches = utils.normalize_mean_var(utils.patchify(images, 8))
+    expected = utils.get_at_index(patches, INDEX)
+    values = PatchNormalizedPixels()(images, INDEX, (8, 8))
+    torch.testing.assert_close(values, expected)
+
+
+def test_patch_normalized_pixels__equals_plain_loops() -> None:
+    images = torch.randn(2, 2, 8, 24)
+    values = PatchNormalizedPixels()(images, INDEX, (4, 8))
+    for b in range(2):
+        for k, cell in enumerate(INDEX[b].tolist()):
+            y, x = cell // 3 * 4, cell % 3 * 8
+            patch = images[b, :, y : y + 4, x : x + 8].permute(1, 2, 0).flatten()
+            variance = (patch - patch.mean()).square().sum() / (len(patch) - 1)
+            expected = (patch - patch.mean()) / (variance + 1e-6).sqrt()
+            torch.testing.assert_close(values[b, k], expected)
+
+
+def test_patch_normalized_pixels__round_trips() -> None:
+    images = torch.randn(2, 3, 16, 24)
+    target = PatchNormalizedPixels()
+    values = target(images, INDEX, (8, 8))
+    pixels = target.to_pixels(values, images, INDEX, (8, 8))
+    torch.testing.assert_close(pixels, gather_patches(images, INDEX, (8, 8)))
+
+
+def test_patch_normalized_pixels__flat_patch_stays_finite() -> None:
+    values = PatchNormalizedPixels()(torch.full((2, 3, 16, 24), 2.1), INDEX, (8, 8))
+    assert values.abs().max() < 1e-2
+
+
+def test_patch_normalized_pixels__half_precision_is_measured_in_float32() -> None:
+    images = torch.randn(2, 3, 16, 24).bfloat16()
+    target = PatchNormalizedPixels()
+    values = target(images, INDEX, (8, 8))
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, target(images.float(), INDEX, (8, 8)))
+    pixels = target.to_pixels(values.bfloat16(), images, INDEX, (8, 8))
+    assert pixels.dtype == torch.bfloat16
 
 
 def test_locally_normalized_pixels__equals_plain_loops() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightly.data import LightlyDataset
 from lightly.data.multi_view_collate import MultiViewCollate
-from lightly.transforms import MAETransform
+from lightly.transforms import MAETransform as LightlyMAETransform
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as torchvision_v1
 from torchvision.transforms import v2
 
-from lightly_mim.transforms import EvalTransform, SimMIMTransform
+from lightly_mim.transforms import EvalTransform, MAETransform, SimMIMTransform
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ class TestSimMIMTransform:
             theirs = _seeded(official, photo, seed)
             assert (ours.int() - theirs.int()).abs().max() <= 1
 
-    def test_call__is_bilinear_unlike_lightlys_mae(self, photo: Image.Image) -> None:
+    def test_call__is_bilinear_unlike_mae(self, photo: Image.Image) -> None:
         (ours,) = _seeded(SimMIMTransform(192), photo)
         (mae,) = _seeded(MAETransform(192, min_scale=0.67), photo)
         assert 0.02 < (ours - mae).abs().max() < 2
@@ -155,6 +155,54 @@ class TestSimMIMTransform:
         # The smallest crop, widest or tallest, keeps twice the input's pixels.
         area = 0.67 * height * width
         assert (area / (4 / 3)) ** 0.5 == pytest.approx(2 * 192, rel=1e-2)
+
+
+class TestMAETransform:
+    @pytest.mark.parametrize("size", [224, (96, 160)])
+    def test_call__equals_torchvision(self, photo: Image.Image, size) -> None:
+        theirs = v2.Compose(
+            [
+                v2.PILToTensor(),
+                v2.RandomResizedCrop(
+                    size,
+                    scale=(0.2, 1.0),
+                    interpolation=v2.InterpolationMode.BICUBIC,
+                    antialias=True,
+                ),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+        for seed in range(5):
+            (ours,) = _seeded(MAETransform(size, normalize=None), photo, seed)
+            assert ours.dtype == torch.uint8
+            assert torch.equal(ours, _seeded(theirs, photo, seed))
+
+    def test_call__close_to_lightlys(self, photo: Image.Image) -> None:
+        # lightly resizes the PIL image: the same filter with PIL's rounding, which in
+        # some crops moves a pixel in a thousand by more than one grey level.
+        std = torch.tensor(IMAGENET_NORMALIZE["std"])[:, None, None]
+        for seed in range(5):
+            (ours,) = _seeded(MAETransform(), photo, seed)
+            (theirs,) = _seeded(LightlyMAETransform(), photo, seed)
+            assert ours.dtype == theirs.dtype == torch.float32
+            difference = ((ours - theirs) * std * 255).abs()
+            assert difference.mean() < 0.25
+            assert (difference > 1.01).float().mean() < 0.002
+
+    @pytest.mark.parametrize(
+        "arguments", [{"input_size": 0}, {"min_scale": 1.1}, {"normalize": {}}]
+    )
+    def test_init__refuses(self, arguments: dict) -> None:
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            MAETransform(**arguments)
+
+    def test_decode_size(self) -> None:
+        # The smallest crop is smaller than SimMIM's: the picture is decoded larger.
+        assert MAETransform(64).decode_size((427, 640)) > (
+            SimMIMTransform(64).decode_size((427, 640))
+        )
+        height, width = MAETransform(64).decode_size((3000, 4000))
+        assert (0.2 * height * width / (4 / 3)) ** 0.5 == pytest.approx(128, rel=1e-2)
 
 
 class TestEvalTransform:

@@ -15,13 +15,25 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lightly_mim.encoders.base import MaskedEncoder, Pool, pool_tokens
+from lightly_mim.encoders.base import (
+    MaskedEncoder,
+    Pool,
+    choose_attention,
+    pool_tokens,
+)
 from lightly_mim.encoders.beit import MaskedBeit
 from lightly_mim.encoders.swin import MaskedSwin
-from lightly_mim.encoders.vit import MaskedViT, sincos_positions
-from lightly_mim.patches import Size, to_pair
+from lightly_mim.encoders.vit import MaskedViT
+from lightly_mim.patches import Size, sincos_positions, to_pair
 
-__all__ = ["Encoder", "MaskedEncoder", "Pool", "masked_encoder", "pool_tokens"]
+__all__ = [
+    "Encoder",
+    "MaskedEncoder",
+    "Pool",
+    "choose_attention",
+    "masked_encoder",
+    "pool_tokens",
+]
 
 if TYPE_CHECKING:
     Encoder = str | nn.Module

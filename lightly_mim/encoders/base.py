@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from lightly.models import utils
@@ -67,9 +67,13 @@ class MaskedEncoder(MaskedVisionTransformer):
             Per channel, what is subtracted from images with values in [0, 1].
         std:
             Per channel, what they are divided by afterwards.
+        can_drop_tokens:
+            Whether `encode_visible` and `idx_keep` work, which leave tokens out.
     """
 
     mask_token: nn.Parameter | None  # type: ignore[assignment]
+
+    can_drop_tokens: ClassVar[bool] = True
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
@@ -550,13 +554,7 @@ class MaskedEncoder(MaskedVisionTransformer):
         self.vit.set_grad_checkpointing(enable)
 
     def choose_attention(self, device: torch.device, bf16: bool) -> None:
-        """Chooses the kernel of the attention: PyTorch's fused one, except on CPUs.
-
-        In bfloat16 on a CPU with AMX the matrix products one by one took 22 ms where
-        the fused kernel took 104 (forward and backward, 64 x 6 heads of 65 tokens and
-        32 dimensions), and 19 where it took 43 (4 x 12 heads of 197 tokens and 64
-        dimensions). In float32 the fused kernel is as fast or faster there too. The
-        price is memory for the attention weights.
+        """Chooses the kernel of the attention, see the function of this name.
 
         Args:
             device:
@@ -564,10 +562,7 @@ class MaskedEncoder(MaskedVisionTransformer):
             bf16:
                 Whether it computes in bfloat16.
         """
-        fused = not (device.type == "cpu" and bf16)
-        for module in self.modules():
-            if hasattr(module, "fused_attn"):
-                setattr(module, "fused_attn", fused)  # noqa: B010, mypy knows tensors
+        choose_attention(self, device, bf16)
 
     def set_drop_path(self, rate: float) -> None:
         """Sets stochastic depth, which rises linearly over the blocks as in timm.
@@ -664,6 +659,29 @@ class MaskedEncoder(MaskedVisionTransformer):
                 f"{self.img_size[1]} pixels, got {size[0]} x {size[1]}. Resize the "
                 f"images or build it with img_size={size}."
             )
+
+
+def choose_attention(model: nn.Module, device: torch.device, bf16: bool) -> None:
+    """Chooses the kernel of the attention: PyTorch's fused one, except on CPUs.
+
+    In bfloat16 on a CPU with AMX the matrix products one by one took 22 ms where the
+    fused kernel took 104 (forward and backward, 64 x 6 heads of 65 tokens and 32
+    dimensions), and 19 where it took 43 (4 x 12 heads of 197 tokens and 64 dimensions).
+    In float32 the fused kernel is as fast or faster there too. The price is memory for
+    the attention weights.
+
+    Args:
+        model:
+            Anything with timm's attention in it.
+        device:
+            Where the model is going to run.
+        bf16:
+            Whether it computes in bfloat16.
+    """
+    fused = not (device.type == "cpu" and bf16)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", fused)  # noqa: B010, mypy knows tensors
 
 
 def pool_tokens(tokens: Tensor, num_prefix_tokens: int, pool: Pool = "mean") -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from lightly_mim.encoders.base import MaskedEncoder
@@ -23,6 +25,8 @@ class MaskedSwin(MaskedEncoder):
     Raises:
         ValueError: If the windows do not tile the model's images.
     """
+
+    can_drop_tokens: ClassVar[bool] = False
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)

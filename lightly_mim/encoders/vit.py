@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from lightly.models import utils
 from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
@@ -90,38 +88,3 @@ def _check_supported(vit: Any) -> None:
             "which masked image modelling does not train. Build the model with "
             "global_pool=''."
         )
-
-
-def sincos_positions(
-    grid: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0
-) -> Tensor:
-    """Makes fixed 2-D sine-cosine positions for any aspect ratio.
-
-    The layout is that of MAE's reference code: sines and cosines of the column, then of
-    the row, and zeros for the prefix tokens.
-
-    Args:
-        grid:
-            How many patches lie along (height, width).
-        embed_dim:
-            Size of a token, a multiple of 4.
-        num_prefix_tokens:
-            Number of class and register tokens in front of the patch tokens.
-
-    Returns:
-        Float tensor with shape (num_prefix_tokens + height * width, embed_dim).
-
-    Raises:
-        ValueError: If the size of a token is no multiple of 4.
-    """
-    if embed_dim % 4:
-        raise ValueError(
-            "Sine-cosine positions need an embed_dim that is a multiple of 4, got "
-            f"{embed_dim}."
-        )
-    rows, columns = np.indices(grid, dtype=np.float32)
-    patches = utils.get_2d_sine_cosine_positional_embedding_from_grid(
-        embed_dim, np.stack([columns, rows])
-    )
-    positions = torch.from_numpy(patches).float()
-    return functional.pad(positions, (0, 0, num_prefix_tokens, 0))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders import MaskedEncoder, choose_attention
 from lightly_mim.masking import RandomMasking, count_masked, expand_mask
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import scatter_patches
@@ -235,6 +235,26 @@ class MaskedImageModel(nn.Module):
         painted = scatter_patches(images, output.index, pixels, stride)
         masked = expand_mask(output.mask, _image_size(images))[:, None]
         return torch.where(masked, painted, images)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades compute for memory: blocks are run again in the backward pass.
+
+        Args:
+            enable:
+                Whether to do so.
+        """
+        self.encoder.set_grad_checkpointing(enable)
+
+    def choose_attention(self, device: torch.device, bf16: bool) -> None:
+        """Chooses the kernel of the attention, in the encoder and beyond.
+
+        Args:
+            device:
+                Where the method is going to run.
+            bf16:
+                Whether it computes in bfloat16.
+        """
+        choose_attention(self, device, bf16)
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters with several dimensions that do not decay."""

@@ -4,16 +4,15 @@ import copy
 import pickle
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
-from lightly.models.utils import get_2d_sine_cosine_positional_embedding
 from torch import Tensor
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.encoders.vit import MaskedViT, sincos_positions
+from lightly_mim.encoders.vit import MaskedViT
+from lightly_mim.patches import sincos_positions
 
 SIZE = (32, 48)
 TINY = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -402,34 +401,6 @@ class TestLightlysTraps:
         assert 0.015 < token.std().item() < 0.025
         encoder.add_mask_token()
         assert encoder.mask_token is token
-
-
-class TestSincos:
-    def test_square__lightly(self) -> None:
-        expected = get_2d_sine_cosine_positional_embedding(
-            embed_dim=32, grid_size=5, num_prefix_tokens=2
-        )
-        positions = sincos_positions((5, 5), 32, num_prefix_tokens=2)
-        torch.testing.assert_close(positions, torch.from_numpy(expected).float())
-
-    def test_non_square__loops(self) -> None:
-        height, width, dim = 2, 3, 16
-        expected = np.zeros((height * width, dim))
-        for y in range(height):
-            for x in range(width):
-                for i in range(dim // 4):
-                    frequency = 1 / 10000 ** (i / (dim // 4))
-                    row = expected[y * width + x]
-                    row[i] = np.sin(x * frequency)
-                    row[dim // 4 + i] = np.cos(x * frequency)
-                    row[dim // 2 + i] = np.sin(y * frequency)
-                    row[3 * dim // 4 + i] = np.cos(y * frequency)
-        positions = sincos_positions((height, width), dim)
-        torch.testing.assert_close(positions, torch.from_numpy(expected).float())
-
-    def test_odd_dim(self) -> None:
-        with pytest.raises(ValueError, match="multiple of 4, got 30"):
-            sincos_positions((2, 2), 30)
 
 
 class TestTraining:

@@ -1,0 +1,274 @@
+"""MAE: drop patches, encode the visible ones, decode the rest.
+
+- [0]: MAE, 2021, https://arxiv.org/abs/2111.06377
+
+Shapes: B images, P prefix tokens, V visible and K masked patches of (p, q) pixels and C
+channels, D = p * q * C values each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from lightly.models.modules.masked_vision_transformer_timm import init_weights
+from torch import Tensor, nn
+
+from lightly_mim.decoders import MAEDecoder
+from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
+from lightly_mim.losses import masked_loss
+from lightly_mim.masking import RandomMasking, expand_mask, mask_to_index
+from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.optim import Recipe
+from lightly_mim.patches import Size
+from lightly_mim.targets import PatchNormalizedPixels, Pixels
+from lightly_mim.transforms import MAETransform
+
+
+class MAE(MaskedImageModel):
+    """MAE, the masked autoencoder.
+
+    With `norm_pix`, `reconstruct` gives each masked patch its true mean and deviation,
+    which the model does not predict; without, it paints what the model predicts. The
+    visible patches are the image's own in both cases.
+
+    - [0]: MAE, 2021, https://arxiv.org/abs/2111.06377
+
+    Attributes:
+        encoder:
+            The encoder, which sees the visible patches alone.
+        decoder_embed:
+            One linear layer from the encoder's width to the decoder's.
+        decoder:
+            The transformer over visible tokens and mask tokens.
+        head:
+            One linear layer from a token to the pixels of its patch.
+
+    Args:
+        encoder:
+            timm name or timm module of a VisionTransformer or Beit, or a
+            `MaskedEncoder`. One that is built here by its name, and not pretrained, is
+            initialised as in the reference, with fixed sine-cosine positions if it has
+            absolute ones (`pos_embed="learned"` keeps timm's). Weights that come from
+            elsewhere are left as they are.
+        img_size:
+            Side of the images in pixels or (height, width). None for the encoder's own.
+        in_chans:
+            Number of image channels.
+        mask_patch_size:
+            Side in pixels, or (height, width), of the blocks that are masked as a
+            whole, a multiple of the encoder's patch size. None for single patches
+            (section 3).
+        mask_ratio:
+            Share of blocks that is masked (section 3: 0.75).
+        norm_pix:
+            Whether the target is normalised in each patch (section 3; table 1d: better
+            features) or is the normalised image itself.
+        decoder_dim:
+            Width of the decoder (table 1b: 512), a multiple of 4 and of its heads.
+        decoder_depth:
+            Number of the decoder's blocks (table 1a: 8).
+        decoder_num_heads:
+            Number of the decoder's attention heads (reference code: 16).
+        encoder_options:
+            Further options of the encoder: see `lightly_mim.encoders.masked_encoder`.
+
+    Raises:
+        ValueError: If an argument is out of range or the encoder is not supported.
+
+    Examples:
+        >>> model = MAE("vit_tiny_patch16_224", img_size=64)
+        >>> model(torch.randn(2, 3, 64, 64)).prediction.shape
+        torch.Size([2, 12, 768])
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        img_size: Size | None = None,
+        in_chans: int = 3,
+        mask_patch_size: Size | None = None,
+        mask_ratio: float = 0.75,
+        norm_pix: bool = True,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        **encoder_options: Any,
+    ) -> None:
+        super().__init__()
+        self.encoder: MaskedEncoder = masked_encoder(
+            encoder, img_size=img_size, in_chans=in_chans, **encoder_options
+        )
+        _check_encoder(self.encoder)
+        if isinstance(encoder, str) and not encoder_options.get("pretrained"):
+            _initialize_encoder(self.encoder, **encoder_options)
+        patch_size = self.encoder.patch_size
+        self.masking = RandomMasking(
+            patch_size if mask_patch_size is None else mask_patch_size, mask_ratio
+        )
+        _check_mask_patch_size(self.masking.mask_patch_size, patch_size)
+        self.target = PatchNormalizedPixels() if norm_pix else Pixels()
+        self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
+        self.decoder = MAEDecoder(
+            self.encoder.grid,
+            decoder_dim,
+            decoder_depth,
+            decoder_num_heads,
+            self.encoder.num_prefix_tokens,
+        )
+        self.head = nn.Linear(
+            decoder_dim, math.prod(patch_size) * self.encoder.in_chans
+        )
+        for part in (self.decoder_embed, self.decoder, self.head):
+            part.apply(init_weights)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        num_masked: int | None = None,
+    ) -> MIMOutput:
+        """Computes the loss of a batch, see `MaskedImageModel.forward`."""
+        # Section 3: masking, and the encoder on the visible patches.
+        mask, num_masked = self.prepare_mask(images, mask, num_masked)
+        tokens = self.encoder.encode_visible(images, mask, num_masked)
+
+        # The decoder on all of them, the head on the masked ones.
+        grid = self.encoder.input_grid(images)
+        num_prefix = self.encoder.num_prefix_tokens
+        idx_keep, idx_mask = mask_to_index(
+            expand_mask(mask, grid),
+            num_masked * math.prod(grid) // mask[0].numel(),
+            num_prefix,
+        )
+        tokens = self.decoder_embed(tokens)
+        tokens = self.decoder.decode_masked(tokens, idx_keep, idx_mask, grid)
+        prediction = self.head(tokens)
+
+        # Reconstruction target: squared error on the masked patches. Each image has as
+        # many of them: the mean of all values is the mean over patches of the mean
+        # in each.
+        index = idx_mask - num_prefix
+        target = self.target(images, index, self.encoder.patch_size)
+        loss = masked_loss(prediction, target, loss="l2")
+        return MIMOutput(loss, prediction, target, index, None, mask)
+
+    def transform(
+        self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
+    ) -> MAETransform:
+        """Returns the paper's augmentation at the encoder's image size.
+
+        Args:
+            normalize:
+                Mean and standard deviation per channel, None for uint8 images.
+            options:
+                Further arguments of `MAETransform`.
+        """
+        return MAETransform(
+            input_size=self.encoder.img_size, normalize=normalize, **options
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Runs the blocks of encoder and decoder again in the backward pass.
+
+        Args:
+            enable:
+                Whether to do so.
+        """
+        super().set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of parameters with several dimensions that do not decay.
+
+        As in the reference, class, register and mask tokens decay.
+        """
+        tokens = {"encoder.vit.cls_token", "encoder.vit.reg_token"}
+        return super().no_weight_decay() - tokens
+
+
+def _check_encoder(encoder: MaskedEncoder) -> None:
+    name = encoder.name or type(encoder.vit).__name__
+    if not encoder.can_drop_tokens:
+        raise ValueError(
+            f"MAE encodes the visible patches alone, and {name} needs all of them: its "
+            "windows and patch merging take the full grid. Use a VisionTransformer or "
+            "Beit, or SimMIM, which puts mask tokens in place of masked patches."
+        )
+    if encoder.mask_token is not None:
+        raise ValueError(
+            f"{name} has a mask token, which MAE's encoder never sees and which would "
+            "stay without a gradient. Set encoder.mask_token = None first."
+        )
+
+
+def _check_mask_patch_size(
+    mask_patch_size: tuple[int, int], patch_size: tuple[int, int]
+) -> None:
+    if mask_patch_size[0] % patch_size[0] or mask_patch_size[1] % patch_size[1]:
+        raise ValueError(
+            "MAE masks whole patches of the encoder: mask_patch_size is a multiple of "
+            f"{patch_size[0]} x {patch_size[1]}, got {mask_patch_size[0]} x "
+            f"{mask_patch_size[1]}."
+        )
+
+
+def _initialize_encoder(
+    encoder: MaskedEncoder, pos_embed: str | None = None, **_: Any
+) -> None:
+    """Draws the weights as the reference does.
+
+    Linear layers, and the patch embedding as one, are Xavier uniform (appendix A.1),
+    tokens normal with deviation 0.02. The bias of the patch embedding, a convolution,
+    keeps PyTorch's default there, too.
+    """
+    encoder.apply(init_weights)
+    with torch.no_grad():
+        nn.init.xavier_uniform_(encoder.vit.patch_embed.proj.weight.flatten(1))
+    for name in ("cls_token", "reg_token"):
+        token = getattr(encoder.vit, name, None)
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    if pos_embed is None and getattr(encoder.vit, "pos_embed", None) is not None:
+        masked_encoder(encoder, pos_embed="sincos")
+
+
+# Appendix A.1, table 8 of the paper. Rates are per 256 images.
+_BASE = Recipe(
+    source="MAE, appendix A.1, table 8, and table 3 (1600 epochs)",
+    encoder="vit_base_patch16_224",
+    img_size=224,
+    epochs=1600,
+    batch_size=4096,
+    lr=1.5e-4,
+    lr_batch_size=256,
+    warmup_epochs=40,
+    schedule="cosine",
+    cosine_from_warmup=True,
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    drop_path=0.0,
+    min_scale=0.2,
+)
+# Figure 7: shorter runs of ViT-L have the same schedule and warm-up. For ViT-B and
+# ViT-H the paper has no shorter runs; these do the same.
+_SHORTER = "MAE, appendix A.1, table 8, and figure 7 (shorter schedules)"
+_ENCODERS = {
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+    "vit_huge": "vit_huge_patch14_224",
+}
+
+MAE.recipes = {
+    f"{name}_{epochs}ep": dataclasses.replace(
+        _BASE,
+        encoder=encoder,
+        epochs=epochs,
+        source=_BASE.source if epochs == _BASE.epochs else _SHORTER,
+    )
+    for epochs in (1600, 800, 400)
+    for name, encoder in _ENCODERS.items()
+}
