@@ -602,8 +602,11 @@ class _Images(pl.LightningDataModule):
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Returns a few images, normalised, and their masks: the same in every run."""
         dataset = self.val if self.val is not None else self.train
-        count = min(NUM_PICTURES, len(dataset))  # type: ignore[arg-type]
-        loader = self._loader(Subset(dataset, range(count)), count, num_workers=0)
+        num_images = len(dataset)  # type: ignore[arg-type]
+        count = min(NUM_PICTURES, num_images)
+        # From all over the data set: neighbours are of one class.
+        spread = [number * num_images // count for number in range(count)]
+        loader = self._loader(Subset(dataset, spread), count, num_workers=0)
         images = next(iter(loader))[0]
         images = images[0] if isinstance(images, list) else images
         encoder = self.method.encoder

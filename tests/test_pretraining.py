@@ -233,6 +233,17 @@ def test_pretrain__recipe_sets_drop_path(photos: Path, tmp_path: Path) -> None:
     assert rates == [pytest.approx(0.1)]
 
 
+@pytest.mark.slow
+def test_pretrain__compiled_run_is_the_run(photos: Path, tmp_path: Path) -> None:
+    for compile in (False, True):
+        out = tmp_path / str(compile)
+        run(out, photos, method=lambda: SimMIM(**TINY_VIT), compile=compile)
+    plain, compiled = weights(tmp_path / "False"), weights(tmp_path / "True")
+    assert compiled.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 # Bad input. Nothing is written.
 
 
