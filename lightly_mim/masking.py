@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -20,13 +21,8 @@ from torch import Generator, Tensor
 from lightly_mim.patches import Size, grid_size, to_pair
 
 
-class RandomMasking:
-    """Masks blocks of pixels, each as likely as the other.
-
-    - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886 (section 3.2: blocks of 32
-      pixels whatever the encoder's patch size, ratio 0.6)
-    - [1]: MAE, 2021, https://arxiv.org/abs/2111.06377 (section 3: single patches of 16
-      pixels, ratio 0.75)
+class Masking:
+    """What every way to choose the masked blocks of pixels has in common.
 
     Attributes:
         mask_patch_size:
@@ -47,9 +43,8 @@ class RandomMasking:
         self.ratio = ratio
 
     def __repr__(self) -> str:
-        return (
-            f"RandomMasking(mask_patch_size={self.mask_patch_size}, ratio={self.ratio})"
-        )
+        name = type(self).__name__
+        return f"{name}(mask_patch_size={self.mask_patch_size}, ratio={self.ratio})"
 
     def count(self, height: int, width: int) -> int:
         """Returns how many of height * width blocks are masked: ceil(n * ratio).
@@ -113,10 +108,184 @@ class RandomMasking:
             ValueError: If the blocks do not tile the image.
         """
         h, w = self.grid(image_size)
-        noise = torch.rand(batch_size, h * w, device=device, generator=generator)
-        chosen = noise.argsort(dim=1)[:, : self.count(h, w)]
-        mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, chosen, True)
+        order = self._rank((batch_size, h, w), device, generator).flatten(1)
+        chosen = order.argsort(dim=1, stable=True)[:, : self.count(h, w)]
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, chosen, True)
         return mask.view(batch_size, h, w)
+
+    def _rank(
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device | str | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        """Says in which order blocks are masked.
+
+        Args:
+            shape:
+                (batch_size, mask_height, mask_width).
+            device:
+                Where the masks are made.
+            generator:
+                Source of the random numbers.
+
+        Returns:
+            Tensor with that shape. The lowest numbers are masked, the first in raster
+            order among equal ones.
+        """
+        raise NotImplementedError
+
+
+class RandomMasking(Masking):
+    """Masks blocks of pixels, each as likely as the other.
+
+    - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886 (section 3.2: blocks of 32
+      pixels whatever the encoder's patch size, ratio 0.6)
+    - [1]: MAE, 2021, https://arxiv.org/abs/2111.06377 (section 3: single patches of 16
+      pixels, ratio 0.75)
+
+    Attributes:
+        mask_patch_size:
+            (height, width) in pixels of the blocks that are masked as a whole.
+        ratio:
+            Share of blocks that is masked, strictly between 0 and 1.
+
+    Raises:
+        ValueError: If the block size or the ratio is out of range.
+    """
+
+    def _rank(
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device | str | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        return torch.rand(shape, device=device, generator=generator)
+
+
+class BlockMasking(Masking):
+    """Masks large rectangles, one after the other, until the count is reached.
+
+    As in BEiT's algorithm 1, a rectangle has 16 or more patches and an aspect ratio
+    between 0.3 and 1 / 0.3. All rectangles of all images are drawn at once, which makes
+    two differences: their size does not depend on what is masked already, and the last
+    one is cut off at the bottom to meet the count. Should 64 rectangles not reach it,
+    the rest is masked from the top of the image.
+
+    - [0]: MAE, 2021, https://arxiv.org/abs/2111.06377 (figure 6 and table 1f)
+    - [1]: BEiT, 2021, https://arxiv.org/abs/2106.08254 (algorithm 1)
+
+    Attributes:
+        mask_patch_size:
+            (height, width) in pixels of a patch.
+        ratio:
+            Share of patches that is masked, strictly between 0 and 1.
+
+    Raises:
+        ValueError: If the patch size or the ratio is out of range.
+    """
+
+    num_rectangles: ClassVar[int] = 64
+    min_area: ClassVar[int] = 16
+    min_aspect: ClassVar[float] = 0.3
+
+    def _rank(
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device | str | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        batch_size, h, w = shape
+        # (4, B, R, 1), R rectangles in each image.
+        uniform = torch.rand(
+            (4, batch_size, self.num_rectangles, 1), device=device, generator=generator
+        )
+        count = self.count(h, w)
+        smallest = min(self.min_area, count)
+        area = smallest + (count - smallest) * uniform[0]
+        # The logarithm is uniform: as many wide rectangles as tall ones.
+        aspect = self.min_aspect ** (1 - 2 * uniform[1])
+        rows = _within(h, (area * aspect).sqrt(), uniform[2])  # (B, R, h)
+        columns = _within(w, (area / aspect).sqrt(), uniform[3])  # (B, R, w)
+        # (B, R, h, w): the number of the rectangle where it lies, R elsewhere.
+        number = torch.arange(self.num_rectangles, device=device)[:, None, None]
+        inside = rows[..., :, None] & columns[..., None, :]
+        return torch.where(inside, number, self.num_rectangles).amin(dim=1)
+
+
+class GridMasking(Masking):
+    """Keeps one of every four patches, at the same place in each 2 x 2 of them.
+
+    The place is drawn for each image, each of the four as likely, so that every
+    position is trained; MAE does not say which one it keeps.
+
+    - [0]: MAE, 2021, https://arxiv.org/abs/2111.06377 (figure 6 and table 1f)
+
+    Attributes:
+        mask_patch_size:
+            (height, width) in pixels of a patch.
+        ratio:
+            Share of patches that is masked: 0.75.
+
+    Raises:
+        ValueError: If the patch size is out of range or the ratio is not 0.75.
+    """
+
+    def __init__(self, mask_patch_size: Size = 16, ratio: float = 0.75) -> None:
+        super().__init__(mask_patch_size, ratio)
+        if ratio != 0.75:
+            raise ValueError(
+                "A grid keeps one of every four patches, which is a mask ratio of "
+                f"0.75, got {ratio}."
+            )
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns how many patches lie along (height, width) of an image.
+
+        Raises:
+            ValueError: If the patches, or 2 x 2 of them, do not tile the image.
+        """
+        h, w = super().grid(image_size)
+        if h % 2 or w % 2:
+            raise ValueError(
+                "A grid keeps one of 2 x 2 patches: an image has an even number of "
+                f"patches along its height and its width, got {h} x {w}."
+            )
+        return h, w
+
+    def _rank(
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device | str | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        batch_size, h, w = shape
+        place = torch.randint(4, (batch_size, 1, 1), device=device, generator=generator)
+        rows = torch.arange(h, device=device)[:, None] % 2
+        columns = torch.arange(w, device=device) % 2
+        kept = rows * 2 + columns == place
+        return kept.to(torch.uint8)
+
+
+def _within(length: int, size: Tensor, uniform: Tensor) -> Tensor:
+    """Places intervals on a line of cells.
+
+    Args:
+        length:
+            Number of cells.
+        size:
+            Float tensor with shape (..., 1), how many cells to cover: rounded, at least
+            one, at most all.
+        uniform:
+            Tensor with that shape and values in [0, 1), where to begin.
+
+    Returns:
+        Bool tensor with shape (..., length), True where an interval covers a cell.
+    """
+    size = size.round().clamp(1, length)
+    start = (uniform * (length - size + 1)).floor()
+    cell = torch.arange(length, device=size.device)
+    return (cell >= start) & (cell < start + size)
 
 
 def count_masked(mask: Tensor) -> int:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lightly.models import utils
 
 from lightly_mim.masking import (
+    BlockMasking,
+    GridMasking,
     RandomMasking,
     count_masked,
     expand_mask,
@@ -79,6 +81,87 @@ def test_random_masking__generator_decides() -> None:
     ]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 20), st.integers(2, 20), percent, st.integers(0, 2**31))
+def test_block_masking__counts_are_exact(h: int, w: int, share: int, seed: int) -> None:
+    masking = BlockMasking((8, 4), share / 100)
+    assume(0 < -(-h * w * share // 100) < h * w)
+    generator = torch.Generator().manual_seed(seed)
+    mask = masking(3, (h * 8, w * 4), generator=generator)
+    assert mask.shape == (3, h, w)
+    assert count_masked(mask) == masking.count(h, w)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_block_masking__equals_plain_loops(ratio: float) -> None:
+    # The same random numbers, rectangle by rectangle.
+    masking = BlockMasking(16, ratio)
+    masks = masking(5, (224, 160), generator=torch.Generator().manual_seed(3))
+    h, w, count = 14, 10, masking.count(14, 10)
+    uniform = torch.rand(4, 5, 64, 1, generator=torch.Generator().manual_seed(3))
+    for b in range(5):
+        chosen: list[tuple[int, int]] = []
+        for r in range(64):
+            size, shape, top, left = uniform[:, b, r, 0].tolist()
+            area = 16 + (count - 16) * size
+            aspect = math.exp(math.log(0.3) * (1 - 2 * shape))
+            assert 16 <= area <= count
+            assert 0.3 <= aspect <= 1 / 0.3 + 1e-6
+            height = min(max(round(math.sqrt(area * aspect)), 1), h)
+            width = min(max(round(math.sqrt(area / aspect)), 1), w)
+            y0, x0 = int(top * (h - height + 1)), int(left * (w - width + 1))
+            for y in range(y0, y0 + height):
+                for x in range(x0, x0 + width):
+                    if (y, x) not in chosen and len(chosen) < count:
+                        chosen.append((y, x))
+        assert masks[b].nonzero().tolist() == [list(place) for place in sorted(chosen)]
+
+
+def test_block_masking__masks_neighbours_together() -> None:
+    def borders(masking: RandomMasking | BlockMasking) -> float:
+        mask = masking(500, (224, 224), generator=torch.Generator().manual_seed(0))
+        return (mask[:, 1:] != mask[:, :-1]).float().mean().item()
+
+    # Of neighbours in a random mask, 2 * 0.5 * 0.5 differ.
+    assert borders(RandomMasking(16, 0.5)) == pytest.approx(0.5, abs=0.01)
+    assert borders(BlockMasking(16, 0.5)) < 0.15
+
+
+def test_grid_masking__keeps_one_of_four() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = GridMasking((8, 4))(4000, (32, 24), generator=generator)
+    assert mask.shape == (4000, 4, 6)
+    assert count_masked(mask) == 18
+    cells = (~mask).view(4000, 2, 2, 3, 2).permute(0, 1, 3, 2, 4).flatten(3)
+    assert (cells.sum(dim=-1) == 1).all()
+    assert (cells == cells[:, :1, :1]).all()  # the same place everywhere
+    share = cells[:, 0, 0].float().mean(dim=0)
+    # One of 4; the standard error of a share is 0.0068.
+    assert (share - 0.25).abs().max() < 5 * 0.0068
+
+
+def test_grid_masking__refuses() -> None:
+    with pytest.raises(ValueError, match=r"0\.75, got 0\.5"):
+        GridMasking(16, 0.5)
+    with pytest.raises(ValueError, match="even number of patches.*got 3 x 4"):
+        GridMasking(16)(1, (48, 64))
+    with pytest.raises(ValueError, match="does not divide"):
+        GridMasking(16)(1, (40, 64))
+
+
+@pytest.mark.parametrize("masking", [BlockMasking(8, 0.5), GridMasking(8)])
+def test_other_maskings__generator_decides(
+    masking: BlockMasking | GridMasking,
+) -> None:
+    masks = [
+        masking(8, (64, 64), generator=torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert repr(masking).startswith(f"{type(masking).__name__}(mask_patch_size=(8, 8)")
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.1])

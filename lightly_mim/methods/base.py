@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightly_mim.encoders import MaskedEncoder, choose_attention
-from lightly_mim.masking import RandomMasking, count_masked, expand_mask
+from lightly_mim.masking import Masking, count_masked, expand_mask
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import scatter_patches
 from lightly_mim.targets import Target
@@ -68,7 +68,7 @@ class MaskedImageModel(nn.Module):
     recipes: ClassVar[Mapping[str, Recipe]] = {}
 
     encoder: MaskedEncoder
-    masking: RandomMasking
+    masking: Masking
     target: Target
     init_args: dict[str, Any]
 

@@ -22,7 +22,13 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 
 from lightly_mim.checkpoints import read_encoder
 from lightly_mim.encoders import masked_encoder
-from lightly_mim.masking import expand_mask
+from lightly_mim.masking import (
+    BlockMasking,
+    GridMasking,
+    Masking,
+    RandomMasking,
+    expand_mask,
+)
 from lightly_mim.methods import MAE
 from lightly_mim.optim import build_optimizer
 from lightly_mim.patches import sincos_positions
@@ -62,6 +68,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "reg_tokens": 7,
     },
     "blocks of 1 x 2 patches": {**VIT, "mask_patch_size": (16, 32), "mask_ratio": 0.5},
+    "large rectangles": {**VIT, "patch_size": 8, "sampling": "block"},
+    "grid": {**VIT, "sampling": "grid"},
     "Beit": BEIT,
     "Beit, shared table": {
         **BEIT,
@@ -242,6 +250,14 @@ def test_loss_and_gradients__equal_plain_loops(layout: str, norm_pix: bool) -> N
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=0)
     output.loss.backward()
     assert_gradients_equal(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "masking"),
+    [("random", RandomMasking), ("block", BlockMasking), ("grid", GridMasking)],
+)
+def test_sampling(sampling: Any, masking: type[Masking]) -> None:
+    assert type(MAE(**VIT, sampling=sampling).masking) is masking
 
 
 # What comes out.
@@ -592,6 +608,8 @@ def test_from_recipe__builds_the_encoder(name: str, encoder: str) -> None:
         ({"mask_patch_size": 0}, "mask_patch_size"),
         ({"mask_patch_size": 24}, "multiple of 16 x 16, got 24 x 24"),
         ({"mask_patch_size": 8}, "multiple of 16 x 16, got 8 x 8"),
+        ({"sampling": "checkers"}, "'random', 'block', 'grid'.*'checkers'"),
+        ({"sampling": "grid", "mask_ratio": 0.5}, r"0\.75, got 0\.5"),
         ({"decoder_depth": 0}, "at least 1 block"),
         ({"decoder_num_heads": 5}, "multiple of its number of heads, got 24 and 5"),
         ({"decoder_num_heads": 0}, "multiple of its number of heads, got 24 and 0"),
