@@ -4,8 +4,10 @@ import pytest
 import torch
 from lightly.models.modules import MaskedVisionTransformerDecoderTIMM
 from lightly.models.utils import get_at_index, repeat_token, set_at_index
+from torch import Tensor, nn
+from torch.nn import functional
 
-from lightly_mim.decoders import MAEDecoder
+from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
 from lightly_mim.masking import RandomMasking, mask_to_index
 from lightly_mim.patches import sincos_positions
 
@@ -68,3 +70,71 @@ def test_decode_masked__resamples_positions_to_other_grids() -> None:
 def test_decoder__refuses(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MAEDecoder(*arguments)
+    with pytest.raises(ValueError, match=message):
+        grid, embed_dim, depth, num_heads = arguments
+        CrossAttentionDecoder(grid, 20, embed_dim, depth, num_heads)
+
+
+def cross_decoder(num_feature_maps: int | None = None) -> CrossAttentionDecoder:
+    torch.manual_seed(0)
+    decoder = CrossAttentionDecoder(
+        (3, 4), 20, 24, 2, 3, num_prefix_tokens=2, num_feature_maps=num_feature_maps
+    )
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return decoder
+
+
+def plain_cross_decoder(
+    decoder: CrossAttentionDecoder, tokens: Tensor, idx_mask: Tensor
+) -> Tensor:
+    """The same with PyTorch's own attention."""
+    positions = sincos_positions((3, 4), 24, 2)
+    x = decoder.mask_token + positions[idx_mask]
+    for i, block in enumerate(decoder.blocks):
+        context = tokens
+        if decoder.map_weights is not None:
+            context = torch.zeros_like(tokens[0])
+            for weight, features in zip(decoder.map_weights[i], tokens, strict=True):
+                context = context + weight * features
+            context = functional.layer_norm(
+                context, (20,), decoder.map_norms[i].weight, decoder.map_norms[i].bias
+            )
+        attention = nn.MultiheadAttention(24, 3, kdim=20, vdim=20, batch_first=True)
+        key, value = block.key_value.weight.chunk(2)
+        attention.load_state_dict(
+            {
+                "q_proj_weight": block.query.weight,
+                "k_proj_weight": key,
+                "v_proj_weight": value,
+                "in_proj_bias": torch.cat([block.query.bias, block.key_value.bias]),
+                "out_proj.weight": block.proj.weight,
+                "out_proj.bias": block.proj.bias,
+            }
+        )
+        x = x + attention(block.norm1(x), context, context)[0]
+        h = functional.gelu(block.mlp.fc1(block.norm2(x)))
+        x = x + block.mlp.fc2(h)
+    return decoder.norm(x)
+
+
+@pytest.mark.parametrize("num_feature_maps", [None, 5])
+def test_cross_attention__equals_pytorch(num_feature_maps: int | None) -> None:
+    decoder = cross_decoder(num_feature_maps)
+    maps = () if num_feature_maps is None else (num_feature_maps,)
+    tokens = torch.randn(*maps, 2, 5, 20)
+    idx_keep = torch.tensor([[0, 1, 2, 5, 13], [0, 1, 3, 4, 12]])
+    idx_mask = torch.tensor([[3, 4, 6, 12], [2, 5, 6, 13]])
+    decoded = decoder.decode_masked(tokens, idx_keep, idx_mask)
+    expected = plain_cross_decoder(decoder, tokens, idx_mask)
+    torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
+    # What is decoded beside a token makes no difference to it.
+    part = decoder.decode_masked(tokens, idx_keep, idx_mask[:, 1:3])
+    torch.testing.assert_close(part, decoded[:, 1:3])
+
+
+def test_cross_attention__resamples_positions_to_other_grids() -> None:
+    decoder = cross_decoder()
+    idx = torch.tensor([[0, 1]]), torch.tensor([[25]])
+    assert decoder.decode_masked(torch.randn(1, 2, 20), *idx, (4, 6)).isfinite().all()

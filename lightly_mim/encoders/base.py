@@ -380,7 +380,11 @@ class MaskedEncoder(MaskedVisionTransformer):
         return self._norm(self._transform(tokens, grid))
 
     def encode_visible(
-        self, images: Tensor, mask: Tensor, num_masked: int | None = None
+        self,
+        images: Tensor,
+        mask: Tensor,
+        num_masked: int | None = None,
+        intermediates: list[Tensor] | None = None,
     ) -> Tensor:
         """Encodes the prefix tokens and the visible patches alone.
 
@@ -398,6 +402,8 @@ class MaskedEncoder(MaskedVisionTransformer):
             num_masked:
                 That number, taken on trust. Counted if None, which checks the mask and
                 waits for the device.
+            intermediates:
+                List that takes the output of every layer, without the final norm.
 
         Returns:
             Tensor with shape (batch_size, num_prefix_tokens + num_visible, embed_dim),
@@ -424,7 +430,7 @@ class MaskedEncoder(MaskedVisionTransformer):
         tokens = self.vit.patch_embed.norm(tokens)
 
         tokens = self.add_pos_embed(self.prepend_prefix_tokens(tokens), grid, idx_keep)
-        return self._norm(self._transform(tokens, grid, idx_keep))
+        return self._norm(self._transform(tokens, grid, idx_keep, intermediates))
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Returns the encoded patches as a picture.

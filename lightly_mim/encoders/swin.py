@@ -107,7 +107,11 @@ class MaskedSwin(MaskedEncoder):
         return tokens, stages
 
     def encode_visible(
-        self, images: Tensor, mask: Tensor, num_masked: int | None = None
+        self,
+        images: Tensor,
+        mask: Tensor,
+        num_masked: int | None = None,
+        intermediates: list[Tensor] | None = None,
     ) -> Tensor:
         """Raises a ValueError: Swin cannot leave patches out. Use `encode_masked`."""
         raise ValueError(f"encode_visible does not work here: {_NEEDS_GRID}")

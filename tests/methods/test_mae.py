@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from lightly.models.modules import MaskedVisionTransformerTIMM
+from lightly.models.modules import (
+    MaskedVisionTransformerDecoderTIMM,
+    MaskedVisionTransformerTIMM,
+)
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from torch import Tensor, nn
 from torch.nn import functional
@@ -260,6 +263,134 @@ def test_sampling(sampling: Any, masking: type[Masking]) -> None:
     assert type(MAE(**VIT, sampling=sampling).masking) is masking
 
 
+# Relatives.
+
+CROSS: dict[str, Any] = {**VIT, "decoder": "cross"}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "cross": CROSS,
+    "cross, share": {**CROSS, "predict_ratio": 1 / 3},
+    "cross, maps": {**CROSS, "weighted_feature_maps": True, "reg_tokens": 2},
+    "cross, maps, fc_norm": {
+        **LAYOUTS["fc_norm"],
+        "decoder": "cross",
+        "weighted_feature_maps": True,
+    },
+    "cross, Beit": {**BEIT, "decoder": "cross", "weighted_feature_maps": True},
+    "encoder mask tokens": {**VIT, "encoder_mask_tokens": True, "reg_tokens": 1},
+    "Pixio": {
+        **VIT,
+        "patch_size": 8,
+        "mask_patch_size": 32,
+        "mask_ratio": 0.5,
+        "reg_tokens": 7,
+        "decoder_depth": 5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives__leave_no_parameter_without_gradient(name: str) -> None:
+    model = build(RELATIVES[name]).train()
+    pixels = images(model)
+    output = model(pixels)
+    output.loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, parameter_name
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+    # The share of the cells that is predicted, and its targets.
+    all_masked = model.eval()(pixels, output.mask)
+    masked = all_masked.index.shape[1]
+    share = model.init_args["predict_ratio"]
+    assert output.index.shape == (2, math.ceil(masked * round(share, 6)))
+    for b in range(2):
+        rows = [all_masked.index[b].tolist().index(i) for i in output.index[b]]
+        assert torch.equal(output.target[b], all_masked.target[b, rows])
+        prediction = all_masked.prediction[b, rows]
+        torch.testing.assert_close(output.prediction[b], prediction)
+
+
+@pytest.mark.parametrize("name", ["cross", "cross, maps", "encoder mask tokens"])
+def test_relatives__checkpointing_and_compile_change_nothing(name: str) -> None:
+    model = build(RELATIVES[name]).train()
+    pixels = images(model)
+    mask = model.draw_mask(pixels)
+    loss = model(pixels, mask).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(pixels, mask).loss.backward()
+    assert_gradients_equal(gradients(model), expected)
+    model.set_grad_checkpointing(False)
+    model.compile(backend="aot_eager", fullgraph=True)
+    compiled = model(pixels, mask, model.num_masked(pixels)).loss
+    torch.testing.assert_close(compiled, loss)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_cross__equals_the_encoders_layers_and_the_decoder(weighted: bool) -> None:
+    model = build(CROSS, weighted_feature_maps=weighted)
+    pixels = images(model)
+    mask = model.draw_mask(pixels)
+    visible = torch.stack([(~m).flatten().nonzero()[:, 0] for m in mask])
+    masked = torch.stack([m.flatten().nonzero()[:, 0] for m in mask])
+    idx_keep = torch.cat([torch.zeros(2, 1, dtype=torch.int64), visible + 1], dim=1)
+    # lightly's way to leave tokens out.
+    last, layers = model.encoder.forward_intermediates(pixels, idx_keep=idx_keep)
+    tokens = torch.stack([layers[0], last]) if weighted else last
+    decoded = model.decoder.decode_masked(tokens, idx_keep, masked + 1)
+    patches = model.target(pixels, masked, (16, 16))
+    expected = functional.mse_loss(model.head(decoded), patches)
+    torch.testing.assert_close(model(pixels, mask).loss, expected)
+
+
+def test_predict_ratio__draws_each_cell_as_often() -> None:
+    options = {"predict_ratio": 0.5, "depth": 1, "decoder_depth": 1}
+    model = build(CROSS, **options).train()
+    pixels = images(model, 1).expand(2000, -1, -1, -1)
+    mask = torch.ones(2000, 4, 4, dtype=torch.bool)
+    mask[:, 0] = False
+    index = model(pixels, mask).index
+    assert index.shape == (2000, 6)
+    assert (index.diff() > 0).all()
+    counts = index.flatten().bincount(minlength=16)
+    # 1000 of 2000; the standard error is 22.
+    assert (counts[4:] - 1000).abs().max() < 5 * 22
+    assert counts[:4].sum() == 0
+    # Pictures are whole in any mode.
+    assert model(pixels[:1]).index.shape[1] == 6
+    picture = model.reconstruct(pixels[:1], mask[:1])
+    assert (picture != pixels[:1])[..., 16:, :].float().mean() > 0.99
+
+
+def test_predict_ratio__saves_computing() -> None:
+    flops = {}
+    for share in (1.0, 1 / 3):
+        model = build(CROSS, predict_ratio=share).train()
+        with FlopCounterMode(display=False) as counter:
+            model(images(model))
+        counts = counter.get_flop_counts()
+        flops[share] = sum(counts["MAE.head"].values())
+    # 4 of 12 masked patches.
+    assert flops[1.0] == 3 * flops[1 / 3] == 2 * 2 * 12 * 24 * 768
+
+
+def test_encoder_mask_tokens__equal_lightlys_interfaces() -> None:
+    model = build(VIT, encoder_mask_tokens=True, reg_tokens=2)
+    pixels = images(model)
+    mask = model.draw_mask(pixels)
+    flat = functional.pad(mask.flatten(1), (3, 0), value=False)
+    tokens = model.encoder.encode(pixels, mask=flat)
+    assert isinstance(model.decoder, MaskedVisionTransformerDecoderTIMM)
+    decoded = model.decoder(model.decoder_embed(tokens))
+    prediction = model.head(decoded[flat]).view(2, 12, -1)
+    output = model(pixels, mask)
+    torch.testing.assert_close(output.prediction, prediction)
+    expected = functional.mse_loss(prediction, output.target)
+    torch.testing.assert_close(output.loss, expected)
+
+
 # What comes out.
 
 
@@ -449,8 +580,11 @@ def test_compile__gives_the_same_loss() -> None:
     assert list(model.state_dict()) == keys
 
 
-def test_pretrain__one_epoch(photos: Path, tmp_path: Path) -> None:
-    options = {**VIT, "img_size": 32, "patch_size": 8, "reg_tokens": 1}
+@pytest.mark.parametrize("relative", [{}, {"decoder": "cross", "predict_ratio": 0.5}])
+def test_pretrain__one_epoch(
+    relative: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
+    options = {**VIT, "img_size": 32, "patch_size": 8, "reg_tokens": 1, **relative}
     method = pretrain(
         tmp_path / "run",
         photos,
@@ -610,6 +744,11 @@ def test_from_recipe__builds_the_encoder(name: str, encoder: str) -> None:
         ({"mask_patch_size": 8}, "multiple of 16 x 16, got 8 x 8"),
         ({"sampling": "checkers"}, "'random', 'block', 'grid'.*'checkers'"),
         ({"sampling": "grid", "mask_ratio": 0.5}, r"0\.75, got 0\.5"),
+        ({"decoder": "none"}, "'self' or 'cross', got 'none'"),
+        ({"decoder": "cross", "predict_ratio": 0}, r"\(0, 1\], got 0"),
+        ({"predict_ratio": 0.5}, "Use decoder='cross'"),
+        ({"weighted_feature_maps": True}, "Use decoder='cross'"),
+        ({"decoder": "cross", "encoder_mask_tokens": True}, "Use decoder='self'"),
         ({"decoder_depth": 0}, "at least 1 block"),
         ({"decoder_num_heads": 5}, "multiple of its number of heads, got 24 and 5"),
         ({"decoder_num_heads": 0}, "multiple of its number of heads, got 24 and 0"),
