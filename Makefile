@@ -8,7 +8,7 @@ READY := .venv/.installed
 install: $(READY)  ## set up .venv
 
 $(READY): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
@@ -35,5 +35,5 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove .venv, caches and runs
-	rm -rf .venv runs dist build .*_cache
+clean:  ## remove .venv, caches and builds
+	rm -rf .venv dist build .*_cache

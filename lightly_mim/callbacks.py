@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from lightly_mim.evaluation.features import evaluating
 from lightly_mim.files import atomic_write
 from lightly_mim.masking import expand_mask
 from lightly_mim.methods.base import MaskedImageModel
@@ -85,11 +87,9 @@ def write_reconstructions(
     """
     device = next(method.parameters()).device
     images, mask = images.to(device), mask.to(device)
-    training = method.training
-    method.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    gpus = [device] if device.type == "cuda" else []
+    with evaluating(method, device), torch.random.fork_rng(devices=gpus):
         pasted = method.reconstruct(images, mask)
-    method.train(training)
     masked = expand_mask(mask, (images.shape[-2], images.shape[-1]))[:, None]
     mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]
     std = torch.tensor(method.encoder.std, device=device)[:, None, None]
@@ -102,6 +102,33 @@ def write_reconstructions(
         pasted,
         path,
     )
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar with the loss of the last log.
+
+    A metric that is logged with `prog_bar=True` makes Lightning wait for the device in
+    every step.
+    """
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Returns what stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        if "train_loss_step" in trainer.logged_metrics:
+            loss = trainer.logged_metrics["train_loss_step"]
+            if loss is not getattr(self, "_shown", None):
+                self._shown, self._text = loss, f"{float(loss):.4f}"
+            metrics["train_loss"] = self._text
+        return metrics
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint, the last; leaves room for another `ModelCheckpoint`."""
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint."""
+        return type(self).__qualname__
 
 
 class EpochLines(Callback):
@@ -168,8 +195,14 @@ class MetricsLogger(CSVLogger):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
-            rows = [row for row in reader if int(row["step"]) < step]
+            # A killed run may leave half a row at the end.
+            rows = [row for row in reader if _step(row) < step]
         _write_rows(path, header, rows)
+
+
+def _step(row: Mapping[str, str | None]) -> float:
+    whole = all(value is not None for value in row.values())
+    return int(row["step"] or 0) if whole and row["step"] else math.inf
 
 
 class _MetricsFile(ExperimentWriter):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import rich
 from jsonargparse import auto_cli
@@ -33,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args:
             The words after the program's name. None for those of the process.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    words = _split(sys.argv[1:] if args is None else args)
     try:
         if words and words[0] in COMMANDS:
             words = _join_lists(words, COMMANDS[words[0]])
@@ -50,24 +52,46 @@ def main(args: Sequence[str] | None = None) -> None:
         rich.print(result)
 
 
+def _split(words: Sequence[str]) -> list[str]:
+    """Turns `--epochs=3` into `--epochs 3`, so that there is one form to read."""
+    return [
+        part
+        for word in words
+        for part in (word.split("=", 1) if word.startswith("--") else [word])
+    ]
+
+
 def _fail(code: int, error: Exception) -> None:
     print(f"lightly-mim: error: {error}", file=sys.stderr)
     sys.exit(code)
 
 
 def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
-    """Turns `--layers 4 8 -1` into `--layers [4,8,-1]`, which jsonargparse reads."""
-    lists = set(_list_options(command, "--"))
+    """Turns `--layers 4 8 -1` into `--layers [4,8,-1]`, which jsonargparse reads.
+
+    A single word becomes a list only where nothing but a list is taken: `--layers 4`,
+    but not `--devices 2`.
+    """
+    only_lists = dict(_list_options(command, "--"))
     joined: list[str] = []
-    for word in words:
-        inside = len(joined) > 1 and joined[-2] in lists
-        if joined and joined[-1] in lists and not word.startswith(("--", "[")):
-            joined.append(f"[{word}]")
-        elif inside and not word.startswith("--"):
-            joined[-1] = f"{joined[-1][:-1]},{word}]"
-        else:
-            joined.append(word)
+    position = 0
+    while position < len(words):
+        word = words[position]
+        joined.append(word)
+        position += 1
+        if word not in only_lists:
+            continue
+        values = list(itertools.takewhile(_is_value, words[position:]))
+        position += len(values)
+        listed = len(values) > 1 or (values and only_lists[word])
+        if listed and not values[0].startswith("["):
+            values = [f"[{','.join(values)}]"]
+        joined += values
     return joined
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("--")
 
 
 def _say_true(words: list[str], command: Callable[..., Any]) -> list[str]:
@@ -82,13 +106,16 @@ def _say_true(words: list[str], command: Callable[..., Any]) -> list[str]:
     return said
 
 
-def _list_options(function: Any, prefix: str) -> Iterator[str]:
-    """Yields the options that take several values, those of settings included."""
+def _list_options(function: Any, prefix: str) -> Iterator[tuple[str, bool]]:
+    """Yields the options that take lists, and whether they take nothing else."""
     for name, hint in get_type_hints(function).items():
-        for part in (hint, *get_args(hint)):
-            if get_origin(part) in (list, tuple, Sequence):
-                yield prefix + name
-            elif dataclasses.is_dataclass(part):
+        union = get_origin(hint) in (Union, UnionType)
+        parts = [p for p in (get_args(hint) if union else (hint,)) if p is not NoneType]
+        lists = [get_origin(part) in (list, tuple, Sequence) for part in parts]
+        if any(lists):
+            yield prefix + name, all(lists)
+        for part in parts:
+            if dataclasses.is_dataclass(part):
                 yield from _list_options(part, f"{prefix}{name}.")
 
 
@@ -113,7 +140,7 @@ def _encoder_options(words: list[str]) -> list[str]:
     own = {"help", "dict_kwargs", *inspect.signature(method).parameters}
 
     def spell_out(word: str) -> str:
-        option = word.removeprefix("--method.").partition("=")[0].partition(".")[0]
+        option = word.removeprefix("--method.").partition(".")[0]
         if not word.startswith("--method.") or option in own:
             return word
         return word.replace("--method.", "--method.dict_kwargs.", 1)

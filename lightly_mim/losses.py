@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,7 +55,9 @@ def masked_loss(
     """
     check_loss_name(loss)
     measure = _LOSSES[loss]
-    prediction, target = prediction.float(), target.float()
+    if prediction.dtype in (torch.float16, torch.bfloat16):
+        prediction = prediction.float()
+    target = target.to(prediction.dtype)
     if weight is None:
         return measure(prediction, target)
     difference = measure(prediction, target, reduction="none")

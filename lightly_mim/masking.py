@@ -36,7 +36,7 @@ class Masking:
 
     def __init__(self, mask_patch_size: Size = 32, ratio: float = 0.6) -> None:
         self.mask_patch_size = to_pair(mask_patch_size, "mask_patch_size")
-        if not 0 < ratio < 1:
+        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
             raise ValueError(
                 f"The mask ratio lies strictly between 0 and 1, got {ratio}."
             )
@@ -208,7 +208,8 @@ class BlockMasking(Masking):
         rows = _within(h, (area * aspect).sqrt(), uniform[2])  # (B, R, h)
         columns = _within(w, (area / aspect).sqrt(), uniform[3])  # (B, R, w)
         # (B, R, h, w): the number of the rectangle where it lies, R elsewhere.
-        number = torch.arange(self.num_rectangles, device=device)[:, None, None]
+        number = torch.arange(self.num_rectangles, dtype=torch.uint8, device=device)
+        number = number[:, None, None]
         inside = rows[..., :, None] & columns[..., None, :]
         return torch.where(inside, number, self.num_rectangles).amin(dim=1)
 

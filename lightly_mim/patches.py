@@ -31,8 +31,8 @@ def to_pair(size: Size, name: str = "size") -> tuple[int, int]:
     Raises:
         ValueError: If the size is not one or two positive whole numbers.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(int(side) != side or side < 1 for side in pair):
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
         raise ValueError(
             f"{name} is one positive whole number or a (height, width) pair of them, "
             f"got {size}."

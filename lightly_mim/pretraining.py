@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 import sys
 import time
 import warnings
@@ -15,10 +16,9 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
     Callback,
-    ModelCheckpoint,
-    RichProgressBar,
 )
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -30,7 +30,9 @@ from torchmetrics import MeanMetric
 from lightly_mim.callbacks import (
     AtomicCheckpointIO,
     EpochLines,
+    LastCheckpoint,
     MetricsLogger,
+    ProgressBar,
     ReconstructionPictures,
 )
 from lightly_mim.checkpoints import save_encoder
@@ -42,7 +44,7 @@ from lightly_mim.optim import Recipe, build_optimizer
 from lightly_mim.runs import RunDirectory
 from lightly_mim.transforms import EvalTransform
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 NUM_PICTURES = 8
 
@@ -72,10 +74,6 @@ class Pretraining(pl.LightningModule):
         batch_size:
             Images per optimiser step over all devices and accumulated micro-batches,
             which the learning rate is scaled by. None to read it from the loader.
-        steps_per_epoch:
-            Optimiser steps in an epoch. None to ask Lightning, which then makes the
-            loader before it restores a checkpoint and forgets to restore the loader's
-            position: needed to resume within an epoch.
         seed:
             Seed of masks and noise.
         compile:
@@ -91,7 +89,6 @@ class Pretraining(pl.LightningModule):
         method: MaskedImageModel,
         recipe: Recipe | None = None,
         batch_size: int | None = None,
-        steps_per_epoch: int | None = None,
         seed: int = 0,
         compile: bool = False,
     ) -> None:
@@ -99,8 +96,8 @@ class Pretraining(pl.LightningModule):
         self.method = method
         self.recipe = recipe
         self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch
         self.seed = seed
+        self._loader_state: dict[str, Any] | None = None
         # In the checkpoint, so that an epoch that was cut has the mean of all of it.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)
@@ -121,7 +118,7 @@ class Pretraining(pl.LightningModule):
         loss = output.loss.detach()
         self._note_non_finite(loss)
         self._images_seen += len(images) * self.trainer.world_size
-        self.log("train_loss_step", loss, prog_bar=True, batch_size=len(images))
+        self.log("train_loss_step", loss, batch_size=rows)
         self.train_loss.update(loss)
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
         return output.loss
@@ -186,10 +183,7 @@ class Pretraining(pl.LightningModule):
                 "The learning rate schedule needs the length of the run: pass "
                 "max_epochs to the Trainer."
             )
-        if self.steps_per_epoch is not None:
-            total_steps = self.steps_per_epoch * epochs
-        else:
-            total_steps = int(trainer.estimated_stepping_batches)
+        total_steps = int(trainer.estimated_stepping_batches)
         recipe = self.recipe or self.method.recipe().for_epochs(epochs)
         exempt = self.method.no_weight_decay()
         if recipe.decay_mask_token:
@@ -239,7 +233,8 @@ class Pretraining(pl.LightningModule):
             # A gradient scaler skips steps with infinite gradients by itself.
             self._note_non_finite(norm)
         self.log("grad_norm", norm)
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        # Not the bare number, which Lightning would copy and wait for.
+        self.log("lr", torch.full_like(norm, optimizer.param_groups[0]["lr"]))
 
     # Non-finite losses are noted on the device and read when something is logged or
     # saved, so that no step waits for the device.
@@ -247,7 +242,8 @@ class Pretraining(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Prepares the note of non-finite losses and the clock."""
         self._bad_step = torch.tensor(-1, device=self.device)
-        self._log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._log_every = log_every or sys.maxsize
         self._start_clock()
 
     def _note_non_finite(self, value: Tensor) -> None:
@@ -301,6 +297,7 @@ class Pretraining(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the rows of `metrics.csv` that are going to be written again."""
+        self._loader_state = checkpoint.get("train_loader")
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.drop_after(checkpoint["global_step"])
@@ -308,6 +305,19 @@ class Pretraining(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps weights that a non-finite loss has spoilt out of a checkpoint."""
         self.check_finite()
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, KeyedLoader):
+            checkpoint["train_loader"] = loader.state_dict()
+
+    def on_train_start(self) -> None:
+        """Puts the loader where it was, and checks that it has the same images.
+
+        Lightning does so only if nothing asked for the loader before it restored the
+        checkpoint, and only within an epoch.
+        """
+        loader = self.trainer.train_dataloader
+        if self._loader_state is not None and isinstance(loader, KeyedLoader):
+            loader.load_state_dict(self._loader_state)
 
 
 def pretrain(
@@ -439,14 +449,11 @@ def pretrain(
         NonFiniteLossError: If the loss becomes NaN or infinite.
     """
     arguments = dict(locals())
+    _check_numbers(arguments)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
             method = method()
-    config = _config(arguments | {"method": method})
     run = RunDirectory(out)
-    if _rank() == 0:
-        run.check(config, resume, overwrite)
-
     settings = _settings(
         method,
         recipe,
@@ -457,11 +464,21 @@ def pretrain(
         weight_decay=weight_decay,
         min_scale=min_scale,
     )
+    if recipe is None:
+        settings = dataclasses.replace(settings, drop_path=None)
+    precision = precision or default_precision(accelerator)
+    resolved = {"method": method, "recipe": settings, "precision": precision}
+    config = _config(arguments | resolved)
+    for folder in (data, val):
+        if isinstance(folder, str | Path) and Path(folder).is_dir():
+            run.check_outside(Path(folder))
+    if _rank() == 0:
+        run.check(config, resume, overwrite)
     if run.finished and resume:
         state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
         Pretraining(method).load_state_dict(state["state_dict"])
         return method
-    if recipe is not None and settings.drop_path is not None:
+    if settings.drop_path is not None:
         method.encoder.set_drop_path(settings.drop_path)
     if grad_checkpointing:
         method.encoder.set_grad_checkpointing()
@@ -469,13 +486,13 @@ def pretrain(
 
     images = _Images(method, data, val, validate, settings, num_workers, on_error, seed)
     show_bar = sys.stdout.isatty() if progress is None else progress
-    trainer = pl.Trainer(
+    trainer = _trainer(
         max_epochs=settings.epochs,
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=precision or default_precision(accelerator),
+        precision=precision,
         accumulate_grad_batches=accumulate,
         log_every_n_steps=min(log_every, images.steps_per_epoch),
         limit_val_batches=0.0 if images.val is None else 1.0,
@@ -491,7 +508,7 @@ def pretrain(
         enable_progress_bar=show_bar,
         enable_model_summary=False,
         callbacks=[
-            ModelCheckpoint(
+            LastCheckpoint(
                 run.checkpoint.parent,
                 run.checkpoint.stem,
                 every_n_epochs=1,
@@ -501,7 +518,7 @@ def pretrain(
             ReconstructionPictures(
                 *images.pictures(), run.reconstructions, reconstruct_every
             ),
-            *([RichProgressBar(refresh_rate=10)] if show_bar else [EpochLines()]),
+            *([ProgressBar(refresh_rate=10)] if show_bar else [EpochLines()]),
             *(callbacks or []),
         ],
     )
@@ -512,15 +529,17 @@ def pretrain(
     if trainer.is_global_zero:
         run.begin(config, overwrite)
         print(_summary(trainer, settings, images, checkpoint), flush=True)
-    module = Pretraining(
-        method, settings, settings.batch_size, images.steps_per_epoch, seed, compile
-    )
+    module = Pretraining(method, settings, settings.batch_size, seed, compile)
     with warnings.catch_warnings(), _repeatable(device):
         # A run that goes on writes to the directory that it wrote to before.
         warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")
-        trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        warnings.filterwarnings("ignore", "The dirpath has changed")
+        try:
+            trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
+        except SystemExit:
+            if trainer.interrupted:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from None
+            raise
     unreadable = images.unreadable()
     if trainer.is_global_zero:
         save_encoder(method.encoder, run.encoder)
@@ -528,9 +547,6 @@ def pretrain(
             {
                 "epochs": trainer.current_epoch,
                 "steps": trainer.global_step,
-                "images_per_second": float(
-                    trainer.callback_metrics["images_per_second"]
-                ),
                 "unreadable": unreadable,
             }
         )
@@ -540,11 +556,12 @@ def pretrain(
                 f"place (all of them in {run.marker}): "
                 + "; ".join(list(unreadable.values())[:5])
             )
-        print(
-            f"Finished. The encoder is in {run.encoder}.\nEvaluate it: "
-            f"lightly-mim evaluate --encoder {run.path} --data {data}",
-            flush=True,
-        )
+        print(f"Finished. The encoder is in {run.encoder}.", flush=True)
+        if isinstance(data, str | Path) and getattr(images.train, "classes", None):
+            print(
+                f"Evaluate it: lightly-mim evaluate --encoder {run.path} --data {data}",
+                flush=True,
+            )
     return method
 
 
@@ -563,6 +580,11 @@ class _Images(pl.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
+        if on_error == "skip" and not isinstance(data, str | os.PathLike):
+            raise ValueError(
+                'on_error="skip" is for folders and named data sets: what a Dataset of '
+                "your own does with a broken file is its own to say."
+            )
         encoder = method.encoder
         self.method = method
         self.batch_size = recipe.batch_size
@@ -619,10 +641,14 @@ class _Images(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         loader = trainer.train_dataloader
-        assert isinstance(loader, KeyedLoader)
-        parts: list[dict[str, str]] = [loader.unreadable] * trainer.world_size
+        if not isinstance(loader, KeyedLoader):  # the checkpoint was the last one
+            return {}
+        found = dict(loader.unreadable)
+        if isinstance(trainer.val_dataloaders, KeyedLoader):
+            found |= trainer.val_dataloaders.unreadable
+        parts: list[dict[str, str]] = [found] * trainer.world_size
         if trainer.world_size > 1:
-            torch.distributed.all_gather_object(parts, loader.unreadable)
+            torch.distributed.all_gather_object(parts, found)
         return {name: reason for part in parts for name, reason in part.items()}
 
     def train_dataloader(self) -> KeyedLoader:
@@ -699,6 +725,35 @@ def default_precision(accelerator: str) -> Precision:
     return "bf16-mixed" if supported else "32-true"
 
 
+def _trainer(**options: Any) -> pl.Trainer:
+    try:
+        return pl.Trainer(**options)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Lightning cannot train with accelerator={options['accelerator']!r}, "
+            f"devices={options['devices']!r}, strategy={options['strategy']!r}: {error}"
+        ) from error
+
+
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a number that makes no sense."""
+    whole = {
+        **dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1),
+        **dict.fromkeys(("num_nodes",), 1),
+        **dict.fromkeys(("seed", "num_workers", "reconstruct_every"), 0),
+    }
+    for name, lowest in whole.items():
+        value = arguments[name]
+        if value is not None and not (isinstance(value, int) and value >= lowest):
+            raise ValueError(
+                f"{name} is a whole number of at least {lowest}, got {name}={value!r}."
+            )
+    for name in ("lr", "warmup_epochs", "weight_decay", "min_scale"):
+        value = arguments[name]
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is at least 0 and finite, got {name}={value!r}.")
+
+
 def _rank() -> int:
     """Returns this process' number, also before a Trainer is there."""
     return getattr(rank_zero_only, "rank", None) or 0
@@ -714,8 +769,6 @@ def _settings(
     if not isinstance(recipe, Recipe):
         recipe = method.recipe(recipe)
     if epochs is not None:
-        if epochs < 1:
-            raise ValueError(f"A run has at least 1 epoch, got epochs={epochs}.")
         recipe = recipe.for_epochs(epochs)
     given = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, **given)  # type: ignore[arg-type]
@@ -723,7 +776,12 @@ def _settings(
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `pretrain` as YAML can hold them."""
-    return {name: _plain(value) for name, value in arguments.items()}
+    # resume and overwrite are said anew each time, or a rerun would replace a run.
+    return {
+        name: _plain(value)
+        for name, value in arguments.items()
+        if name not in ("resume", "overwrite")
+    }
 
 
 def _plain(value: Any) -> Any:

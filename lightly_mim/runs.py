@@ -25,8 +25,6 @@ from lightly_mim.files import atomic_write
 # Arguments that a resumed run may change: they do not change its numbers.
 _FREE_TO_CHANGE = {
     "out",
-    "resume",
-    "overwrite",
     "num_workers",
     "progress",
     "reconstruct_every",
@@ -81,10 +79,10 @@ class RunDirectory:
             raise ValueError(f"{self.path} is a file: pass another folder as out.")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not self.config.exists():
+        if not self._is_run():
             raise ValueError(
                 f"The folder {self.path} is not empty and is not a run directory (it "
-                "has no config.yaml): pass another folder as out."
+                "has no config.yaml of a run): pass another folder as out."
             )
         if not resume and not overwrite:
             state = "a finished" if self.finished else "an unfinished"
@@ -94,6 +92,22 @@ class RunDirectory:
             )
         if resume:
             self._check_same(config)
+
+    def check_outside(self, images: Path) -> None:
+        """Raises a ValueError if the run would write its pictures among the images."""
+        if self.path.resolve().is_relative_to(images.resolve()):
+            raise ValueError(
+                f"The run directory {self.path} lies in the folder of the images, "
+                f"{images}, where its pictures would become training images: pass "
+                "another folder as out."
+            )
+
+    def _is_run(self) -> bool:
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(config, dict) and {"out", "data", "method"} <= config.keys()
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         stored = yaml.safe_load(self.config.read_text()) or {}
@@ -121,12 +135,15 @@ class RunDirectory:
                 Whether to remove a run that is there first. Only what a run writes is
                 removed.
         """
+        for remains in self.checkpoint.parent.glob(f".{self.checkpoint.stem}.*"):
+            remains.unlink()  # of a run that was killed while it saved
         if overwrite:
+            # First of all: without it, what is left is an unfinished run.
+            self.marker.unlink(missing_ok=True)
             for name in ("checkpoints", "reconstructions", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in ("metrics.csv", "results.json", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
-            self.marker.unlink(missing_ok=True)
             self.encoder.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.config) as temporary:

@@ -103,8 +103,8 @@ class PatchNormalizedPixels:
     def __call__(
         self, images: Tensor, index: Tensor, patch_size: tuple[int, int]
     ) -> Tensor:
-        """Returns the normalised pixels of the cells in float32, see `Target`."""
-        patches = gather_patches(images, index, patch_size).float()
+        """Returns the normalised pixels, of half precision in float32, see `Target`."""
+        patches = _at_least_float32(gather_patches(images, index, patch_size))
         mean, std = self.statistics(patches)
         return (patches - mean) / std
 
@@ -120,8 +120,8 @@ class PatchNormalizedPixels:
         A picture made this way shows more than the model predicted: brightness and
         contrast of each patch are the image's own.
         """
-        patches = gather_patches(images, index, patch_size)
-        mean, std = self.statistics(patches.float())
+        patches = _at_least_float32(gather_patches(images, index, patch_size))
+        mean, std = self.statistics(patches)
         return (prediction * std + mean).to(prediction.dtype)
 
     @staticmethod
@@ -208,3 +208,7 @@ class LocallyNormalizedPixels:
         # Rows, then columns: 2 * size additions per pixel instead of size * size.
         rows = F.avg_pool2d(images, (size, 1), 1, (border, 0), divisor_override=1)
         return F.avg_pool2d(rows, (1, size), 1, (0, border), divisor_override=1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -23,6 +23,7 @@ VIT = [
 RUN = [
     *("--epochs", "1", "--batch_size", "8", "--accelerator", "cpu"),
     *("--num_workers", "0", "--tensorboard", "false", "--precision", "32-true"),
+    *("--devices", "1"),
 ]
 
 
@@ -57,6 +58,7 @@ def test_pretrain_then_evaluate(
         (["--data", "PHOTOS", *VIT, "--bach_size", "8"], "bach_size"),
         (["--data", "PHOTOS", *VIT, "--epochs", "many"], "many"),
         (["--data", "PHOTOS", *VIT, "--recipe", "best"], "no recipe 'best'"),
+        (["--data", "PHOTOS", *VIT, *RUN, "--devices", "cuda:7"], "cuda:7"),
     ],
 )
 def test_pretrain__wrong_words_end_with_2(
@@ -90,7 +92,11 @@ def test_failed_runs_end_with_1(
 
 
 def options(
-    a: int, layers: list[int] | None = None, resume: bool = False, b: str = ""
+    a: int,
+    layers: list[int] | None = None,
+    devices: int | str | list[int] = "auto",
+    size: int | tuple[int, int] | None = None,
+    resume: bool = False,
 ) -> None:
     pass
 
@@ -101,13 +107,20 @@ def options(
         ("--layers 1 2 -1 --a 3", "--layers [1,2,-1] --a 3"),
         ("--a 3 --layers 1", "--a 3 --layers [1]"),
         ("--layers [1,2] --a 3", "--layers [1,2] --a 3"),
+        ("--layers=0 1", "--layers [0,1]"),
+        ("--devices 1", "--devices 1"),
+        ("--devices auto --a 3", "--devices auto --a 3"),
+        ("--devices 0 1", "--devices [0,1]"),
+        ("--size 32", "--size 32"),
+        ("--size 32 64", "--size [32,64]"),
+        ("--a=3", "--a 3"),
         ("--resume --a 3", "--resume true --a 3"),
         ("--resume false --a 3", "--resume false --a 3"),
         ("--a 3 --resume", "--a 3 --resume true"),
     ],
 )
 def test_words(given: str, read: str) -> None:
-    words: Any = cli._join_lists(given.split(), options)
+    words: Any = cli._join_lists(cli._split(given.split()), options)
     assert " ".join(cli._say_true(words, options)) == read
 
 

@@ -181,6 +181,20 @@ def test_pretrain__finished_run_returns_at_once(finished: Path, photos: Path) ->
         assert torch.equal(tensor, trained[f"method.{name}"])
 
 
+def test_pretrain__cut_after_the_last_epoch(
+    finished: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "finished.json").unlink()
+    (out / "encoder.safetensors").unlink()
+    run(out, photos, reconstruct_every=2, resume=True)
+    assert json.loads((out / "finished.json").read_text())["steps"] == 12
+    theirs, ours = read_encoder(finished), read_encoder(out)
+    assert_same(ours.state_dict, theirs.state_dict)
+    assert rows_of(out) == rows_of(finished)
+
+
 def test_pretrain__config_runs_again(finished: Path, tmp_path: Path) -> None:
     from lightly_mim.cli import main
 
@@ -205,32 +219,123 @@ def test_pretrain__instance_is_trained_in_place(photos: Path, tmp_path: Path) ->
     assert not torch.equal(method.head.weight, before)
 
 
-def test_pretrain__options_change_no_loss(photos: Path, tmp_path: Path) -> None:
-    losses = {}
-    for name, options in {
-        "plain": {},
-        "grad_checkpointing": {"grad_checkpointing": True},
-        "accumulate": {"accumulate": 2},
-    }.items():
-        run(
-            tmp_path / name,
-            photos,
-            epochs=1,
-            method=lambda: SimMIM(**TINY_VIT),
-            **options,
-        )
-        losses[name] = weights(tmp_path / name)["method.head.weight"]
-    assert torch.equal(losses["grad_checkpointing"], losses["plain"])
-    # Accumulated micro-batches draw other masks; the run is the same otherwise.
-    assert losses["accumulate"].shape == losses["plain"].shape
-    assert not torch.equal(losses["accumulate"], losses["plain"])
+class OneMask(SimMIM):
+    """Masks the same patches of every image, so that batches may be cut anywhere."""
+
+    def draw_mask(self, images: Tensor, generator: Any = None) -> Tensor:
+        mask = torch.arange(16).view(1, 4, 4) < self.num_masked(images)
+        return mask.expand(len(images), -1, -1)
 
 
-def test_pretrain__recipe_sets_drop_path(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"grad_checkpointing": True}, {"accumulate": 2}, {"accumulate": 4}]
+)
+def test_pretrain__options_change_no_weights(
+    photos: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    for name, chosen in {"plain": {}, "other": options}.items():
+        run(tmp_path / name, photos, method=lambda: OneMask(**TINY_VIT), **chosen)
+    plain, other = weights(tmp_path / "plain"), weights(tmp_path / "other")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-4)
+    # AdamW forgives a gradient of another scale; its norm does not.
+    norms = [
+        [float(row["grad_norm"]) for row in rows_of(tmp_path / n) if row["grad_norm"]]
+        for n in ("plain", "other")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_pretrain__validates_on_fixed_masks(photos: Path, tmp_path: Path) -> None:
     method = SimMIM(**TINY_VIT)
-    run(tmp_path / "a", photos, method=method, recipe="vit_base_800ep", epochs=1)
-    rates = [block.drop_path1.drop_prob for block in method.encoder.vit.blocks[1:]]
-    assert rates == [pytest.approx(0.1)]
+    seen: list[Tensor] = []
+
+    class Watch(Callback):
+        def on_validation_batch_end(self, *arguments: Any) -> None:
+            seen.append(masks[-1])
+
+    masks: list[Tensor] = []
+    forward = method.forward
+
+    def watched(images: Tensor, mask: Any = None, num_masked: Any = None) -> Any:
+        masks.append(mask)
+        return forward(images, mask, num_masked)
+
+    method.forward = watched  # type: ignore[method-assign]
+    run(tmp_path / "a", photos, method=method, epochs=2, callbacks=[Watch()])
+    batches = len(seen) // 2
+    assert batches == 2
+    for first, second in zip(seen[:batches], seen[batches:], strict=True):
+        assert torch.equal(first, second)
+
+
+def test_pretrain__validate_false_leaves_them_alone(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", photos, epochs=1, validate=False, tensorboard=True)
+    assert "no validation images" in capsys.readouterr().out
+    assert "val_loss" not in rows_of(tmp_path / "a")[0]
+    assert list((tmp_path / "a" / "tensorboard").glob("events.*"))
+
+
+def test_pretrain__prints_a_line_per_epoch(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", photos, epochs=2, progress=False)
+    lines = [row for row in capsys.readouterr().out.splitlines() if "epoch 2/2" in row]
+    assert len(lines) == 1
+    for name in ("train_loss", "val_loss", "images_per_second"):
+        assert name in lines[0]
+    run(tmp_path / "b", photos, epochs=1, progress=True)
+    assert "train_loss" in capsys.readouterr().out
+
+
+def test_pretrain__second_checkpoint_callback(photos: Path, tmp_path: Path) -> None:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    run(tmp_path / "a", photos, callbacks=[best])
+    assert len(list((tmp_path / "best").iterdir())) == 1
+
+
+def test_pretrain__half_precision(photos: Path, tmp_path: Path) -> None:
+    run(tmp_path / "a", photos, precision="bf16-mixed")
+    assert all(t.dtype == torch.float32 for t in weights(tmp_path / "a").values())
+
+
+def test_no_host_sync_in_a_step(photos: Path, tmp_path: Path) -> None:
+    """Nothing reads a tensor's value between two logs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                self.reads += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            self.mode = Count()
+            self.mode.__enter__()
+
+        def on_before_zero_grad(self, *arguments: Any) -> None:
+            pass
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.mode.__exit__(None, None, None)
+            counts.append(self.mode.reads)
+
+    run(tmp_path / "a", photos, epochs=1, callbacks=[Watch()], validate=False)
+    assert counts == [0, 0, 0, 0]
+    with Count() as mode:
+        torch.ones(()).item()
+    assert mode.reads == 1
 
 
 @pytest.mark.slow
@@ -252,6 +357,13 @@ def test_pretrain__compiled_run_is_the_run(photos: Path, tmp_path: Path) -> None
     [
         ({"batch_size": 33}, "1 to all 32 images.*batch_size=33"),
         ({"batch_size": 8, "accumulate": 3}, "8 does not divide"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"log_every": 0}, "log_every=0"),
+        ({"batch_size": 4.0}, "batch_size=4.0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"weight_decay": -1.0}, "weight_decay=-1"),
+        ({"accelerator": "cuda", "devices": 3}, "accelerator='cuda'"),
         ({"epochs": 0}, "epochs=0"),
         ({"recipe": "mae"}, "no recipe 'mae'.*swin_base_100ep"),
         (
@@ -277,6 +389,87 @@ def test_pretrain__refuses(
     assert not (tmp_path / "run").exists()
 
 
+def test_pretrain__refuses_to_write_among_the_images(photos: Path) -> None:
+    with pytest.raises(ValueError, match="lies in the folder of the images"):
+        run(photos / "train" / "run", photos)
+    assert not (photos / "train" / "run").exists()
+
+
+def test_pretrain__refuses_skip_for_a_data_set_of_ones_own(
+    photos: Path, tmp_path: Path
+) -> None:
+    dataset = LightlyDataset(str(photos / "train"))
+    with pytest.raises(ValueError, match='on_error="skip" is for folders'):
+        run(tmp_path / "run", dataset, on_error="skip")
+
+
+def test_pretrain__refuses_other_images_on_resume(photos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "run", data, callbacks=[Interrupt(2, 0)])
+    (data / "train" / "temple" / "00.jpg").rename(data / "train" / "temple" / "zz.jpg")
+    with pytest.raises(ValueError, match="written with other batches: filenames"):
+        run(tmp_path / "run", data, callbacks=[Interrupt(9, 9)], resume=True)
+
+
+def test_pretrain__half_a_row_of_metrics_is_dropped(
+    finished: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        run(out, photos, callbacks=[Interrupt(2, 3)])
+    metrics = (out / "metrics.csv").read_text()
+    (out / "metrics.csv").write_text(metrics[:-9])
+    run(out, photos, callbacks=[Interrupt(9, 9)], resume=True)
+    rows = [(row["epoch"], row["step"]) for row in rows_of(out)]
+    assert rows == [(row["epoch"], row["step"]) for row in rows_of(finished)]
+
+
+def test_pretrain__killed_run_goes_on(
+    finished: Path, photos: Path, tmp_path: Path
+) -> None:
+    """SIGKILL: no finally, no exit handler."""
+    out = tmp_path / "run"
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from pytorch_lightning.callbacks import Callback\n"
+        "from lightly_mim.methods import SimMIM\n"
+        "from lightly_mim.pretraining import pretrain\n"
+        "class Interrupt(Callback):\n"
+        "    def on_train_batch_start(self, trainer, module, batch, batch_idx):\n"
+        "        if (trainer.current_epoch, batch_idx) == (2, 1):\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def build():\n"
+        f"    return SimMIM(**{DROPPING!r})\n"
+        f"pretrain({str(out)!r}, {str(photos)!r}, build, epochs=3, batch_size=8,"
+        " lr=0.1, precision='32-true', accelerator='cpu', devices=1, num_workers=0,"
+        " tensorboard=False, log_every=2, reconstruct_every=2)\n".replace(
+            "log_every=2, rec", "log_every=2, callbacks=[Interrupt()], rec"
+        )
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, script], env=environment, timeout=240)
+    assert done.returncode == -9
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    # The callback of the script has another name than those here.
+    config["callbacks"] = None
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    run(out, photos, reconstruct_every=2, resume=True)
+    assert_same(weights(out), weights(finished))
+
+
+def test_pretrain__config_says_what_was_chosen(finished: Path) -> None:
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["precision"] == "32-true"
+    assert config["recipe"]["weight_decay"] == 0.05
+    assert config["recipe"]["lr"] == 0.1
+    assert "overwrite" not in config
+    assert "resume" not in config
+
+
 def test_pretrain__refuses_a_run_that_is_there(finished: Path, photos: Path) -> None:
     before = weights(finished)
     with pytest.raises(ValueError, match="a finished run .* overwrite to replace"):
@@ -289,6 +482,7 @@ def test_pretrain__refuses_a_run_that_is_there(finished: Path, photos: Path) -> 
 def test_pretrain__overwrite_removes_only_runs(photos: Path, tmp_path: Path) -> None:
     precious = tmp_path / "thesis.tex"
     precious.write_text("...")
+    (tmp_path / "config.yaml").write_text("title: thesis\n")  # of another program
     with pytest.raises(ValueError, match="is not a run directory"):
         run(tmp_path, photos, overwrite=True)
     assert precious.read_text() == "..."

@@ -38,7 +38,7 @@ def test_patch_normalized_pixels__equals_plain_loops() -> None:
 
 
 def test_patch_normalized_pixels__round_trips() -> None:
-    images = torch.randn(2, 3, 16, 24)
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     target = PatchNormalizedPixels()
     values = target(images, INDEX, (8, 8))
     pixels = target.to_pixels(values, images, INDEX, (8, 8))

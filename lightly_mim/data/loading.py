@@ -9,6 +9,7 @@ import atexit
 import os
 import signal
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,8 @@ def as_item(item: Any, index: int) -> Item:
     """Returns lightly's (sample, target, filename) for an item of any data set."""
     if not isinstance(item, tuple):
         return item, 0, str(index)
+    if len(item) == 1:
+        return item[0], 0, str(index)
     if len(item) == 2:
         return item[0], item[1], str(index)
     return item[0], item[1], item[2]
@@ -351,11 +354,18 @@ class KeyedLoader(DataLoader[Any]):
         self._position = (state_dict["epoch"], state_dict["batch"])
         self._resumes = True
 
+    def _filenames_hash(self) -> int:
+        dataset = self.dataset
+        assert isinstance(dataset, KeyedDataset)
+        names: list[str] = getattr(dataset.dataset, "filenames", [])
+        return zlib.crc32("\n".join(names).encode())
+
     def _identity(self) -> dict[str, int]:
         return {
             "seed": self.batches.seed,
             "batch_size": self.batches.batch_size,
             "num_images": self.batches.num_images,
+            "filenames": self._filenames_hash(),
         }
 
 

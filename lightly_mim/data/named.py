@@ -223,9 +223,9 @@ def imagenette(
             raise ValueError(
                 f"Cannot read Imagenette ({size}) from {tree}: {problem}. Get "
                 f"https://s3.amazonaws.com/fast-ai-imageclas/{tree.name}.tgz, unpack "
-                f"it and give the folder that it lies in as data_dir (--data-dir), or "
-                f"let download=True (--download) do so. The solar cells need no "
-                f"download."
+                f"it, and give the unpacked folder as data, or the folder that it lies "
+                f"in as --data-dir to benchmarks/imagenette.py, whose --download "
+                f"fetches it too. benchmarks/solar_cells.py needs no download."
             )
     filenames, targets, classes = find_images(tree / split)
     classes = [_IMAGENETTE_CLASSES.get(name, name) for name in classes]

@@ -125,6 +125,11 @@ def _build(
         close = difflib.get_close_matches(base_name, timm.list_models())
         hint = f"Did you mean {' or '.join(close)}?" if close else _SUPPORTED
         raise ValueError(f"timm has no model '{name}'. {hint}")
+    if "checkpoint_path" in options:
+        raise ValueError(
+            "checkpoint_path would be recorded as if it were part of the architecture: "
+            "load the weights into a timm model and pass the model as encoder."
+        )
     try:
         # What is built is what the record of it builds again: JSON has no tuples.
         options = json.loads(json.dumps(options))

@@ -10,6 +10,7 @@ Shapes: N images, D features, B images in a batch, C channels, (H, W) pixels.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -261,14 +262,25 @@ def normalize_images(
     """
     if images.is_floating_point():
         return images
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            "Images are uint8 in 0..255 or floats that are normalised already, got "
+            f"{images.dtype}. Scale them to one of the two."
+        )
     if not images.shape[1] == len(mean) == len(std):
         raise ValueError(
             f"The images have {images.shape[1]} channel(s), but {len(mean)} are to be "
             f"normalised. Build the encoder with in_chans={images.shape[1]}."
         )
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    scale = torch.tensor(std, device=images.device)[:, None, None]
+    shift = _on_device(tuple(mean), images.device)
+    scale = _on_device(tuple(std), images.device)
     return (images / 255 - shift) / scale
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copies a statistic to the device once: a copy waits for the device."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 @contextmanager

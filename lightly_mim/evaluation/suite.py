@@ -446,6 +446,12 @@ def _model_name(encoder: Encoder | Path, model: MaskedEncoder) -> str:
 
 def _device(device: str | None) -> torch.device:
     if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"PyTorch cannot compute on device={device!r} here: {error}"
+            ) from error
         return torch.device(device)
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
