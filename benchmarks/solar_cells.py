@@ -49,6 +49,8 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         # the model spends its short training on that.
         "norm_target_window": 15,
     },
+    # A decoder in proportion to the encoder, a half as wide; the rest is the paper's.
+    "MAE": {"decoder_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3},
 }
 
 # The schedule. What is not listed is that of the method's first recipe, with warm-up

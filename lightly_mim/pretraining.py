@@ -481,7 +481,7 @@ def pretrain(
     if settings.drop_path is not None:
         method.encoder.set_drop_path(settings.drop_path)
     if grad_checkpointing:
-        method.encoder.set_grad_checkpointing()
+        method.set_grad_checkpointing()
     method.num_masked(torch.empty(1, 1, *method.encoder.img_size))  # checks the sizes
 
     images = _Images(method, data, val, validate, settings, num_workers, on_error, seed)
@@ -524,7 +524,7 @@ def pretrain(
     )
     images.check(trainer)
     device = trainer.strategy.root_device
-    method.encoder.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
+    method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
     if trainer.is_global_zero:
         run.begin(config, overwrite)

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 # Smaller still than --quick.
 WORDS = (
-    "--quick --encoder-option patch_size=24 embed_dim=24 depth=2 num_heads=2 "
+    "--quick --encoder-option patch_size=16 embed_dim=24 depth=2 num_heads=2 "
     "--batch-size 256 --accelerator cpu"
 ).split()
 
