@@ -114,7 +114,12 @@ class TestImagenette:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="it is not there") as caught:
             imagenette(size="320px", data_dir=tmp_path)
-        for part in ("imagenette2-320.tgz", "--data-dir", "--download", "solar cells"):
+        for part in (
+            "imagenette2-320.tgz",
+            "--data-dir",
+            "--download",
+            "solar_cells.py",
+        ):
             assert part in str(caught.value)
 
     def test_download__without_network(
