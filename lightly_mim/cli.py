@@ -12,6 +12,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,9 @@ def main(args: Sequence[str] | None = None) -> None:
         args:
             The words after the program's name. None for those of the process.
     """
+    # A method of one's own, by its dotted path, may lie where one stands.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     words = _split(sys.argv[1:] if args is None else args)
     try:
         if words and words[0] in COMMANDS:

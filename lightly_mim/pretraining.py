@@ -450,6 +450,16 @@ def pretrain(
     """
     arguments = dict(locals())
     _check_numbers(arguments)
+    if isinstance(method, type) or not (
+        isinstance(method, MaskedImageModel) or callable(method)
+    ):
+        raise ValueError(
+            "method is a method or a function that makes one, for example "
+            f'lambda: SimMIM("vit_base_patch16_224"), got {method!r}.'
+        )
+    for name in ("data", "val"):
+        if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
+            arguments[name] = str(Path(arguments[name]))  # photos/ is photos
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
             method = method()
@@ -475,6 +485,7 @@ def pretrain(
     if _rank() == 0:
         run.check(config, resume, overwrite)
     if run.finished and resume:
+        print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
         Pretraining(method).load_state_dict(state["state_dict"])
         return method
@@ -557,7 +568,8 @@ def pretrain(
                 + "; ".join(list(unreadable.values())[:5])
             )
         print(f"Finished. The encoder is in {run.encoder}.", flush=True)
-        if isinstance(data, str | Path) and getattr(images.train, "classes", None):
+        testable = images.val is not None and getattr(images.val, "classes", None)
+        if isinstance(data, str | Path) and testable and method.encoder.name:
             print(
                 f"Evaluate it: lightly-mim evaluate --encoder {run.path} --data {data}",
                 flush=True,

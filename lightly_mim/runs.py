@@ -113,6 +113,7 @@ class RunDirectory:
         stored = yaml.safe_load(self.config.read_text()) or {}
         # What was recorded is what YAML makes of it: tuples become lists.
         wanted = yaml.safe_load(yaml.safe_dump(dict(config)))
+        stored, wanted = _flat(stored), _flat(wanted)
         differences = [
             f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} now"
             for name in sorted(stored.keys() | wanted.keys())
@@ -153,3 +154,14 @@ class RunDirectory:
         """Writes the marker of a run that came to its end."""
         with atomic_write(self.marker) as temporary:
             temporary.write_text(json.dumps(dict(summary), indent=2) + "\n")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns settings within settings as `recipe.lr`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -358,6 +358,7 @@ def test_pretrain__compiled_run_is_the_run(photos: Path, tmp_path: Path) -> None
         ({"batch_size": 33}, "1 to all 32 images.*batch_size=33"),
         ({"batch_size": 8, "accumulate": 3}, "8 does not divide"),
         ({"accumulate": 0}, "accumulate=0"),
+        ({"method": "SimMIM"}, "method is a method or a function that makes one"),
         ({"log_every": 0}, "log_every=0"),
         ({"batch_size": 4.0}, "batch_size=4.0"),
         ({"num_workers": -1}, "num_workers=-1"),
@@ -476,6 +477,9 @@ def test_pretrain__refuses_a_run_that_is_there(finished: Path, photos: Path) -> 
         run(finished, photos, reconstruct_every=2)
     with pytest.raises(ValueError, match=r"lr: 0.1 in the run, 0.2 now"):
         run(finished, photos, reconstruct_every=2, lr=0.2, resume=True)
+    # Another way to write the same folder is the same folder.
+    run(finished, Path(f"{photos}/"), reconstruct_every=2, resume=True)
+    run(finished, f"{photos}/", reconstruct_every=2, resume=True)  # type: ignore[arg-type]
     assert_same(weights(finished), before)
 
 
