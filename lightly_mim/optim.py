@@ -70,6 +70,9 @@ class Recipe:
             as it was built.
         min_scale:
             Smallest share of an image that a crop covers.
+
+    Raises:
+        ValueError: If the schedule does not exist, or epochs or rates are out of range.
     """
 
     source: str

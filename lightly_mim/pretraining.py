@@ -76,8 +76,17 @@ class Pretraining(pl.LightningModule):
             which the learning rate is scaled by. None to read it from the loader.
         seed:
             Seed of masks and noise.
+
+    Args:
         compile:
-            Whether to compile the method with `torch.compile`.
+            Whether to compile the method, in place, with `torch.compile`. The other
+            arguments are the attributes.
+
+    Raises:
+        ValueError: When the training starts, if the Trainer has no `max_epochs`, if the
+            loader does not tell its batch size and none is given, or if a batch has
+            several views or images that are neither uint8 nor float.
+        NonFiniteLossError: While it trains, if the loss or the gradient is not finite.
 
     Examples:
         >>> module = Pretraining(SimMIM("vit_tiny_patch16_224"))  # doctest: +SKIP
@@ -367,7 +376,9 @@ def pretrain(
         data:
             A folder of images with `train/` and `val/`, with class folders, or flat;
             the name of a data set (see `lightly_mim.data.open_data`); or a Dataset
-            that yields (sample, ...) with its transform applied.
+            that yields (sample, ...): samples that are still PIL images or uint8
+            tensors get the method's augmentation, float tensors and lists of views are
+            taken as they are.
         method:
             The method, or a function that makes it. `seed` covers the initial weights
             only of what is made by a function: on the command line, always.

@@ -62,7 +62,8 @@ class MaskedImageModel(nn.Module):
             The arguments that the method was made with, by name: what a run directory
             records to build it again.
         recipes:
-            Published settings by name. The first one is the default.
+            Published settings by name. The first one is the default; without any,
+            `pretrain` needs a `Recipe` as recipe.
     """
 
     recipes: ClassVar[Mapping[str, Recipe]] = {}
