@@ -245,6 +245,7 @@ class _CrossAttentionBlock(nn.Module):
     def __init__(self, dim: int, encoder_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.fused_attn = True  # see lightly_mim.encoders.choose_attention
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(encoder_dim, 2 * dim)
@@ -256,7 +257,11 @@ class _CrossAttentionBlock(nn.Module):
         """Takes masked tokens (B, K, D) and visible ones (B, S, E)."""
         query = self._heads(self.query(self.norm1(x)))
         key, value = map(self._heads, self.key_value(visible).chunk(2, dim=-1))
-        attended = functional.scaled_dot_product_attention(query, key, value)
+        if self.fused_attn:
+            attended = functional.scaled_dot_product_attention(query, key, value)
+        else:
+            scaled = query / math.sqrt(query.shape[-1])
+            attended = (scaled @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         output: Tensor = x + self.mlp(self.norm2(x))
         return output

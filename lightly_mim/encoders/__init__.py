@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import timm
 import torch
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -22,6 +23,7 @@ from lightly_mim.encoders.base import (
     pool_tokens,
 )
 from lightly_mim.encoders.beit import MaskedBeit
+from lightly_mim.encoders.eva import MaskedEva
 from lightly_mim.encoders.swin import MaskedSwin
 from lightly_mim.encoders.vit import MaskedViT
 from lightly_mim.patches import Size, sincos_positions, to_pair
@@ -44,6 +46,7 @@ else:
 _FAMILIES: dict[type[nn.Module], type[MaskedEncoder]] = {
     VisionTransformer: MaskedViT,
     Beit: MaskedBeit,
+    Eva: MaskedEva,
     SwinTransformer: MaskedSwin,
     SwinTransformerV2: MaskedSwin,
 }

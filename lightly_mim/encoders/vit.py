@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
-from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def _check_supported(vit: Any) -> None:
             "Padded images shift the masked patches. Build the model with "
             "dynamic_img_pad=False, and dynamic_img_size=True for images of any size."
         )
-    if isinstance(getattr(vit, "patch_drop", None), PatchDropout):
+    if not isinstance(getattr(vit, "patch_drop", None), NoneType | nn.Identity):
         raise ValueError(
             "Patches that are dropped at random lose their place in the mask. Build "
             "the model with patch_drop_rate=0."

@@ -71,7 +71,7 @@ class MAE(MaskedImageModel):
 
     Args:
         encoder:
-            timm name or timm module of a VisionTransformer or Beit, or a
+            timm name or timm module of a VisionTransformer, Beit or Eva, or a
             `MaskedEncoder`. One that is built here by its name, and not pretrained, is
             initialised as in the reference, with fixed sine-cosine positions if it has
             absolute ones (`pos_embed="learned"` keeps timm's). Weights that come from
@@ -312,8 +312,8 @@ def _check_encoder(encoder: MaskedEncoder, encoder_mask_tokens: bool) -> None:
     if not encoder.can_drop_tokens:
         raise ValueError(
             f"MAE encodes the visible patches alone, and {name} needs all of them: its "
-            "windows and patch merging take the full grid. Use a VisionTransformer or "
-            "Beit, or SimMIM, which puts mask tokens in place of masked patches."
+            "windows and patch merging take the full grid. Use a VisionTransformer, "
+            "Beit or Eva, or SimMIM, which puts mask tokens in place of masked patches."
         )
     if encoder.mask_token is not None and not encoder_mask_tokens:
         raise ValueError(

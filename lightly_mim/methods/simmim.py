@@ -39,8 +39,8 @@ class SimMIM(MaskedImageModel):
 
     Args:
         encoder:
-            timm name or timm module of a VisionTransformer, Beit, SwinTransformer or
-            SwinTransformerV2, or a `MaskedEncoder`.
+            timm name or timm module of a VisionTransformer, Beit, Eva, SwinTransformer
+            or SwinTransformerV2, or a `MaskedEncoder`.
         img_size:
             Side of the images in pixels or (height, width). None for the encoder's own.
         in_chans:

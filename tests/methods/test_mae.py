@@ -79,6 +79,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "use_shared_rel_pos_bias": True,
         "use_rel_pos_bias": False,
     },
+    "EVA-02": {**VIT, "encoder": "eva02_tiny_patch14_224", "patch_size": 16},
+    "RoPE, mixed": {**VIT, "encoder": "vit_small_patch16_rope_mixed_224"},
+    "DINOv3": {**VIT, "encoder": "vit_small_patch16_dinov3"},
 }
 
 
@@ -566,6 +569,18 @@ def test_choose_attention__reaches_the_decoder() -> None:
         model.choose_attention(torch.device("cpu"), bf16)
         for block in (*model.encoder.vit.blocks, *model.decoder.blocks):
             assert block.attn.fused_attn is not bf16
+
+
+def test_choose_attention__changes_nothing_in_a_cross_decoder() -> None:
+    model = build({**VIT, "decoder": "cross"})
+    pixels = images(model)
+    mask = model.draw_mask(pixels)
+    losses = []
+    for bf16 in (True, False):
+        model.choose_attention(torch.device("cpu"), bf16)
+        assert all(block.fused_attn is not bf16 for block in model.decoder.blocks)
+        losses.append(model(pixels, mask).loss)
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_compile__gives_the_same_loss() -> None:
