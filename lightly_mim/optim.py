@@ -7,17 +7,27 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from timm.optim._param_groups import param_groups_weight_decay
+from timm.models import group_parameters
+from timm.optim._param_groups import (
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a pretraining run.
+    """Settings of a training run.
 
     Learning rates are given per `lr_batch_size` images: the rate of a run is `lr *
     batch_size / lr_batch_size`, and so are the rates of warm-up and end.
@@ -115,7 +125,7 @@ class Recipe:
                 f"lr={self.lr}, warmup_lr={self.warmup_lr}, min_lr={self.min_lr}."
             )
 
-    def for_epochs(self, epochs: int) -> Recipe:
+    def for_epochs(self: AnyRecipe, epochs: int) -> AnyRecipe:
         """Returns the recipe for another number of epochs.
 
         Warm-up and steps keep their share of the run: ten epochs of warm-up out of a
@@ -169,6 +179,7 @@ def build_optimizer(
     total_steps: int,
     no_weight_decay: Collection[str] = (),
     fused: bool = True,
+    layer_decay: float | None = None,
 ) -> tuple[Optimizer, LambdaLR]:
     """Makes the optimiser of a recipe and its schedule, which steps with it.
 
@@ -189,20 +200,95 @@ def build_optimizer(
         fused:
             Whether AdamW runs as one kernel. A fused optimiser unscales fp16 gradients
             by itself, after they were clipped: use False with a gradient scaler.
+        layer_decay:
+            Factor on the learning rate from each layer to the one below it. The layers
+            are those of the module's `group_matcher`, timm's word for a function from
+            the name of a parameter to the number of its layer, see `layer_ids`. None
+            gives all layers the same rate.
 
     Returns:
         (AdamW optimiser, learning rate scheduler).
     """
-    optimizer = AdamW(
-        param_groups_weight_decay(
+    lr = recipe.lr * batch_size / recipe.lr_batch_size
+    if layer_decay is None:
+        groups = param_groups_weight_decay(
             module, recipe.weight_decay, no_weight_decay_list=no_weight_decay
-        ),
-        lr=recipe.lr * batch_size / recipe.lr_batch_size,
-        betas=recipe.betas,
-        fused=fused,
-    )
+        )
+    else:
+        groups = param_groups_layer_decay(
+            module,
+            recipe.weight_decay,
+            no_weight_decay_list=no_weight_decay,
+            layer_decay=layer_decay,
+        )
+        for group in groups:
+            group["lr"] = lr * group["lr_scale"]
+    optimizer = AdamW(groups, lr=lr, betas=recipe.betas, fused=fused)
+    return optimizer, build_schedule(optimizer, recipe, steps_per_epoch, total_steps)
+
+
+def build_schedule(
+    optimizer: Optimizer, recipe: Recipe, steps_per_epoch: float, total_steps: int
+) -> LambdaLR:
+    """Makes the schedule of a recipe, which multiplies the rate of every group.
+
+    Args:
+        optimizer:
+            The optimiser, with the highest learning rate of each group.
+        recipe:
+            Gives warm-up, schedule and the rates.
+        steps_per_epoch:
+            Optimiser steps in an epoch.
+        total_steps:
+            Optimiser steps in the run.
+    """
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, steps_per_epoch, total_steps, recipe)
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)
+
+
+def layer_ids(model: nn.Module) -> dict[str, int]:
+    """Numbers the layers of a transformer's parameters for layer-wise learning rates.
+
+    The numbers are those of the code of BEiT, MAE and SimMIM. 0 for patch embedding,
+    class token, registers and absolute positions; 1 + i for the i-th block, counted
+    through all stages of a Swin; and one more than the last block for all that follows:
+    the final norm, and a table of relative positions that all blocks share. A Swin's
+    downsampling belongs to the last block of the stage whose output it takes.
+
+    timm's own groups (`group_matcher`) agree but for three: they put the final norm
+    into the last block's layer, a shared table of relative positions into layer 0, and
+    a Swin's downsampling into the first block behind it.
+
+    Args:
+        model:
+            timm model with `blocks`, or with `layers` that have `blocks`, such as a
+            VisionTransformer, Beit, Eva, SwinTransformer or SwinTransformerV2.
+
+    Returns:
+        For the name of each parameter the number of its layer.
+
+    Raises:
+        ValueError: If the model is of another kind.
+    """
+    matcher = getattr(model, "group_matcher", None)
+    groups = group_parameters(model, matcher(), reverse=True) if matcher else {}
+    ids: dict[str, int] = {
+        name: group - 1 if ".downsample." in name else group
+        for name, group in groups.items()
+        if name.startswith(("blocks.", "layers."))
+    }
+    if not ids:
+        raise ValueError(
+            f"The layers of a {type(model).__name__} are not known, so its learning "
+            "rate cannot decay from layer to layer. Use layer_decay=1, or a timm "
+            "VisionTransformer, Beit, Eva, SwinTransformer or SwinTransformerV2."
+        )
+    behind = max(ids.values()) + 1
+    for name, group in groups.items():
+        if name not in ids:
+            stem = group == 0 and not name.startswith("rel_pos_bias.")
+            ids[name] = 0 if stem else behind
+    return ids

@@ -230,6 +230,22 @@ class EvalTransform:
         view = T.functional.center_crop(view, list(self.input_size))
         return _normalize(view, self.normalize)
 
+    def crop_mask(self, mask: Tensor) -> Tensor:
+        """Returns the same part of a mask, where each pixel takes the nearest value.
+
+        Args:
+            mask:
+                Tensor of whole numbers with shape (height, width), those of the image.
+
+        Returns:
+            Tensor with shape `input_size`.
+        """
+        size = _cover(mask.shape, self.resize_size)
+        nearest = T.InterpolationMode.NEAREST_EXACT
+        view = T.functional.resize(mask[None], size, nearest)
+        cropped: Tensor = T.functional.center_crop(view, list(self.input_size))[0]
+        return cropped
+
     def decode_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Returns the size from which a picture may be decoded without visible loss.
 

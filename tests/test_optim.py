@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from lightly_mim.encoders import masked_encoder
+from lightly_mim.evaluation.finetune import FineTuned
 from lightly_mim.optim import (
     Recipe,
     build_optimizer,
+    layer_ids,
     learning_rate_factor,
 )
 
@@ -136,3 +141,224 @@ def test_build_optimizer__scales_the_rate() -> None:
 def test_recipe__refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RECIPE, **change)  # type: ignore[arg-type]
+
+
+SMALL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+STAGES = {"img_size": 32, "window_size": 4, "depths": (1, 2), "embed_dim": 12}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 2}),
+    # The ViT of SimMIM: fine-tuned with a table of relative positions for each block.
+    "beit": (
+        "beit_base_patch16_224",
+        SMALL
+        | {
+            "use_shared_rel_pos_bias": True,
+            "use_rel_pos_bias": False,
+            "use_fc_norm": False,
+        },
+    ),
+    "eva": ("eva02_tiny_patch14_224", SMALL | {"img_size": 28}),
+    "swin": ("swin_tiny_patch4_window7_224", STAGES | {"num_heads": (1, 2)}),
+    "swinv2": ("swinv2_tiny_window8_256", STAGES | {"num_heads": (1, 2)}),
+}
+
+# Every parameter behind the number of its layer, by the rules of the code of MAE and
+# SimMIM, for fine-tuning with mean pooling.
+LAYERS = {
+    "vit": """
+    0: cls_token reg_token pos_embed patch_embed.proj.weight
+        patch_embed.proj.bias
+    1: blocks.0.norm1.weight blocks.0.norm1.bias blocks.0.attn.qkv.weight
+        blocks.0.attn.qkv.bias blocks.0.attn.proj.weight blocks.0.attn.proj.bias
+        blocks.0.norm2.weight blocks.0.norm2.bias blocks.0.mlp.fc1.weight
+        blocks.0.mlp.fc1.bias blocks.0.mlp.fc2.weight blocks.0.mlp.fc2.bias
+    2: blocks.1.norm1.weight blocks.1.norm1.bias blocks.1.attn.qkv.weight
+        blocks.1.attn.qkv.bias blocks.1.attn.proj.weight blocks.1.attn.proj.bias
+        blocks.1.norm2.weight blocks.1.norm2.bias blocks.1.mlp.fc1.weight
+        blocks.1.mlp.fc1.bias blocks.1.mlp.fc2.weight blocks.1.mlp.fc2.bias
+    3: fc_norm.weight fc_norm.bias head.weight head.bias
+    """,
+    "beit": """
+    0: cls_token patch_embed.proj.weight patch_embed.proj.bias
+    1: blocks.0.gamma_1 blocks.0.gamma_2 blocks.0.norm1.weight
+        blocks.0.norm1.bias blocks.0.attn.q_bias blocks.0.attn.v_bias
+        blocks.0.attn.relative_position_bias_table blocks.0.attn.qkv.weight
+        blocks.0.attn.proj.weight blocks.0.attn.proj.bias blocks.0.norm2.weight
+        blocks.0.norm2.bias blocks.0.mlp.fc1.weight blocks.0.mlp.fc1.bias
+        blocks.0.mlp.fc2.weight blocks.0.mlp.fc2.bias
+    2: blocks.1.gamma_1 blocks.1.gamma_2 blocks.1.norm1.weight
+        blocks.1.norm1.bias blocks.1.attn.q_bias blocks.1.attn.v_bias
+        blocks.1.attn.relative_position_bias_table blocks.1.attn.qkv.weight
+        blocks.1.attn.proj.weight blocks.1.attn.proj.bias blocks.1.norm2.weight
+        blocks.1.norm2.bias blocks.1.mlp.fc1.weight blocks.1.mlp.fc1.bias
+        blocks.1.mlp.fc2.weight blocks.1.mlp.fc2.bias
+    3: fc_norm.weight fc_norm.bias head.weight head.bias
+    """,
+    "eva": """
+    0: cls_token pos_embed patch_embed.proj.weight patch_embed.proj.bias
+    1: blocks.0.norm1.weight blocks.0.norm1.bias blocks.0.attn.q_bias
+        blocks.0.attn.v_bias blocks.0.attn.qkv.weight blocks.0.attn.proj.weight
+        blocks.0.attn.proj.bias blocks.0.norm2.weight blocks.0.norm2.bias
+        blocks.0.mlp.fc1.weight blocks.0.mlp.fc1.bias blocks.0.mlp.fc2.weight
+        blocks.0.mlp.fc2.bias
+    2: blocks.1.norm1.weight blocks.1.norm1.bias blocks.1.attn.q_bias
+        blocks.1.attn.v_bias blocks.1.attn.qkv.weight blocks.1.attn.proj.weight
+        blocks.1.attn.proj.bias blocks.1.norm2.weight blocks.1.norm2.bias
+        blocks.1.mlp.fc1.weight blocks.1.mlp.fc1.bias blocks.1.mlp.fc2.weight
+        blocks.1.mlp.fc2.bias
+    3: fc_norm.weight fc_norm.bias head.weight head.bias
+    """,
+    "swin": """
+    0: patch_embed.proj.weight patch_embed.proj.bias patch_embed.norm.weight
+        patch_embed.norm.bias
+    1: layers.0.blocks.0.norm1.weight layers.0.blocks.0.norm1.bias
+        layers.0.blocks.0.attn.relative_position_bias_table
+        layers.0.blocks.0.attn.qkv.weight layers.0.blocks.0.attn.qkv.bias
+        layers.0.blocks.0.attn.proj.weight layers.0.blocks.0.attn.proj.bias
+        layers.0.blocks.0.norm2.weight layers.0.blocks.0.norm2.bias
+        layers.0.blocks.0.mlp.fc1.weight layers.0.blocks.0.mlp.fc1.bias
+        layers.0.blocks.0.mlp.fc2.weight layers.0.blocks.0.mlp.fc2.bias
+        layers.1.downsample.norm.weight layers.1.downsample.norm.bias
+        layers.1.downsample.reduction.weight
+    2: layers.1.blocks.0.norm1.weight layers.1.blocks.0.norm1.bias
+        layers.1.blocks.0.attn.relative_position_bias_table
+        layers.1.blocks.0.attn.qkv.weight layers.1.blocks.0.attn.qkv.bias
+        layers.1.blocks.0.attn.proj.weight layers.1.blocks.0.attn.proj.bias
+        layers.1.blocks.0.norm2.weight layers.1.blocks.0.norm2.bias
+        layers.1.blocks.0.mlp.fc1.weight layers.1.blocks.0.mlp.fc1.bias
+        layers.1.blocks.0.mlp.fc2.weight layers.1.blocks.0.mlp.fc2.bias
+    3: layers.1.blocks.1.norm1.weight layers.1.blocks.1.norm1.bias
+        layers.1.blocks.1.attn.relative_position_bias_table
+        layers.1.blocks.1.attn.qkv.weight layers.1.blocks.1.attn.qkv.bias
+        layers.1.blocks.1.attn.proj.weight layers.1.blocks.1.attn.proj.bias
+        layers.1.blocks.1.norm2.weight layers.1.blocks.1.norm2.bias
+        layers.1.blocks.1.mlp.fc1.weight layers.1.blocks.1.mlp.fc1.bias
+        layers.1.blocks.1.mlp.fc2.weight layers.1.blocks.1.mlp.fc2.bias
+    4: norm.weight norm.bias head.weight head.bias
+    """,
+    "swinv2": """
+    0: patch_embed.proj.weight patch_embed.proj.bias patch_embed.norm.weight
+        patch_embed.norm.bias
+    1: layers.0.blocks.0.attn.logit_scale layers.0.blocks.0.attn.q_bias
+        layers.0.blocks.0.attn.v_bias layers.0.blocks.0.attn.cpb_mlp.0.weight
+        layers.0.blocks.0.attn.cpb_mlp.0.bias
+        layers.0.blocks.0.attn.cpb_mlp.2.weight
+        layers.0.blocks.0.attn.qkv.weight layers.0.blocks.0.attn.proj.weight
+        layers.0.blocks.0.attn.proj.bias layers.0.blocks.0.norm1.weight
+        layers.0.blocks.0.norm1.bias layers.0.blocks.0.mlp.fc1.weight
+        layers.0.blocks.0.mlp.fc1.bias layers.0.blocks.0.mlp.fc2.weight
+        layers.0.blocks.0.mlp.fc2.bias layers.0.blocks.0.norm2.weight
+        layers.0.blocks.0.norm2.bias layers.1.downsample.reduction.weight
+        layers.1.downsample.norm.weight layers.1.downsample.norm.bias
+    2: layers.1.blocks.0.attn.logit_scale layers.1.blocks.0.attn.q_bias
+        layers.1.blocks.0.attn.v_bias layers.1.blocks.0.attn.cpb_mlp.0.weight
+        layers.1.blocks.0.attn.cpb_mlp.0.bias
+        layers.1.blocks.0.attn.cpb_mlp.2.weight
+        layers.1.blocks.0.attn.qkv.weight layers.1.blocks.0.attn.proj.weight
+        layers.1.blocks.0.attn.proj.bias layers.1.blocks.0.norm1.weight
+        layers.1.blocks.0.norm1.bias layers.1.blocks.0.mlp.fc1.weight
+        layers.1.blocks.0.mlp.fc1.bias layers.1.blocks.0.mlp.fc2.weight
+        layers.1.blocks.0.mlp.fc2.bias layers.1.blocks.0.norm2.weight
+        layers.1.blocks.0.norm2.bias
+    3: layers.1.blocks.1.attn.logit_scale layers.1.blocks.1.attn.q_bias
+        layers.1.blocks.1.attn.v_bias layers.1.blocks.1.attn.cpb_mlp.0.weight
+        layers.1.blocks.1.attn.cpb_mlp.0.bias
+        layers.1.blocks.1.attn.cpb_mlp.2.weight
+        layers.1.blocks.1.attn.qkv.weight layers.1.blocks.1.attn.proj.weight
+        layers.1.blocks.1.attn.proj.bias layers.1.blocks.1.norm1.weight
+        layers.1.blocks.1.norm1.bias layers.1.blocks.1.mlp.fc1.weight
+        layers.1.blocks.1.mlp.fc1.bias layers.1.blocks.1.mlp.fc2.weight
+        layers.1.blocks.1.mlp.fc2.bias layers.1.blocks.1.norm2.weight
+        layers.1.blocks.1.norm2.bias
+    4: norm.weight norm.bias head.weight head.bias
+    """,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_build_optimizer__decays_the_rate_from_layer_to_layer(name: str) -> None:
+    encoder, options = MODELS[name]
+    module = FineTuned(masked_encoder(encoder, **options), 3, "mean", head_std=0.02)
+    _, scheduler = build_optimizer(module, RECIPE, 512, 7, 140, layer_decay=0.5)
+    rates = {
+        id(parameter): rate
+        for group, rate in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True
+        )
+        for parameter in group["params"]
+    }
+    expected = {}
+    lines = LAYERS[name].split()
+    for word in lines:
+        if word.endswith(":"):
+            layer = int(word[:-1])
+        else:
+            expected[word] = RECIPE.lr * 0.5 ** (layer_of_head(lines) - layer)
+    assert {
+        parameter.removeprefix("encoder.vit."): pytest.approx(rates[id(value)])
+        for parameter, value in module.named_parameters()
+    } == expected
+
+
+def layer_of_head(words: list[str]) -> int:
+    return int([word for word in words if word.endswith(":")][-1][:-1])
+
+
+def test_build_optimizer__layers_warm_up_together() -> None:
+    encoder, options = MODELS["vit"]
+    module = FineTuned(masked_encoder(encoder, **options), 3, "mean", head_std=0.02)
+    optimizer, scheduler = build_optimizer(module, RECIPE, 512, 7, 140, layer_decay=0.5)
+    for step in range(40):
+        shares = [
+            group["lr"] / rate
+            for group, rate in zip(
+                optimizer.param_groups, scheduler.base_lrs, strict=True
+            )
+        ]
+        factor = learning_rate_factor(step, 7, 140, RECIPE)
+        assert shares == pytest.approx([factor] * len(shares))
+        optimizer.step()
+        scheduler.step()
+    decays = {
+        id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]
+    }
+    vit = module.encoder.vit
+    assert decays[id(vit.blocks[0].attn.qkv.weight)] == RECIPE.weight_decay
+    assert decays[id(vit.blocks[0].attn.qkv.bias)] == 0
+    assert decays[id(module.head.weight)] == RECIPE.weight_decay
+
+
+def test_layer_ids__differs_from_timm_where_the_references_do() -> None:
+    def timm_ids(model: nn.Module) -> dict[str, int]:
+        ids: dict[str, int] = timm.models.group_parameters(
+            model, model.group_matcher(), reverse=True
+        )
+        return ids
+
+    def differences(name: str) -> dict[str, tuple[int, int]]:
+        encoder, options = MODELS[name]
+        model = timm.create_model(encoder, num_classes=0, **options)
+        theirs = timm_ids(model)
+        return {
+            parameter: (theirs[parameter], layer)
+            for parameter, layer in layer_ids(model).items()
+            if theirs[parameter] != layer
+        }
+
+    norm = {"norm.weight": (2, 3), "norm.bias": (2, 3)}
+    assert differences("vit") == norm
+    table = {"rel_pos_bias.relative_position_bias_table": (0, 3)}
+    assert differences("beit") == norm | table
+    assert differences("swin") == {
+        "layers.1.downsample.norm.weight": (2, 1),
+        "layers.1.downsample.norm.bias": (2, 1),
+        "layers.1.downsample.reduction.weight": (2, 1),
+        "norm.weight": (3, 4),
+        "norm.bias": (3, 4),
+    }
+
+
+def test_layer_ids__refuses_other_models() -> None:
+    for model in (nn.Linear(2, 2), timm.create_model("resnet10t", num_classes=0)):
+        with pytest.raises(ValueError, match="layers of a .* are not known"):
+            layer_ids(model)
