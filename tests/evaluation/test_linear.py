@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightly_mim.evaluation import linear
+from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.preparation import assign_folds
 
 
 def random_problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -21,15 +24,20 @@ def random_problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return features, torch.randint(3, (50,), generator=generator)
 
 
+RATES, DECAYS = [0.01, 0.5], [0.0, 0.1]
+
+
 def test_fit_linear_grid__equals_training_alone() -> None:
     features, labels = random_problem()
     rates = [0.01, 0.1, 1.0]
+    settings = {"epochs": 7, "batch_size": 16, "seed": 3}
     weight, bias = linear.fit_linear_grid(
-        features, labels, 3, rates, epochs=7, batch_size=16, seed=3
+        features, labels, 3, rates, DECAYS, **settings
     )
-    for i, rate in enumerate(rates):
+    assert weight.shape == (6, 3, 6)
+    for i, (rate, decay) in enumerate(itertools.product(rates, DECAYS)):
         alone_weight, alone_bias = linear.fit_linear_grid(
-            features, labels, 3, [rate], epochs=7, batch_size=16, seed=3
+            features, labels, 3, [rate], [decay], **settings
         )
         torch.testing.assert_close(weight[i], alone_weight[0], rtol=1e-10, atol=0)
         torch.testing.assert_close(bias[i], alone_bias[0], rtol=1e-10, atol=0)
@@ -37,15 +45,18 @@ def test_fit_linear_grid__equals_training_alone() -> None:
 
 def test_fit_linear_grid__equals_torch_sgd() -> None:
     features, labels = random_problem()
-    rates = [0.01, 0.5]
     weight, bias = linear.fit_linear_grid(
-        features, labels, 3, rates, epochs=5, batch_size=20, seed=3
+        features, labels, 3, RATES, DECAYS, epochs=5, batch_size=20, seed=3
     )
-    for i, rate in enumerate(rates):
+    for i, (rate, decay) in enumerate(itertools.product(RATES, DECAYS)):
         probe = nn.Linear(6, 3, dtype=torch.float64)
         nn.init.zeros_(probe.weight)
         nn.init.zeros_(probe.bias)
-        optimizer = torch.optim.SGD(probe.parameters(), lr=rate, momentum=0.9)
+        groups = [
+            {"params": [probe.weight], "weight_decay": decay},
+            {"params": [probe.bias]},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 15))
         )
@@ -61,25 +72,6 @@ def test_fit_linear_grid__equals_torch_sgd() -> None:
                 schedule.step()
         torch.testing.assert_close(weight[i], probe.weight.data, rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(bias[i], probe.bias.data, rtol=1e-10, atol=1e-14)
-
-
-def test_standardizer__equals_scikit_learn() -> None:
-    features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    features[:, 2] = features[:, 2] * 1e-4 - 3  # small spread, but not constant
-    features[:, 3] = 0.1  # constant
-    expected = StandardScaler().fit_transform(features.double().numpy())
-    standardized = linear.Standardizer.fit(features)(features)
-    torch.testing.assert_close(
-        standardized.double(), torch.from_numpy(expected), rtol=0, atol=5e-3
-    )
-    assert standardized[:, 3].abs().max() < 1e-6
-
-
-def test_standardizer__rounding_is_no_feature() -> None:
-    features = torch.full((30, 1), 100.0)
-    features[::2] += 1e-5  # one step of float32 at this size
-    assert features.std() > 0
-    assert linear.Standardizer.fit(features)(features).abs().max() < 1e-4
 
 
 def digits(num_train: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,7 +107,7 @@ def test_fit_and_score_linear__reaches_logistic_regression(num_train: int) -> No
 
 def test_choose_linear__reaches_cross_validated_logistic_regression() -> None:
     train, labels, test, expected = digits(600)
-    choice = linear.choose_linear(train, labels, 10)
+    choice = linear.choose_linear([train], labels, 10)[0]
     logits = linear.fit_and_score_linear(train, labels, test, 10, choice.learning_rate)
     accuracy = float((logits.argmax(1) == expected).float().mean())
     search = GridSearchCV(LogisticRegression(max_iter=3000), {"C": PENALTIES})
@@ -126,76 +118,109 @@ def test_choose_linear__reaches_cross_validated_logistic_regression() -> None:
 def test_choose_linear__prefers_the_lower_loss_of_equal_accuracies() -> None:
     features = torch.tensor([[-1.0], [1.0]]).repeat(20, 1)
     labels = torch.tensor([0, 1]).repeat(20)
-    choice = linear.choose_linear(features, labels, 2, [0.01, 1.0], epochs=3)
+    [choice] = linear.choose_linear([features], labels, 2, [0.01, 1.0], epochs=3)
     assert choice.accuracy == 1.0
     assert choice.learning_rate == 1.0
-    assert linear.choose_linear(features, labels, 2, [1.0, 0.01], epochs=3) == choice
+    other = linear.choose_linear([features], labels, 2, [1.0, 0.01], epochs=3)
+    assert other == [choice]
 
 
 def test_choose_linear__is_a_function_of_the_seed() -> None:
     features, labels = random_problem(torch.float32)
     rates = [0.01, 0.1]
-    first = linear.choose_linear(features, labels, 3, rates, epochs=5, seed=1)
+    first = linear.choose_linear([features], labels, 3, rates, epochs=5, seed=1)
     torch.manual_seed(123)  # the global generator plays no part
-    assert linear.choose_linear(features, labels, 3, rates, epochs=5, seed=1) == first
-    assert linear.choose_linear(features, labels, 3, rates, epochs=5, seed=2) != first
+    again = linear.choose_linear([features], labels, 3, rates, epochs=5, seed=1)
+    assert again == first
+    other = linear.choose_linear([features], labels, 3, rates, epochs=5, seed=2)
+    assert other != first
 
 
-def test_linear_probe__one_class() -> None:
+def test_choose_linear__one_class() -> None:
     features = torch.randn(10, 3)
     labels = torch.zeros(10, dtype=torch.int64)
-    assert linear.choose_linear(features, labels, 1, epochs=2).accuracy == 1.0
+    [choice] = linear.choose_linear([features], labels, 1, epochs=2)
+    assert choice.accuracy == 1.0
 
 
-def test_choose_linear__equals_cross_validation_by_hand() -> None:
-    features, labels = random_problem()
-    rates = [0.001, 0.1]
-    folds = linear.assign_folds(labels, 3, seed=2)
-    correct, loss = [0, 0], [0.0, 0.0]
-    for fold in range(3):
-        train, test = features[folds != fold], features[folds == fold]
-        scaler = StandardScaler().fit(train.numpy())
-        for i, rate in enumerate(rates):
+def by_hand(
+    features: Tensor, labels: Tensor, num_folds: int, seed: int
+) -> linear.LinearChoice:
+    """Cross-validation over RATES and DECAYS, one probe after the other."""
+    folds = assign_folds(labels, num_folds, seed=seed)
+    choices = []
+    for rate, decay in itertools.product(RATES, DECAYS):
+        correct, loss = 0, 0.0
+        for fold in range(num_folds):
+            train, test = features[folds != fold], features[folds == fold]
+            scaler = StandardScaler().fit(train.numpy())
             weight, bias = linear.fit_linear_grid(
                 torch.from_numpy(scaler.transform(train.numpy())),
                 labels[folds != fold],
                 3,
                 [rate],
+                [decay],
                 epochs=4,
-                seed=2,
+                seed=seed,
             )
             logits = torch.from_numpy(scaler.transform(test.numpy())) @ weight[0].T
-            expected = labels[folds == fold]
-            correct[i] += int(((logits + bias[0]).argmax(1) == expected).sum())
-            loss[i] += float(
-                functional.cross_entropy(logits + bias[0], expected, reduction="sum")
+            logits, expected = logits + bias[0], labels[folds == fold]
+            correct += int((logits.argmax(1) == expected).sum())
+            loss += float(
+                functional.cross_entropy(logits, expected, reduction="sum").double()
             )
-    best = max((0, 1), key=lambda i: (correct[i], -loss[i]))
-    choice = linear.choose_linear(
-        features, labels, 3, rates, num_folds=3, epochs=4, seed=2
+        choices.append(
+            linear.LinearChoice(
+                rate, decay, correct / len(labels), pytest.approx(loss / len(labels))
+            )
+        )
+    return max(choices, key=lambda choice: (choice.accuracy, -choice.loss.expected))
+
+
+@pytest.mark.parametrize("max_numbers", [1, 1500, 2**26])
+def test_choose_linear__equals_cross_validation_by_hand(max_numbers: int) -> None:
+    features, labels = random_problem()  # 50 images: parts of 17, 17 and 16
+    several = [features, features[:, :2] + labels[:, None], features.flip(0)]
+    choices = linear.choose_linear(
+        several,
+        labels,
+        3,
+        RATES,
+        DECAYS,
+        num_folds=3,
+        epochs=4,
+        max_numbers=max_numbers,
+        seed=2,
     )
-    assert choice.learning_rate == rates[best]
-    assert choice.accuracy == correct[best] / 50
-    assert choice.loss == pytest.approx(loss[best] / 50, rel=1e-9)
+    assert choices == [by_hand(values, labels, 3, 2) for values in several]
+    assert len({choice.learning_rate for choice in choices}) == 2
 
 
-def test_assign_folds() -> None:
-    labels = torch.tensor([0] * 51 + [1] * 20 + [2] * 2 + [4])
-    labels = labels[torch.randperm(74, generator=torch.Generator().manual_seed(5))]
-    folds = linear.assign_folds(labels, 5, seed=0)
-    assert sorted(folds.bincount().tolist()) == [14, 15, 15, 15, 15]
-    for label, largest in ((0, 11), (1, 4), (2, 1), (4, 1)):
-        counts = folds[labels == label].bincount(minlength=5)
-        assert counts.max() == largest
-        assert counts.min() >= largest - 1
-    assert torch.equal(linear.assign_folds(labels, 5, seed=0), folds)
-    assert not torch.equal(linear.assign_folds(labels, 5, seed=1), folds)
-
-
-@pytest.mark.parametrize("num_folds", [1, 0, 7])
-def test_assign_folds__bad_number(num_folds: int) -> None:
-    with pytest.raises(ValueError, match=f"num_folds={num_folds} for 6 image"):
-        linear.assign_folds(torch.zeros(6, dtype=torch.int64), num_folds)
+def test_linear__takes_half_precision_and_the_best_features() -> None:
+    train, labels, test, expected = digits(300)
+    noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    values = {(0, "mean"): noise.half(), (1, "mean"): train.half()}
+    tests = {(0, "mean"): noise[:100].half(), (1, "mean"): test[:100].half()}
+    protocol = linear.Linear([0.02, 0.2], epochs=20)
+    assert protocol.check(300) == []
+    [outcome] = protocol(
+        Features(values, labels, [], 0.0),
+        Features(tests, expected[:100], [], 0.0),
+        10,
+        seed=3,
+    )
+    assert outcome.key == (1, "mean")
+    assert [row["layer"] for row in outcome.selection] == [0, 1]
+    assert outcome.ranked.shape == (100, 5)
+    best = outcome.selection[1]
+    assert outcome.hyperparameters == {
+        name: best[name] for name in ("learning_rate", "weight_decay")
+    }
+    # Pixels are whole numbers below 17, so that half precision loses nothing.
+    logits = linear.fit_and_score_linear(
+        train, labels, test[:100], 10, best["learning_rate"], epochs=20, seed=3
+    )
+    assert torch.equal(outcome.ranked[:, 0], logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -207,6 +232,8 @@ def test_assign_folds__bad_number(num_folds: int) -> None:
         ({"labels": torch.full((5,), -1)}, r"lie in \[0, 3\)"),
         ({"learning_rates": []}, "at least one learning rate"),
         ({"learning_rates": [0.1, 0.0]}, "positive"),
+        ({"weight_decays": []}, "at least one weight decay"),
+        ({"weight_decays": [-0.1]}, "negative"),
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
     ],

@@ -1,0 +1,259 @@
+"""Low-label evaluation: a classifier from a few labelled images per class.
+
+- [0]: MSN, 2022, https://arxiv.org/abs/2204.07141 (section 5: L2-regularised logistic
+  regression on frozen features, a few images per class, mean of several draws)
+
+A number of images of each class is drawn from the training set, several times, and
+logistic regression is fitted to each draw. Which images are drawn matters more than
+anything else with so few, so the spread over the draws belongs to the result.
+
+Labels are scarce here, images are not: the features are standardised with the
+statistics of all training images. Layer, pooling and C are chosen by cross-validation
+inside each draw, with no other label. With one image per class there is nothing to hold
+out, so that the settings are fixed ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from lightly_mim.data.seeding import seed_from
+from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.evaluation.logistic import (
+    check_settings,
+    choose_logistic,
+    fit_logistic_path,
+)
+from lightly_mim.evaluation.preparation import Standardizer
+from lightly_mim.evaluation.protocol import Outcome, rank_classes
+
+
+@dataclass(frozen=True)
+class LowLabel:
+    """Logistic regression from a few labelled images per class.
+
+    Attributes:
+        shots:
+            Numbers of images per class, each of which gives an outcome of its own. A
+            draw with more images of a class contains the draw with fewer.
+        draws:
+            Number of draws.
+        cs:
+            Values of C to choose from, see `lightly_mim.evaluation.Logistic`.
+        num_folds:
+            Largest number of parts of a draw of which each is held out once; with fewer
+            images per class, as many as there are.
+        fixed_c:
+            C where there is one image per class. Default from scikit-learn. Layer and
+            pooling are then the last layer and the first pooling that are given.
+        tolerance:
+            See `lightly_mim.evaluation.logistic.fit_logistic_path`.
+        max_iterations:
+            See `lightly_mim.evaluation.logistic.fit_logistic_path`.
+    """
+
+    tokens: ClassVar[bool] = False
+    shots: Sequence[int] = (1, 5, 10)
+    draws: int = 5
+    cs: Sequence[float] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+    num_folds: int = 5
+    fixed_c: float = 1.0
+    tolerance: float = 1e-4
+    max_iterations: int = 1000
+
+    def check(self, num_train: int) -> list[str]:
+        """See `FeatureProtocol`."""
+        check_settings(self.cs, self.tolerance, self.max_iterations)
+        check_settings([self.fixed_c], self.tolerance, self.max_iterations)
+        if not self.shots or min(self.shots) < 1 or max(self.shots) > num_train:
+            raise ValueError(
+                "shots is one or more numbers of images per class, from 1 to the "
+                f"{num_train} training image(s), got {list(self.shots)}."
+            )
+        if self.draws < 1 or self.num_folds < 2:
+            raise ValueError(
+                "Low-label evaluation takes at least 1 draw and 2 parts of it to "
+                f"choose C, got draws={self.draws} and num_folds={self.num_folds}."
+            )
+        return []
+
+    def check_labels(self, labels: Tensor, num_classes: int) -> None:
+        """Checks that there are enough images of each class to draw from.
+
+        Args:
+            labels:
+                int64 tensor with shape (num_train,) with values in [0, num_classes).
+            num_classes:
+                Number of classes.
+
+        Raises:
+            ValueError: If a class has too few training images.
+        """
+        _check_counts(labels, num_classes, max(self.shots))
+
+    def __call__(
+        self,
+        train: Features,
+        test: Features,
+        num_classes: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> list[Outcome]:
+        """See `FeatureProtocol`. The seed decides the draws and their parts.
+
+        Returns:
+            One outcome per number of images per class, with all draws in `ranked`. Its
+            layer, pooling and C are those that most draws have chosen; `selection` has
+            what each draw has chosen.
+
+        Raises:
+            ValueError: If a class has too few training images.
+
+        Warns:
+            ConvergenceWarning: If a final fit ended at `max_iterations`.
+        """
+        rows = [
+            draw_per_class(
+                train.labels,
+                num_classes,
+                max(self.shots),
+                seed_from(seed, "low_label", draw),
+            )
+            for draw in range(self.draws)
+        ]
+        scalers = {
+            key: Standardizer.fit(values) for key, values in train.values.items()
+        }
+        return [
+            self._outcome(train, test, num_classes, shots, rows, scalers, seed, device)
+            for shots in self.shots
+        ]
+
+    def _outcome(
+        self,
+        train: Features,
+        test: Features,
+        num_classes: int,
+        shots: int,
+        rows: list[Tensor],
+        scalers: dict[Key, Standardizer],
+        seed: int,
+        device: torch.device | str,
+    ) -> Outcome:
+        settings: dict[str, Any] = {
+            "tolerance": self.tolerance,
+            "max_iterations": self.max_iterations,
+        }
+        chosen: list[tuple[Key, float]] = []
+        selection: list[dict[str, Any]] = []
+        ranked = []
+        cut = 0
+        for draw, numbers in enumerate(rows):
+            index = numbers[:, :shots].flatten()
+            labels = train.labels[index]
+            features = {
+                key: scalers[key](values[index]) for key, values in train.values.items()
+            }
+            key, c = _first_pool_of_last_layer(list(features)), self.fixed_c
+            if shots > 1:
+                found = choose_logistic(
+                    list(features.values()),
+                    labels,
+                    num_classes,
+                    self.cs,
+                    num_folds=min(shots, self.num_folds),
+                    standardized=True,
+                    seed=seed_from(seed, "low_label", "parts", draw),
+                    device=device,
+                    **settings,
+                )
+                choices = dict(zip(features, found, strict=True))
+                key = max(
+                    choices, key=lambda key: (choices[key].accuracy, -choices[key].loss)
+                )
+                c = choices[key].c
+                layer, pooling = key
+                selection.append(
+                    {
+                        "draw": draw,
+                        "layer": layer,
+                        "pooling": pooling,
+                        **choices[key]._asdict(),
+                    }
+                )
+            chosen.append((key, c))
+            path = fit_logistic_path(
+                features[key].to(device),
+                labels.to(device),
+                num_classes,
+                [c],
+                **settings,
+            )
+            cut += not path.converged[0]
+            logits = functional.linear(
+                scalers[key](test.values[key]).to(device), path.weight[0], path.bias[0]
+            )
+            ranked.append(rank_classes(logits, min(5, num_classes)).cpu())
+        if cut:
+            warnings.warn(
+                f"Of {self.draws} fits to {shots} images per class, {cut} did not "
+                f"converge in {self.max_iterations} iterations. Their accuracy may "
+                "change with a larger max_iterations.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        (key, c), _ = Counter(chosen).most_common(1)[0]
+        variant = f"{shots} per class"
+        return Outcome(key, {"c": c}, selection, torch.stack(ranked), variant)
+
+
+def draw_per_class(labels: Tensor, num_classes: int, count: int, seed: int) -> Tensor:
+    """Draws as many images of each class, without replacement.
+
+    Args:
+        labels:
+            int64 tensor with shape (num_images,) with values in [0, num_classes).
+        num_classes:
+            Number of classes.
+        count:
+            Number of images per class.
+        seed:
+            Decides which images. The first columns are the draw of a smaller count.
+
+    Returns:
+        int64 tensor with shape (num_classes, count) with the numbers of the images.
+
+    Raises:
+        ValueError: If a class has fewer images.
+    """
+    _check_counts(labels, num_classes, count)
+    generator = Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    classes = labels[shuffled]
+    drawn = [shuffled[classes == label][:count] for label in range(num_classes)]
+    return torch.stack(drawn)
+
+
+def _check_counts(labels: Tensor, num_classes: int, count: int) -> None:
+    present = labels.bincount(minlength=num_classes)
+    rarest = int(present.argmin())
+    if int(present[rarest]) < count:
+        raise ValueError(
+            f"Class {rarest} has {int(present[rarest])} training image(s), too few to "
+            f"draw {count} per class. Use smaller shots."
+        )
+
+
+def _first_pool_of_last_layer(keys: Sequence[Key]) -> Key:
+    last = max(-1 if layer is None else layer for layer, _ in keys)
+    return next(key for key in keys if key[0] == (None if last == -1 else last))
