@@ -22,7 +22,7 @@ DecodeSize = Callable[[tuple[int, int]], tuple[int, int]]
 
 # Formats that hold at most 16 bits, of which some versions of PIL make 32.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 class BrokenImageError(ValueError):
@@ -107,7 +107,7 @@ def _decode_picture(
         raise BrokenImageError(f"Cannot read the image {path}: it is empty.", path)
     with Image.open(path) as image:
         format = image.format
-        swapped = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
+        swapped = image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED
         width, height = reversed(image.size) if swapped else image.size
         _check_size(path, (height, width), min_size)
         if decode_size is not None:

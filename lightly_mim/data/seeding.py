@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils import deterministic
 
 
 def _seed_sequence(*key: int | str) -> np.random.SeedSequence:
@@ -84,3 +85,28 @@ def keyed_random_state(*key: int | str) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Takes the operations on a CPU that give the same result every time.
+
+    A look-up in a large table, such as Swin's relative positions, sums its gradient in
+    the order in which threads arrive otherwise.
+
+    Args:
+        device:
+            Where is computed. Nothing changes on other devices than the CPU.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # A debugging aid that fills every new tensor with NaN.
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

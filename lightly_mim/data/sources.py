@@ -54,12 +54,21 @@ class TransformedDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         sample, target, filename = as_item(self.dataset[index], index)
-        is_image = isinstance(sample, Image) or (
-            isinstance(sample, Tensor) and sample.dtype == torch.uint8
-        )
-        if self.transform is not None and is_image:
+        if self.transform is not None and is_image(sample):
             sample = self.transform(sample)
         return sample, target, filename
+
+
+def is_image(sample: Any) -> bool:
+    """Returns whether a sample is still an image: a PIL image or a uint8 tensor.
+
+    Args:
+        sample:
+            What a data set yields first.
+    """
+    return isinstance(sample, Image) or (
+        isinstance(sample, Tensor) and sample.dtype == torch.uint8
+    )
 
 
 def open_data(

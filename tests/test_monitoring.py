@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from lightly.data import LightlyDataset
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightly_mim.data import open_data, seed_from
+from lightly_mim.evaluation import Linear, extract_features
+from lightly_mim.evaluation.rank import rank_me
+from lightly_mim.methods import SimMIM
+from lightly_mim.monitoring import CollapseAlarm, OnlineProbe
+from lightly_mim.pretraining import Pretraining
+from lightly_mim.transforms import EvalTransform, SimMIMTransform
+
+from .conftest import TINY_VIT
+from .test_pretraining import (
+    DROPPING,
+    Interrupt,
+    assert_same,
+    rows_of,
+    run,
+    weights,
+)
+
+TRANSFORM = EvalTransform(32, normalize=None)
+
+
+class Watch(Callback):
+    """Notes the random state, the modes and the gradients at the start of epochs."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        modes = [module.training for module in pl_module.modules()]
+        grads = [p.grad is None for p in pl_module.parameters()]
+        state = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+        self.seen.append((grads, modes, state))
+
+
+def seed_all() -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+
+
+@pytest.fixture(scope="module")
+def plain(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Watch]:
+    """A run that nothing looks at, with dropout in it."""
+    out, watch = tmp_path_factory.mktemp("runs") / "plain", Watch()
+    seed_all()
+    run(out, photos, rank_every=0, callbacks=[watch])
+    return out, watch
+
+
+def column(path: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows_of(path) if row.get(name)]
+
+
+@pytest.mark.parametrize(
+    ("validate", "probe"), [(True, "linear"), (False, "linear"), (True, "attentive")]
+)
+def test_probe_and_alarm__change_nothing(
+    plain: tuple[Path, Watch],
+    photos: Path,
+    tmp_path: Path,
+    validate: bool,
+    probe: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watch = Watch()
+    seed_all()
+    run(
+        tmp_path / "run",
+        photos,
+        probe=probe,
+        probe_every=2,
+        rank_every=1,
+        callbacks=[watch],
+        validate=validate,
+        progress=False,
+    )
+    assert_same(weights(tmp_path / "run"), weights(plain[0]))
+    # Without a validation Lightning drops the gradients earlier.
+    first = 0 if validate else 1
+    assert [e[first:] for e in watch.seen] == [e[first:] for e in plain[1].seen]
+    assert column(tmp_path / "run", "train_loss") == column(plain[0], "train_loss")
+    # Every second epoch, and the last one; the others have no such number.
+    rows = [row for row in rows_of(tmp_path / "run") if row["probe_top1"]]
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
+    assert all(0 <= float(row["probe_top1"]) <= 1 for row in rows)
+    assert len(column(tmp_path / "run", "rankme")) == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if "s" in line]
+    lines = [line for line in lines if line.startswith("epoch ")]
+    assert ["probe_top1" in line for line in lines] == [False, True, True]
+    assert all("rankme" in line for line in lines)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["probe"], config["probe_every"]) == (probe, 2)
+
+
+@pytest.mark.parametrize(("epoch", "batch", "save"), [(2, 0, False), (1, 2, True)])
+def test_probe__resumed_run_ends_the_same(
+    plain: tuple[Path, Watch],
+    photos: Path,
+    tmp_path: Path,
+    epoch: int,
+    batch: int,
+    save: bool,
+) -> None:
+    """Begun with the probe, gone on without, and the other way round."""
+    watched: dict[str, Any] = {"probe": "linear", "probe_every": 1, "rank_every": 1}
+    for name, first, then in (
+        ("on", watched, watched),
+        ("off", watched, {"rank_every": 0}),
+        ("added", {"rank_every": 0}, watched),
+    ):
+        out = tmp_path / name
+        checkpoint = out / "checkpoints" / "last.ckpt" if save else None
+        with pytest.raises(InterruptedError):
+            interrupt = Interrupt(epoch, batch, checkpoint)
+            run(out, photos, callbacks=[interrupt], **first)
+        torch.manual_seed(123)
+        run(out, photos, callbacks=[Interrupt(99, 99)], resume=True, **then)
+        assert_same(weights(out), weights(plain[0]))
+    assert len(column(tmp_path / "on", "probe_top1")) == 3
+    assert len(column(tmp_path / "off", "probe_top1")) == epoch
+    assert len(column(tmp_path / "added", "rankme")) == 3 - epoch
+
+
+def test_probe__is_the_evaluation(photos: Path) -> None:
+    """Whole images, evaluation mode, and nothing but features in between."""
+    torch.manual_seed(0)
+    method = SimMIM(**DROPPING).train()
+    train, test = open_data(photos, transform=TRANSFORM)
+    assert test is not None
+    probe = OnlineProbe(train, test, num_workers=0)
+    accuracy = probe.score(method)
+    assert probe.seconds > 0
+    assert method.training
+    parts = {}
+    for name, data in (("train", train), ("test", test)):
+        parts[name] = extract_features(method.encoder, data, num_workers=0)
+    # The images in the order that the probe has drawn them.
+    names = [train[i][2] for i in probe._draw(train, "train")]  # type: ignore[index]
+    order = [parts["train"].filenames.index(name) for name in names]
+    settings = probe.protocol
+    assert isinstance(settings, Linear)
+    shuffled = extract_features(
+        method.encoder,
+        torch.utils.data.Subset(train, order),
+        num_workers=0,
+    )
+    (outcome,) = settings(shuffled, parts["test"], 2, seed=seed_from(0, "probe"))
+    expected = (outcome.ranked[:, 0] == parts["test"].labels).double().mean()
+    assert accuracy == pytest.approx(float(expected))
+
+
+class Coloured(Dataset[Any]):
+    """Pictures whose brightness is their class."""
+
+    def __init__(self, num_images: int, start: int = 0, classes: int = 2) -> None:
+        self.numbers = range(start, start + num_images)
+        self.classes = [str(number) for number in range(classes)]
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        number = self.numbers[index]
+        self.read.append(number)
+        label = number % len(self.classes)
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randint(60, (3, 32, 32), generator=generator) + 150 * label
+        return pixels.to(torch.uint8), label, str(number)
+
+
+def test_probe__learns(photos: Path) -> None:
+    method = SimMIM(**TINY_VIT)
+    assert OnlineProbe(Coloured(40), Coloured(20, 50)).score(method) > 0.9
+    assert OnlineProbe(Coloured(60)).score(method) > 0.9
+    attentive = OnlineProbe(Coloured(40), Coloured(20, 50), "attentive")
+    assert attentive.max_images == 1000
+    state = torch.get_rng_state()
+    assert attentive.score(method) > 0.9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_probe__reads_each_image_once_and_never_the_test_images() -> None:
+    data = Coloured(60)
+    probe = OnlineProbe(data, max_images=20, num_workers=0)
+    method = SimMIM(**TINY_VIT)
+    first = probe.score(method)
+    assert probe.score(method) == first
+    # A fifth of 40 drawn ones to score on, at most 20 to fit on, none of them twice.
+    assert len(data.read) == len(set(data.read)) == 28
+    test = Coloured(30, 100)
+    probe = OnlineProbe(data, test, max_images=20, num_workers=0)
+    probe.read()
+    assert len(test.read) == 20
+    assert probe._parts is not None
+    assert probe._parts[0].images.dtype == torch.uint8
+
+
+def test_pretrain__probe_leaves_validation_images_alone(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    from lightly_mim.data import folder
+
+    original = folder.decode_image
+
+    def watched(path: Any, *arguments: Any) -> Any:
+        read.append(Path(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(folder, "decode_image", watched)
+    run(tmp_path / "a", photos, epochs=1, probe="linear", validate=False)
+    assert read
+    assert not [path for path in read if "val" in path.parent.parent.name]
+
+
+def test_probe__with_ones_own_trainer(photos: Path, tmp_path: Path) -> None:
+    data = Coloured(32)
+    module = Pretraining(SimMIM(**TINY_VIT), batch_size=8)
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    best = ModelCheckpoint(tmp_path, monitor="probe_top1", mode="max")
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            OnlineProbe(data, Coloured(10, 40), every_n_epochs=1),
+            CollapseAlarm(data, every_n_epochs=1),
+            best,
+        ],
+        num_sanity_val_steps=0,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*num_workers.*|.*logging interval.*|.*no `val_dataloader`.*"
+        )
+        trainer.fit(module, loader)
+    assert float(trainer.callback_metrics["probe_top1"]) == best.best_model_score
+    assert trainer.callback_metrics["rankme"] > 1
+
+
+# Bad input: nothing is written.
+
+
+@pytest.fixture
+def flat(photos: Path, tmp_path: Path) -> Path:
+    """Images without classes."""
+    root = tmp_path / "flat"
+    root.mkdir()
+    for number, path in enumerate(sorted((photos / "train").rglob("*.jpg"))):
+        shutil.copy(path, root / f"{number}.jpg")
+    return root
+
+
+def test_pretrain__probe_needs_labels(flat: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"flat have no labels.*leave the probe out"):
+        run(tmp_path / "run", flat, probe="linear")
+    with pytest.raises(ValueError, match="have no labels"):
+        run(tmp_path / "run", photos / "train", val=flat, probe="linear")
+    one = tmp_path / "one"
+    shutil.copytree(photos / "train" / "temple", one / "temple")
+    with pytest.raises(ValueError, match="all 13 that .* are of one"):
+        run(tmp_path / "run", one, probe="linear", batch_size=4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain__probe_needs_images_without_augmentation(
+    photos: Path, tmp_path: Path
+) -> None:
+    views = LightlyDataset(str(photos / "train"), transform=SimMIMTransform(32))
+    with pytest.raises(ValueError, match="has a transform of its own"):
+        run(tmp_path / "run", views, probe="linear")
+    assert not (tmp_path / "run").exists()
+    # The alarm takes what there is.
+    run(tmp_path / "run", views, epochs=1)
+    assert column(tmp_path / "run", "rankme")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probe": "quadratic"}, "probe is 'linear' or 'attentive'.*got 'quadratic'"),
+        ({"probe": "linear", "probe_every": -1}, "probe_every=-1"),
+        ({"rank_every": 1.5}, "rank_every=1.5"),
+    ],
+)
+def test_pretrain__refuses(
+    photos: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", photos, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_probe__too_few_images() -> None:
+    with pytest.raises(ValueError, match="got 4 training images and no validation"):
+        OnlineProbe(Coloured(4)).read()
+
+
+# Collapse.
+
+
+def test_alarm__measures_whole_images() -> None:
+    torch.manual_seed(0)
+    method = SimMIM(**DROPPING).train()
+    data = Coloured(40)
+    measured = CollapseAlarm(data, num_workers=0).measure(method)
+    features = extract_features(method.encoder, data, num_workers=0)
+    (values,) = features.values.values()
+    assert measured["rankme"] == pytest.approx(rank_me(values), rel=1e-6)
+    assert method.training
+    alarm = CollapseAlarm(data, num_images=10, num_workers=0)
+    data.read.clear()
+    alarm.measure(method)
+    alarm.measure(method)
+    assert data.read == list(range(0, 40, 4))
+
+
+class Collapse(Callback):
+    """Makes the encoder give every image the same feature."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            norm = pl_module.method.encoder.vit.norm
+            norm.weight.data.zero_()
+            norm.bias.data.fill_(1)
+            norm.requires_grad_(False)
+
+
+def test_alarm__goes_off_once(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.warns(UserWarning, match="seems to have collapsed: in epoch 2") as seen:
+        run(out, photos, rank_every=1, callbacks=[Collapse()])
+    assert len([w for w in seen if "collapsed" in str(w.message)]) == 1
+    ranks = column(out, "rankme")
+    assert ranks[0] > 1.5 > ranks[1]
+    # A resumed run remembers both.
+    state = torch.load(out / "checkpoints" / "last.ckpt")["callbacks"]
+    (alarm,) = (state[key] for key in state if "CollapseAlarm" in key)
+    assert alarm["warned"]
+    assert alarm["highest"] >= max(ranks)
+
+
+def test_alarm__fall_to_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainer:
+        global_step, current_epoch, max_epochs = 0, 0, 9
+        is_global_zero, precision = True, "32-true"
+
+        class strategy:
+            broadcast = staticmethod(lambda value: value)
+
+    class Module:
+        method = SimMIM(**TINY_VIT)
+        log_dict = staticmethod(lambda values: None)
+
+    ranks = iter([30.0, 40.0, 8.1, 7.9, 7.0])
+    alarm = CollapseAlarm(Coloured(4), every_n_epochs=1)
+    monkeypatch.setattr(
+        alarm, "measure", lambda *_: {"rankme": next(ranks), "uniformity": 0.0}
+    )
+    trainer: Any = Trainer()
+    alarm.on_train_start(trainer, Module())  # type: ignore[arg-type]
+    for _ in range(2):
+        alarm.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="7.9 directions .*40.0 at most"):
+        alarm.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]
+    alarm.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]
+
+
+# Several processes.
+
+DDP_SCRIPT = """
+import sys
+from lightly_mim.methods import SimMIM
+from lightly_mim.pretraining import pretrain
+from pytorch_lightning.callbacks import Callback
+
+def build():
+    return SimMIM(**{vit!r})
+
+class Agree(Callback):
+    def on_train_end(self, trainer, module):
+        import json, pathlib
+        seen = {{name: float(trainer.callback_metrics[name])
+                for name in ("probe_top1", "rankme")}}
+        path = pathlib.Path(sys.argv[1]).parent / f"rank{{trainer.global_rank}}.json"
+        path.write_text(json.dumps(seen))
+
+if __name__ == "__main__":
+    watched = sys.argv[2] == "watched"
+    pretrain(
+        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.1,
+        precision="32-true", accelerator="cpu", devices=2, strategy="ddp",
+        num_workers=0, tensorboard=False, rank_every=int(watched),
+        probe="linear" if watched else None, probe_every=1,
+        callbacks=[Agree()] if watched else None,
+    )
+"""
+
+
+def test_probe__two_processes_agree(photos: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP_SCRIPT.format(vit=DROPPING, data=str(photos)))
+    for name in ("plain", "watched"):
+        subprocess.run(
+            [sys.executable, script, tmp_path / name, name],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=240,
+        )
+    assert_same(weights(tmp_path / "watched"), weights(tmp_path / "plain"))
+    first, second = ((tmp_path / f"rank{n}.json").read_text() for n in (0, 1))
+    assert first == second
+    assert len(column(tmp_path / "watched", "probe_top1")) == 2
+
+
+def test_cli__probe(photos: Path, tmp_path: Path) -> None:
+    from lightly_mim.cli import main
+
+    from .test_cli import RUN, VIT
+
+    words = ["--out", str(tmp_path / "run"), "--data", str(photos), *VIT, *RUN]
+    main(["pretrain", *words, "--probe", "linear", "--probe_every", "1"])
+    assert len(column(tmp_path / "run", "probe_top1")) == 1
