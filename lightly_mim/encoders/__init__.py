@@ -32,6 +32,7 @@ __all__ = [
     "Encoder",
     "MaskedEncoder",
     "Pool",
+    "UnsupportedModelError",
     "choose_attention",
     "masked_encoder",
     "pool_tokens",
@@ -51,6 +52,19 @@ _FAMILIES: dict[type[nn.Module], type[MaskedEncoder]] = {
     SwinTransformerV2: MaskedSwin,
 }
 _SUPPORTED = f"Supported are timm's {', '.join(f.__name__ for f in _FAMILIES)}."
+
+
+class UnsupportedModelError(ValueError):
+    """A timm model that cannot encode masked images.
+
+    Attributes:
+        model:
+            The model, as timm built it.
+    """
+
+    def __init__(self, message: str, model: nn.Module) -> None:
+        super().__init__(message)
+        self.model = model
 
 
 def masked_encoder(
@@ -87,8 +101,9 @@ def masked_encoder(
         The encoder, without a mask token.
 
     Raises:
-        ValueError: If timm has no such model or cannot build it like that, or if the
-            model is of a family that is not supported.
+        ValueError: If timm has no such model or cannot build it like that.
+        UnsupportedModelError: A ValueError. If the model is of a family that is not
+            supported, or has a part that a mask does not get along with.
     """
     if isinstance(encoder, str):
         wrapped = _build(encoder, img_size, in_chans, pretrained, options)
@@ -164,8 +179,13 @@ def _wrap(model: nn.Module) -> MaskedEncoder:
     """Chooses the encoder class of a timm model."""
     # Exact types: a subclass may embed or attend in another way.
     if type(model) not in _FAMILIES:
-        raise ValueError(f"{type(model).__name__} is not supported. {_SUPPORTED}")
-    return _FAMILIES[type(model)](model)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported. {_SUPPORTED}", model
+        )
+    try:
+        return _FAMILIES[type(model)](model)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error), model) from error
 
 
 def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:

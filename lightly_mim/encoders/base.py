@@ -23,6 +23,7 @@ from lightly_mim.masking import count_masked, expand_mask, mask_to_index
 from lightly_mim.patches import gather_patches, grid_size, to_pair
 
 Pool = Literal["mean", "cls", "cls+mean"]
+AnyPool = Pool | Literal["tokens"]  # all patch tokens: not pooled at all
 
 
 class MaskedEncoder(MaskedVisionTransformer):
@@ -96,7 +97,7 @@ class MaskedEncoder(MaskedVisionTransformer):
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
         self.has_class_token = getattr(self.vit, "cls_token", None) is not None
         self.num_layers = len(self._blocks())
-        self.mean, self.std = _imagenet_statistics(self.in_chans)
+        self.mean, self.std = imagenet_statistics(self.in_chans)
 
     @property
     def sequence_length(self) -> int:
@@ -477,8 +478,8 @@ class MaskedEncoder(MaskedVisionTransformer):
         return self.embed_layers(images, [layer], [pool])[layer, pool]
 
     def embed_layers(
-        self, images: Tensor, layers: Sequence[int], pools: Sequence[Pool]
-    ) -> dict[tuple[int, Pool], Tensor]:
+        self, images: Tensor, layers: Sequence[int], pools: Sequence[AnyPool]
+    ) -> dict[tuple[int, AnyPool], Tensor]:
         """Returns what `embed` returns for many layers and pools, in one pass.
 
         Args:
@@ -488,7 +489,8 @@ class MaskedEncoder(MaskedVisionTransformer):
             layers:
                 See `embed`.
             pools:
-                See `pool_tokens`.
+                See `pool_tokens`. "tokens" gives all patch tokens of the layer, with
+                shape (batch_size, num_patches, dim).
 
         Returns:
             The features of each layer and pool, see `embed`.
@@ -503,7 +505,7 @@ class MaskedEncoder(MaskedVisionTransformer):
                     f"-{self.num_layers} to -1 from the end), got {layer}."
                 )
         for pool in pools:
-            if pool != "mean" and not self.has_class_token:
+            if "cls" in pool and not self.has_class_token:
                 raise ValueError(
                     f"The pool '{pool}' takes the class token, and this encoder has "
                     "none. Use the pool 'mean'."
@@ -512,13 +514,13 @@ class MaskedEncoder(MaskedVisionTransformer):
         tokens = self.preprocess(images)
         self._transform(tokens, self.input_grid(images), intermediates=outputs)
         outputs[-1] = self.vit.norm(outputs[-1])
-        features = {}
+        features: dict[tuple[int, AnyPool], Tensor] = {}
         for layer in layers:
             for pool in pools:
                 pooled = pool_tokens(outputs[layer], self.num_prefix_tokens, pool)
                 if layer % self.num_layers == self.num_layers - 1:
                     parts = pooled.view(len(pooled), -1, self.embed_dim)
-                    pooled = self._fc_norm(parts).flatten(1)
+                    pooled = self._fc_norm(parts).view_as(pooled)
                 features[layer, pool] = pooled
         return features
 
@@ -690,7 +692,9 @@ def choose_attention(model: nn.Module, device: torch.device, bf16: bool) -> None
             setattr(module, "fused_attn", fused)  # noqa: B010, mypy knows tensors
 
 
-def pool_tokens(tokens: Tensor, num_prefix_tokens: int, pool: Pool = "mean") -> Tensor:
+def pool_tokens(
+    tokens: Tensor, num_prefix_tokens: int, pool: AnyPool = "mean"
+) -> Tensor:
     """Makes one feature of the tokens of an image.
 
     Args:
@@ -699,15 +703,18 @@ def pool_tokens(tokens: Tensor, num_prefix_tokens: int, pool: Pool = "mean") -> 
         num_prefix_tokens:
             Number of class and register tokens.
         pool:
-            "mean" of the patch tokens, "cls" for the class token, or "cls+mean" for
-            both, one behind the other.
+            "mean" of the patch tokens, "cls" for the class token, "cls+mean" for both,
+            one behind the other, or "tokens" for the patch tokens as they are.
 
     Returns:
-        Tensor with shape (batch_size, dim), or (batch_size, 2 * dim) for "cls+mean".
+        Tensor with shape (batch_size, dim), (batch_size, 2 * dim) for "cls+mean", or
+        (batch_size, num_patches, dim) for "tokens".
 
     Raises:
         ValueError: If there is no such pool, or no prefix token to take.
     """
+    if pool == "tokens":
+        return tokens[:, num_prefix_tokens:]
     if pool not in get_args(Pool):
         raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, got '{pool}'.")
     mean = tokens[:, num_prefix_tokens:].mean(dim=1)
@@ -731,10 +738,15 @@ def _expand_mask(mask: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
     return expand_mask(mask, grid)
 
 
-def _imagenet_statistics(
+def imagenet_statistics(
     in_chans: int,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns ImageNet's mean and deviation, averaged over colours unless RGB."""
+    """Returns ImageNet's mean and deviation, averaged over colours unless RGB.
+
+    Args:
+        in_chans:
+            Number of channels.
+    """
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if in_chans == len(mean):
         return tuple(mean), tuple(std)

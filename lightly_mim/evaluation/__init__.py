@@ -1,5 +1,16 @@
 """Evaluates an encoder on labelled images; takes any encoder, knows no method."""
 
+from lightly_mim.evaluation.adaptors import AdaptedEncoder, FeatureEncoder
+from lightly_mim.evaluation.attentive import (
+    Attentive,
+    AttentiveProbes,
+    choose_attentive,
+    fit_attentive_grid,
+)
+from lightly_mim.evaluation.cache import FeatureStore, cached_features
+from lightly_mim.evaluation.dense import evaluate_dense
+from lightly_mim.evaluation.dense_protocols import DenseKNN, DenseLinear
+from lightly_mim.evaluation.dense_results import DenseResult, DenseResults
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
@@ -7,6 +18,7 @@ from lightly_mim.evaluation.features import (
     collect_features,
     extract_features,
 )
+from lightly_mim.evaluation.finetune import FineTune, FineTuned
 from lightly_mim.evaluation.knn import KNN, choose_knn, knn_predict_grid
 from lightly_mim.evaluation.linear import (
     Linear,
@@ -14,26 +26,66 @@ from lightly_mim.evaluation.linear import (
     fit_and_score_linear,
     fit_linear_grid,
 )
-from lightly_mim.evaluation.loading import at_random, load_encoder
-from lightly_mim.evaluation.suite import Result, Results, evaluate, wilson_interval
+from lightly_mim.evaluation.linear_mae import LinearMAE
+from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
+from lightly_mim.evaluation.logistic import (
+    Logistic,
+    choose_logistic,
+    fit_and_score_logistic,
+    fit_logistic_path,
+)
+from lightly_mim.evaluation.low_label import LowLabel, draw_per_class
+from lightly_mim.evaluation.rank import alpha_req, label_free, rank_me, uniformity
+from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
+from lightly_mim.evaluation.scores import wilson_interval
+from lightly_mim.evaluation.suite import evaluate
 
 __all__ = [
     "KNN",
+    "PIXELS",
+    "RANDOM",
+    "AdaptedEncoder",
+    "Attentive",
+    "AttentiveProbes",
+    "DenseKNN",
+    "DenseLinear",
+    "DenseResult",
+    "DenseResults",
     "EncoderFeatures",
+    "FeatureEncoder",
+    "FeatureStore",
     "Features",
+    "FineTune",
+    "FineTuned",
     "Linear",
+    "LinearMAE",
+    "Logistic",
+    "LowLabel",
     "PixelFeatures",
     "Result",
     "Results",
+    "alpha_req",
     "at_random",
+    "cached_features",
+    "choose_attentive",
     "choose_knn",
     "choose_linear",
+    "choose_logistic",
     "collect_features",
+    "describe_encoder",
+    "draw_per_class",
     "evaluate",
+    "evaluate_dense",
     "extract_features",
     "fit_and_score_linear",
+    "fit_and_score_logistic",
+    "fit_attentive_grid",
     "fit_linear_grid",
+    "fit_logistic_path",
     "knn_predict_grid",
+    "label_free",
     "load_encoder",
+    "rank_me",
+    "uniformity",
     "wilson_interval",
 ]

@@ -11,10 +11,18 @@ Shapes: N images, D features, B images in a batch, C channels, (H, W) pixels.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,12 +31,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from lightly_mim.data.loading import KeyedLoader
-from lightly_mim.encoders import MaskedEncoder, Pool
+from lightly_mim.encoders import Pool
+from lightly_mim.encoders.base import AnyPool
+from lightly_mim.evaluation.adaptors import FeatureEncoder
 from lightly_mim.patches import Size, to_pair
 
 Precision = Literal["32", "bf16"]
 Key = tuple[int | None, str]  # layer and pooling; raw pixels have no layer
 FeatureFunction = Callable[[Tensor], Mapping[Key, Tensor]]
+TOKENS = "tokens"  # in place of a pooling: all patch tokens
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,11 @@ class Features:
 
     Attributes:
         values:
-            For each (layer, pooling), a float32 tensor with shape (num_images, dim) on
-            the CPU. Layers count from 0.
+            For each (layer, pooling), a tensor with shape (num_images, dim) on the CPU,
+            float32, or float16 if it is read from the disk, see
+            `lightly_mim.evaluation.cache`: call `.float()` before computing. Layers
+            count from 0. For the pooling "tokens", all patch tokens with shape
+            (num_images, num_patches, dim).
         labels:
             int64 tensor with shape (num_images,).
         filenames:
@@ -55,6 +69,15 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, tokens: bool) -> Features:
+        """Returns the patch tokens alone, or the pooled features alone."""
+        values = {
+            key: value
+            for key, value in self.values.items()
+            if (key[1] == TOKENS) == tokens
+        }
+        return replace(self, values=values)
+
 
 class EncoderFeatures:
     """Pools the tokens of several layers of an encoder, see `embed_layers` there.
@@ -66,6 +89,8 @@ class EncoderFeatures:
             Blocks of a ViT or stages of a Swin, from 0, each one once.
         pools:
             Names of poolings, see `lightly_mim.encoders.pool_tokens`.
+        keys:
+            The (layer, pooling) of each feature: all combinations.
 
     Raises:
         ValueError: If no layer or no pooling is given, or if there is no such layer.
@@ -75,9 +100,9 @@ class EncoderFeatures:
 
     def __init__(
         self,
-        encoder: MaskedEncoder,
+        encoder: FeatureEncoder,
         layers: Sequence[int] = (-1,),
-        pools: Sequence[Pool] = ("mean",),
+        pools: Sequence[AnyPool] = ("mean",),
     ) -> None:
         count = encoder.num_layers
         if not layers or not all(-count <= layer < count for layer in layers):
@@ -89,12 +114,22 @@ class EncoderFeatures:
             raise ValueError(f"pools is one or more of {get_args(Pool)}, got none.")
         self.encoder = encoder
         self.layers = list(dict.fromkeys(layer % count for layer in layers))
-        self.pools = list(pools)
+        self.pools = list(dict.fromkeys(pools))
+        self.keys: list[Key] = [(n, pool) for n in self.layers for pool in self.pools]
 
     def __call__(self, images: Tensor) -> dict[Key, Tensor]:
         """Returns features with shape (batch_size, dim) of normalised images."""
         features = self.encoder.embed_layers(images, self.layers, self.pools)
         return dict(features.items())
+
+    def only(self, keys: Collection[Key]) -> FeatureFunction:
+        """Returns a function that makes only the features of some keys."""
+        layers = [n for n in self.layers if any(n == layer for layer, _ in keys)]
+        pools = [p for p in self.pools if any(p == pool for _, pool in keys)]
+        function = EncoderFeatures(self.encoder, layers, pools)
+        return lambda images: {
+            key: value for key, value in function(images).items() if key in keys
+        }
 
 
 class PixelFeatures:
@@ -103,10 +138,13 @@ class PixelFeatures:
     Attributes:
         size:
             (height, width) that images are resized to, bilinear with antialiasing.
+        keys:
+            The one (layer, pooling): (None, "pixels").
     """
 
     def __init__(self, size: Size = 32) -> None:
         self.size = to_pair(size, "size")
+        self.keys: list[Key] = [(None, "pixels")]
 
     def __call__(self, images: Tensor) -> dict[Key, Tensor]:
         """Returns features with shape (batch_size, channels * height * width)."""
@@ -115,12 +153,16 @@ class PixelFeatures:
         )
         return {(None, "pixels"): small.flatten(1)}
 
+    def only(self, keys: Collection[Key]) -> FeatureFunction:
+        """Returns itself: there is but one feature."""
+        return self
+
 
 def extract_features(
-    encoder: MaskedEncoder,
+    encoder: FeatureEncoder,
     data: Dataset[Any] | DataLoader[Any],
     layers: Sequence[int] = (-1,),
-    pools: Sequence[Pool] = ("mean",),
+    pools: Sequence[AnyPool] = ("mean",),
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
@@ -131,7 +173,8 @@ def extract_features(
 
     Args:
         encoder:
-            The encoder. It runs in evaluation mode without gradients, and is given back
+            The encoder; `lightly_mim.evaluation.load_encoder` makes one of many things.
+            It runs in evaluation mode without gradients, and is given back
             in the mode and on the device where it was.
         data:
             A data set of (image, label, filename), as lightly's, with images of the
@@ -143,7 +186,8 @@ def extract_features(
             Blocks of a ViT or stages of a Swin, counted from 0, or from the end if
             negative.
         pools:
-            Any of "mean", "cls" and "cls+mean", see `lightly_mim.encoders.pool_tokens`.
+            Any of "mean", "cls", "cls+mean" and "tokens", see
+            `lightly_mim.encoders.pool_tokens`.
         batch_size:
             Number of images at a time, if `data` is not a loader.
         num_workers:
@@ -156,7 +200,7 @@ def extract_features(
             hardware computes in it, with features that differ in the third digit.
 
     Returns:
-        The features, labels and filenames in the order of the data.
+        The features, in float32, labels and filenames in the order of the data.
 
     Raises:
         ValueError: If there is no such layer or pooling, if the images do not fit the
@@ -223,7 +267,7 @@ def collect_features(
     for batch in batches:
         images = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
         images = images.to(device, non_blocking=True)
-        labels.append(_check_labels(batch[1]))
+        labels.append(check_labels(batch[1]))
         filenames.extend(batch[2] if len(batch) > 2 else ())
         for name, function in functions.items():
             start = time.perf_counter()
@@ -305,7 +349,8 @@ def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _join(parts: Mapping[Key, list[Tensor]]) -> dict[Key, Tensor]:
@@ -319,7 +364,16 @@ def _join(parts: Mapping[Key, list[Tensor]]) -> dict[Key, Tensor]:
     return joined
 
 
-def _check_labels(labels: Any) -> Tensor:
+def check_labels(labels: Any) -> Tensor:
+    """Returns the labels of a batch as int64 on the CPU.
+
+    Args:
+        labels:
+            What a batch holds as labels.
+
+    Raises:
+        ValueError: If they are not one class per image.
+    """
     is_class = isinstance(labels, Tensor) and labels.ndim == 1
     if not is_class or labels.is_floating_point() or bool((labels < 0).any()):
         raise ValueError(

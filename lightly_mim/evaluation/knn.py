@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -46,6 +47,8 @@ class KNN:
             Number of queries at a time; bounds the memory, see `knn_predict_grid`.
     """
 
+    tokens: ClassVar[bool] = False
+
     ks: Sequence[int] | None = None
     temperatures: Sequence[float] = TEMPERATURES
     chunk_size: int = 256
@@ -66,7 +69,7 @@ class KNN:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
-    ) -> Outcome:
+    ) -> list[Outcome]:
         """See `FeatureProtocol`. Nothing is random."""
         labels = train.labels.to(device)
         choices = {
@@ -91,7 +94,7 @@ class KNN:
             num_ranks=min(5, num_classes),
             chunk_size=self.chunk_size,
         )
-        return Outcome(
+        outcome = Outcome(
             key,
             {"k": choices[key].k, "temperature": choices[key].temperature},
             [
@@ -100,6 +103,7 @@ class KNN:
             ],
             ranked[0, 0].cpu(),
         )
+        return [outcome]
 
 
 class KNNChoice(NamedTuple):
@@ -184,16 +188,17 @@ def knn_predict_grid(
         )
     queries = functional.normalize(queries.float(), dim=1)
     bank = functional.normalize(bank.float(), dim=1)
+    buffer = bank.new_empty(min(chunk_size, len(queries)), len(bank))
     predictions = [
         _vote_grid(
-            *_nearest(queries, bank, start, chunk_size, max(ks), leave_one_out),
+            *_nearest(queries, bank, start, max(ks), leave_one_out, buffer),
             bank_labels,
             num_classes,
             ks,
             temperatures,
             num_ranks,
         )
-        for start in range(0, len(queries), chunk_size)
+        for start in range(0, len(queries), len(buffer))
     ]
     return torch.cat(predictions, dim=2)
 
@@ -250,31 +255,71 @@ def _nearest(
     queries: Tensor,
     bank: Tensor,
     start: int,
-    chunk_size: int,
     k: int,
     leave_one_out: bool,
+    buffer: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Finds the k nearest of a chunk, ordered by similarity and then by number.
+
+    Args:
+        queries:
+            All queries, normalised.
+        bank:
+            The bank, normalised.
+        start:
+            First query of the chunk.
+        k:
+            Number of neighbours.
+        leave_one_out:
+            Whether the queries are the bank.
+        buffer:
+            Tensor with shape (chunk_size, num_images) that is written to.
 
     Returns:
         (similarities, indices), tensors with shape (chunk, k).
     """
-    similarity = queries[start : start + chunk_size] @ bank.T
+    chunk = queries[start : start + len(buffer)]
+    # Into the same memory each time: fresh memory cost a fifth of the time at 100,000
+    # images, which is that of its page faults.
+    similarity = torch.mm(chunk, bank.T, out=buffer[: len(chunk)])
     if leave_one_out:
         rows = torch.arange(len(similarity), device=similarity.device)
         similarity[rows, rows + start] = -torch.inf
-    values, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
-    if values.shape[1] > k:
-        # topk takes any of equals. A row whose k-th neighbour is as near as the next
-        # one is sorted in full, which is rare and slow.
+    # In the bank's order first, which a stable sort keeps among equals.
+    index = _sort_rows(_largest(similarity, min(k + 1, similarity.shape[1])))
+    values, order = similarity.gather(1, index).sort(
+        dim=1, descending=True, stable=True
+    )
+    index = index.gather(1, order)
+    if index.shape[1] > k:
+        # Any of equals may be among the largest. A row whose k-th neighbour is as near
+        # as the next one is sorted in full, which is rare and slow.
         tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        values, index = values[:, :k], index[:, :k]
         if len(tied):
-            ordered = similarity[tied].sort(dim=1, descending=True, stable=True)
-            values[tied], index[tied] = ordered[0][:, :k], ordered[1][:, :k]
-    index, order = index.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
+            order = similarity[tied].argsort(dim=1, descending=True, stable=True)
+            index[tied, :k] = order[:, :k]
+    return values[:, :k], index[:, :k]
+
+
+def _largest(similarity: Tensor, k: int) -> Tensor:
+    """Returns where the k largest of each row are, in any order.
+
+    On a CPU with few columns per neighbour NumPy's vectorised quickselect is three
+    times as fast as topk: 6.4 ms against 21 for 200 of 9,469 in 256 rows. With many
+    columns topk is faster: 68 ms against 93 for 200 of 100,000.
+    """
+    columns = similarity.shape[1]
+    if similarity.device.type != "cpu" or columns >= 64 * k:
+        return similarity.topk(k, dim=1).indices
+    index = np.argpartition(similarity.numpy(), columns - k, axis=1)
+    return torch.from_numpy(index[:, columns - k :])
+
+
+def _sort_rows(index: Tensor) -> Tensor:
+    """Sorts the numbers in each row; NumPy does it in a tenth of the time."""
+    if index.device.type != "cpu":
+        return index.sort(dim=1).values
+    return torch.from_numpy(np.sort(index.numpy(), axis=1))
 
 
 def _vote_grid(

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import timm
+from lightly.models.modules.masked_vision_transformer_timm import (
+    MaskedVisionTransformerTIMM,
+)
+from lightly.models.modules.masked_vision_transformer_torchvision import (
+    MaskedVisionTransformerTorchvision,
+)
 from torch import nn
 
-from lightly_mim.checkpoints import read_encoder
+from lightly_mim.checkpoints import encoder_spec, read_encoder
 from lightly_mim.data.seeding import keyed_random_state
-from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
+from lightly_mim.encoders import (
+    Encoder,
+    MaskedEncoder,
+    UnsupportedModelError,
+    masked_encoder,
+)
+from lightly_mim.evaluation.adaptors import (
+    AdaptedEncoder,
+    FeatureEncoder,
+    FunctionEncoder,
+    ModuleFunction,
+    TimmEncoder,
+    TorchvisionEncoder,
+)
 from lightly_mim.patches import Size
 
 
@@ -20,33 +40,51 @@ def load_encoder(
     img_size: Size | None = None,
     in_chans: int = 3,
     pretrained: bool = True,
-) -> MaskedEncoder:
+    feature_function: ModuleFunction | None = None,
+) -> FeatureEncoder:
     """Finds or builds an encoder.
 
     Args:
         encoder:
-            The directory of a pretraining run or its `encoder.safetensors`; the name of
-            a timm model; a timm model; or one of our encoders, which is returned as it
-            is.
+            One of:
+
+            - the directory of a pretraining run, or its `encoder.safetensors`
+            - the name of a timm model
+            - a timm model, whose classifier is removed if it is of a family that can
+              encode masked images; see `TimmEncoder` for the others
+            - lightly's `MaskedVisionTransformerTIMM`, whose timm model is taken, or
+              `MaskedVisionTransformerTorchvision`
+            - one of our encoders, which is returned as it is
+            - any module, with a `feature_function`
         img_size:
-            For the name of a timm model: height and width of the images in pixels. By
-            default those that the model was made for.
+            For the name of a timm model, for a timm model that takes any size, and for
+            a module with a feature function: height and width of the images in pixels.
+            By default those that the model was made for.
         in_chans:
-            For the name of a timm model: number of image channels.
+            For the name of a timm model and for a module with a feature function:
+            number of image channels.
         pretrained:
             For the name of a timm model: whether timm loads its pretrained weights.
+        feature_function:
+            For a module: function from normalised images with shape (batch_size,
+            channels, height, width) to features with shape (batch_size, dim), or to a
+            dictionary of them by names of one's own. Images are normalised with the
+            module's `mean` and `std`, if it has them, else as ImageNet is.
 
     Returns:
         The encoder, on the CPU unless it was passed as a module.
 
     Raises:
         ValueError: If there is neither such a run nor such a timm model, if its weights
-            cannot be loaded, or if the run trained a module that was passed by hand.
+            cannot be loaded, if the run trained a module that was passed by hand, or if
+            it is not clear how a module makes features.
     """
+    if feature_function is not None:
+        return _with_function(encoder, feature_function, img_size, in_chans)
     if not isinstance(encoder, nn.Module) and Path(encoder).exists():
         encoder = _load_saved(Path(encoder))
-    if isinstance(encoder, nn.Module):  # an img_size that does not fit is an error
-        return masked_encoder(encoder, img_size=img_size, in_chans=in_chans)
+    if isinstance(encoder, nn.Module):
+        return _adapt(encoder, img_size, in_chans)
     name = str(encoder)
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(
@@ -54,9 +92,7 @@ def load_encoder(
             "Check the path, or see timm.list_models('*vit*') for names."
         )
     try:
-        return masked_encoder(
-            name, img_size=img_size, in_chans=in_chans, pretrained=pretrained
-        )
+        return _build_timm(name, img_size, in_chans, pretrained)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -67,7 +103,7 @@ def load_encoder(
         ) from error
 
 
-def at_random(encoder: MaskedEncoder, seed: int) -> MaskedEncoder:
+def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
     """Builds the same encoder once more, at random initialisation.
 
     Args:
@@ -88,16 +124,103 @@ def at_random(encoder: MaskedEncoder, seed: int) -> MaskedEncoder:
             "name, and this one was passed by hand. Leave the baseline out, or "
             "evaluate a second module with random weights."
         )
+    other: FeatureEncoder
     with keyed_random_state(seed, "evaluation", "random"):
-        other = _build(
-            encoder.name,
-            encoder.img_size,
-            encoder.in_chans,
-            encoder.pos_embed,
-            encoder.options,
-        )
+        if isinstance(encoder, MaskedEncoder):
+            other = _build(
+                encoder.name,
+                encoder.img_size,
+                encoder.in_chans,
+                encoder.pos_embed,
+                encoder.options,
+            )
+        else:
+            other = _build_timm(
+                encoder.name, encoder.img_size, encoder.in_chans, pretrained=False
+            )
     other.mean, other.std = encoder.mean, encoder.std
     return other
+
+
+def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
+    """Returns what a record says of an encoder.
+
+    Args:
+        encoder:
+            The encoder.
+
+    Returns:
+        What to build it from, see `lightly_mim.checkpoints.EncoderCheckpoint`. `name`
+        is None for a model that was passed by hand; `kind` tells how one that is not
+        one of ours was adapted.
+    """
+    if isinstance(encoder, MaskedEncoder):
+        return encoder_spec(encoder)
+    return {
+        "kind": type(encoder).__name__,
+        "name": encoder.name,
+        "model": type(encoder.model).__name__,
+        "img_size": list(encoder.img_size),
+        "in_chans": encoder.in_chans,
+        "options": {},
+        "pos_embed": None,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "version": importlib.metadata.version("lightly-mim"),
+    }
+
+
+def _with_function(
+    encoder: Encoder | Path,
+    function: ModuleFunction,
+    img_size: Size | None,
+    in_chans: int,
+) -> FunctionEncoder:
+    if not isinstance(encoder, nn.Module) or isinstance(encoder, MaskedEncoder):
+        raise ValueError(
+            "feature_function tells how a module makes features, and goes with a "
+            f"module of your own, got {type(encoder).__name__}. Leave it out."
+        )
+    if img_size is None:
+        raise ValueError(
+            "A module with a feature_function does not tell which images it takes: "
+            "pass img_size=224, or (height, width), as well."
+        )
+    return FunctionEncoder(encoder, function, img_size, in_chans)
+
+
+def _adapt(module: nn.Module, img_size: Size | None, in_chans: int) -> FeatureEncoder:
+    """Wraps a module; an img_size or in_chans that does not fit is an error."""
+    if isinstance(module, AdaptedEncoder):
+        return module
+    if isinstance(module, MaskedVisionTransformerTorchvision):
+        return TorchvisionEncoder(module)
+    if isinstance(module, MaskedVisionTransformerTIMM):
+        module = module.vit
+    try:
+        return masked_encoder(module, img_size=img_size, in_chans=in_chans)
+    except UnsupportedModelError:
+        return TimmEncoder(module, img_size=img_size)
+
+
+def _build_timm(
+    name: str, img_size: Size | None, in_chans: int, pretrained: bool
+) -> FeatureEncoder:
+    try:
+        return masked_encoder(
+            name, img_size=img_size, in_chans=in_chans, pretrained=pretrained
+        )
+    except UnsupportedModelError as error:
+        return TimmEncoder(error.model, name, img_size)
+    except ValueError as error:
+        # Models that take images of any size have no such argument.
+        if img_size is None or not isinstance(error.__cause__, TypeError):
+            raise
+        try:
+            masked_encoder(name, in_chans=in_chans, pretrained=pretrained)
+        except UnsupportedModelError as other:
+            return TimmEncoder(other.model, name, img_size)
+        raise
 
 
 def _load_saved(path: Path) -> MaskedEncoder:

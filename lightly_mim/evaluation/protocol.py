@@ -1,13 +1,22 @@
-"""What every evaluation protocol on cached features is: settings, and one call."""
+"""What every evaluation protocol is: settings, a check before, and one call.
+
+There are two kinds. A `FeatureProtocol` needs nothing but features and labels, so that
+all of them share one pass over the images. An `ImageProtocol` trains on augmented
+images and takes the encoder.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.evaluation.features import Features, Key, Precision
 
 
 class Outcome(NamedTuple):
@@ -20,21 +29,33 @@ class Outcome(NamedTuple):
             The chosen hyper-parameters by name.
         selection:
             For each layer and pooling the best hyper-parameters and their `accuracy` on
-            the training images.
+            the training images. Empty if nothing was to be chosen.
         ranked:
             int64 tensor with shape (num_test, num_ranks), the most probable classes of
             each test image, the first one first. num_ranks is 5, or the number of
-            classes if there are fewer.
+            classes if there are fewer. With shape (num_draws, num_test, num_ranks) if
+            the protocol was run on several draws of the training images.
+        variant:
+            What tells this outcome from others of the same protocol, such as "5 per
+            class". Empty if there are no others.
     """
 
     key: Key
     hyperparameters: dict[str, float]
     selection: list[dict[str, Any]]
     ranked: Tensor
+    variant: str = ""
 
 
 class FeatureProtocol(Protocol):
-    """A protocol that needs nothing but features and labels."""
+    """A protocol that needs nothing but features and labels.
+
+    Attributes:
+        tokens:
+            Whether it reads all patch tokens of an image instead of pooled features.
+    """
+
+    tokens: ClassVar[bool]
 
     def check(self, num_train: int) -> list[str]:
         """Checks the settings before any image is read.
@@ -58,7 +79,7 @@ class FeatureProtocol(Protocol):
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
-    ) -> Outcome:
+    ) -> list[Outcome]:
         """Chooses on the training images and predicts the test images once.
 
         Args:
@@ -72,6 +93,72 @@ class FeatureProtocol(Protocol):
                 Seed of everything that is random.
             device:
                 Where to compute; it must know float64.
+
+        Returns:
+            One outcome, or one per variant.
+        """
+
+
+class LabelledImages(NamedTuple):
+    """Training and test images that an `ImageProtocol` reads with its own transform.
+
+    Attributes:
+        train:
+            Function from a transform (of a PIL image or uint8 tensor to a uint8 tensor
+            with shape (channels, height, width)) to the training images, a data set of
+            (image, label, filename). Raises a ValueError if the data set has a
+            transform of its own.
+        test:
+            Data set of the test images with the transform of the evaluation.
+    """
+
+    train: Callable[[Callable[[Any], Any]], Dataset[Any]]
+    test: Dataset[Any]
+
+
+class ImageProtocol(Protocol):
+    """A protocol that trains on augmented images through the encoder."""
+
+    def check(self, num_train: int) -> list[str]:
+        """See `FeatureProtocol`."""
+
+    def __call__(
+        self,
+        encoder: MaskedEncoder,
+        images: LabelledImages,
+        num_classes: int,
+        *,
+        out: Path,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        precision: Precision = "32",
+        num_workers: int | None = None,
+        progress: bool = False,
+    ) -> list[Outcome]:
+        """Trains on the training images and predicts the test images once.
+
+        Args:
+            encoder:
+                The encoder, which is left as it is.
+            images:
+                Training and test images.
+            num_classes:
+                Number of classes.
+            out:
+                Directory for checkpoints, which a training that was cut goes on from.
+            seed:
+                Seed of everything that is random.
+            device:
+                Where to compute.
+            precision:
+                "32", or "bf16" for bfloat16 autocast.
+            num_workers:
+                Number of processes that read images.
+            progress:
+                Whether to show a progress bar.
+
+        Returns:
+            One outcome.
         """
 
 

@@ -1,145 +1,94 @@
-"""`evaluate(...)`: several protocols on the same features, and baselines beside them.
+"""`evaluate(...)`: several protocols for one encoder, and baselines beside it.
 
 Every choice (layer, pooling, k, temperature, learning rate) is made on training images;
 the test images are scored once per protocol, with that choice.
+
+Protocols on features share one pass over the images. Each row is kept as soon as it is
+there, so an evaluation that was cut goes on with what is missing.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import math
-import os
-import platform
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 import torch
-from rich.console import Group
 from rich.progress import track
-from torch import nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.checkpoints import encoder_spec
-from lightly_mim.data import ImageDataset, KeyedLoader, open_data, seed_from
-from lightly_mim.data.sources import Data
-from lightly_mim.encoders import Encoder, MaskedEncoder, Pool
+from lightly_mim.data import (
+    ImageDataset,
+    KeyedLoader,
+    TransformedDataset,
+    keyed_random_state,
+    open_data,
+    seed_from,
+)
+from lightly_mim.data.sources import Data, is_image
+from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, choose_attention
+from lightly_mim.encoders.base import AnyPool
+from lightly_mim.evaluation.adaptors import (
+    FeatureEncoder,
+    FunctionEncoder,
+    ModuleFunction,
+)
+from lightly_mim.evaluation.attentive import Attentive
+from lightly_mim.evaluation.cache import World, cached_features
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
-    FeatureFunction,
     Features,
     PixelFeatures,
     Precision,
+    check_labels,
     collect_features,
     evaluating,
 )
+from lightly_mim.evaluation.finetune import FineTune
+from lightly_mim.evaluation.keeper import Keeper, Task
 from lightly_mim.evaluation.knn import KNN
 from lightly_mim.evaluation.linear import Linear
-from lightly_mim.evaluation.loading import at_random, load_encoder
-from lightly_mim.evaluation.protocol import FeatureProtocol
+from lightly_mim.evaluation.linear_mae import LinearMAE
+from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
+from lightly_mim.evaluation.logistic import Logistic
+from lightly_mim.evaluation.low_label import LowLabel
+from lightly_mim.evaluation.protocol import LabelledImages, Outcome
+from lightly_mim.evaluation.rank import label_free as measure_features
+from lightly_mim.evaluation.record import (
+    check_choice,
+    choose_device,
+    describe_data,
+    model_name,
+    package_versions,
+    results_file,
+    to_json,
+)
+from lightly_mim.evaluation.results import (
+    PIXELS,
+    RANDOM,
+    RESULTS_FILE,
+    Result,
+    Results,
+)
+from lightly_mim.evaluation.scores import score
 from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
-from lightly_mim.reporting import results_table, results_text
 from lightly_mim.transforms import EvalTransform
 
-ProtocolName = Literal["knn", "linear"]
+ProtocolName = Literal[
+    "knn", "linear", "logistic", "attentive", "low_label", "linear_mae", "finetune"
+]
 Baseline = Literal["random", "pixels"]
 
-RESULTS_FILE = "results.json"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one protocol says of one model: a row of the table and of `results.json`.
-
-    Attributes:
-        model:
-            The encoder, or the baseline.
-        protocol:
-            "knn" or "linear".
-        layer:
-            The chosen layer, from 0. None for raw pixels.
-        pooling:
-            The chosen pooling.
-        hyperparameters:
-            The chosen `k` and `temperature`, or `learning_rate`.
-        top1:
-            Accuracy on the test images, in [0, 1].
-        top1_low:
-            Lower end of its 95 % interval (Wilson). It covers the draw of the test
-            images, but not that of training images or seeds.
-        top1_high:
-            Upper end.
-        top5:
-            Share of test images whose class is among the five most probable, in [0, 1].
-            None with five classes or fewer.
-        feature_seconds:
-            Time spent on the features of training and test images, reading the images
-            excluded.
-        seconds:
-            Time spent on the protocol, features excluded.
-        num_train:
-            Number of training images.
-        num_test:
-            Number of test images.
-        selection:
-            For each layer and pooling its best hyper-parameters and their `accuracy` on
-            the training images (leave-one-out for kNN, cross-validation for linear).
-    """
-
-    model: str
-    protocol: str
-    layer: int | None
-    pooling: str
-    hyperparameters: dict[str, float]
-    top1: float
-    top1_low: float
-    top1_high: float
-    top5: float | None
-    feature_seconds: float
-    seconds: float
-    num_train: int
-    num_test: int
-    selection: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Results:
-    """All that an evaluation found. `rich.print` shows it as a table.
-
-    Attributes:
-        rows:
-            One result per model and protocol.
-        notes:
-            What a reader of the table should know, one sentence each.
-        record:
-            What it takes to run it again: `command` (of the process), `arguments` (of
-            `evaluate`), `encoder` (see `lightly_mim.checkpoints.EncoderCheckpoint`),
-            `data` (names of the classes, numbers of images) and `versions`.
-    """
-
-    rows: list[Result]
-    notes: list[str]
-    record: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns what `results.json` holds: `rows`, `notes`, and the record's keys."""
-        rows = [asdict(row) for row in self.rows]
-        return {"rows": rows, "notes": self.notes, **self.record}
-
-    def __rich__(self) -> Group:
-        return Group(results_table([asdict(row) for row in self.rows]), *self.notes)
-
-    def __str__(self) -> str:
-        table = results_text([asdict(row) for row in self.rows])
-        return "\n".join([table.rstrip(), *self.notes])
+IMAGE_PROTOCOLS = ("linear_mae", "finetune")
+LABEL_FREE = "label_free"
 
 
 def evaluate(
@@ -151,7 +100,9 @@ def evaluate(
     layers: Sequence[int] = (-1,),
     pools: Sequence[Pool] | None = None,
     baselines: Sequence[Baseline] = (),
+    label_free: bool = False,
     out: Path | str | None = None,
+    cache: Path | str | None = None,
     overwrite: bool = False,
     seed: int = 0,
     batch_size: int = 64,
@@ -163,43 +114,70 @@ def evaluate(
     img_size: Size | None = None,
     in_chans: int = 3,
     pretrained: bool = True,
+    feature_function: ModuleFunction | None = None,
     knn: KNN = KNN(),  # noqa: B008, frozen
     linear: Linear = Linear(),  # noqa: B008, frozen
+    logistic: Logistic = Logistic(),  # noqa: B008, frozen
+    attentive: Attentive = Attentive(),  # noqa: B008, frozen
+    low_label: LowLabel = LowLabel(),  # noqa: B008, frozen
+    linear_mae: LinearMAE = LinearMAE(),  # noqa: B008, frozen
+    finetune: FineTune = FineTune(),  # noqa: B008, frozen
+    distributed: bool = False,
     progress: bool | None = None,
 ) -> Results:
-    """Evaluates a frozen encoder on labelled images.
+    """Evaluates an encoder on labelled images.
 
-    The images go through the encoder once, resized and cropped at the centre, without
-    augmentation. Layer, pooling and hyper-parameters are chosen on the training images;
-    the test images are scored once with that choice.
+    For all protocols but two the encoder is frozen, and the images go through it once,
+    resized and cropped at the centre, without augmentation. Layer, pooling and
+    hyper-parameters are chosen on the training images; the test images are scored once
+    with that choice.
+
+    With `out`, features, finished rows and checkpoints are kept there as they come. An
+    evaluation that was cut, called again with the same arguments, ends with the same
+    numbers and makes nothing twice. That takes images in a folder or behind a name, or
+    a data set that has a `fingerprint` (a string or number that changes with its
+    images).
 
     Args:
         encoder:
             The directory of a pretraining run or its `encoder.safetensors`; the name of
-            a timm model; or, in Python, a timm model or one of our encoders.
+            a timm model; or, in Python, a timm model, one of our encoders, one of
+            lightly's, or a module with `feature_function`. See `load_encoder`.
         data:
             A folder with train/ and val/ and one folder per class in each; the name of
             a data set; or a data set of (image, label, filename). See
             `lightly_mim.data.open_data`.
         protocols:
-            Any of "knn" (weighted k nearest neighbours) and "linear" (linear probe).
+            Any of these. On features: "knn" (weighted k nearest neighbours), "linear"
+            (linear probe, a grid trained at once), "logistic" (logistic regression),
+            "low_label" (logistic regression on few images per class). On patch tokens:
+            "attentive" (attentive probe). Through the encoder, with augmented images:
+            "linear_mae" (MAE's linear probe), "finetune".
         val:
             The test images, if they do not come with `data`.
         layers:
             Layers to choose from: blocks of a ViT or stages of a Swin, from 0, or from
-            the end if negative.
+            the end if negative. For protocols on features.
         pools:
             Poolings to choose from: "mean" of the patch tokens, "cls" for the class
             token, "cls+mean" for both. By default "mean", and "cls" if there is one.
         baselines:
-            Any of "random" (the same encoder at random initialisation) and "pixels",
-            which go through the same protocols.
+            Any of "random" (the same encoder at random initialisation) and "pixels"
+            (raw pixels, for protocols on pooled features), which go through the same
+            protocols.
+        label_free:
+            Measure the training images' features without labels as well, see
+            `lightly_mim.evaluation.rank`.
         out:
             Directory that `results.json` is written to.
+        cache:
+            Directory of features on disk, which several evaluations may share. By
+            default features/ in `out`, or, without `out`, the memory of this process:
+            mind the size of patch tokens then.
         overwrite:
             Replace a `results.json` that is there.
         seed:
-            Seed of the random initialisation and of the linear probe.
+            Seed of random weights, of the probes and of the intervals.
         batch_size:
             Number of images that are encoded at a time.
         num_workers:
@@ -216,214 +194,473 @@ def evaluate(
         pixel_size:
             Side that images are resized to for the baseline "pixels".
         img_size:
-            For the name of a timm model: size of the images in pixels, one number or
-            height and width. By default the size that the model was made for.
+            For the name of a timm model and for a module with `feature_function`: size
+            of the images in pixels, one number or height and width. By default the size
+            that the model was made for.
         in_chans:
-            For the name of a timm model: number of image channels.
+            For the same: number of image channels.
         pretrained:
             For the name of a timm model: load timm's pretrained weights.
+        feature_function:
+            For a module: function from normalised images to features with shape
+            (batch_size, dim), or to a dictionary of them. `layers` and `pools` do not
+            apply then. See `load_encoder`.
         knn:
             Settings of kNN.
         linear:
             Settings of the linear probe.
+        logistic:
+            Settings of the logistic regression.
+        attentive:
+            Settings of the attentive probe.
+        low_label:
+            Settings of the evaluation with few labels.
+        linear_mae:
+            Settings of MAE's linear probe.
+        finetune:
+            Settings of fine-tuning.
+        distributed:
+            Share the images out over the processes of `torch.distributed`, which has
+            been initialised (by torchrun and `init_process_group`) and whose processes
+            all call this function with the same arguments. Features must be kept on a
+            disk that they share. For protocols on features; each process runs those
+            itself, and the first one writes.
         progress:
-            Show a progress bar while encoding. By default on a terminal.
+            Show progress bars. By default on a terminal.
 
     Returns:
-        One row per model and protocol, notes, and what it takes to run it again.
+        One row per model, protocol and variant, notes, and what it takes to run it
+        again.
 
     Raises:
         ValueError: If an argument is out of range, if the data has no labels or no test
             images, or if `out` holds results already. Nothing has been written then.
+        OSError: If `out` or `cache` cannot be written.
     """
-    arguments = {name: _to_json(value) for name, value in locals().items()}
-    _check_choice("protocols", protocols, get_args(ProtocolName))
-    _check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
-    file = None if out is None else _results_file(Path(out), overwrite)
-    settings: dict[str, FeatureProtocol] = {"knn": knn, "linear": linear}
-    model = load_encoder(
-        encoder, img_size=img_size, in_chans=in_chans, pretrained=pretrained
-    )
-    train, test = _open_labelled(data, val, model, crop_ratio)
-    num_train = len(train)  # type: ignore[arg-type]
-    notes = [note for name in protocols for note in settings[name].check(num_train)]
-    taken: Sequence[Pool] = ("mean", "cls") if pools is None else pools
-    if pools is None and not model.has_class_token:
-        taken = ("mean",)
-        notes.append("The encoder has no class token: features are means of patches.")
-
-    encoders = {_model_name(encoder, model): model}
-    if "random" in baselines:
-        encoders["random initialisation"] = at_random(model, seed)
-    functions: dict[str, FeatureFunction] = {
-        name: EncoderFeatures(each, layers, taken) for name, each in encoders.items()
+    arguments = {name: to_json(value) for name, value in locals().items()}
+    world = World.distributed() if distributed else World()
+    check_choice("protocols", protocols, get_args(ProtocolName))
+    check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
+    file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
+    settings: dict[str, Any] = {
+        "knn": knn,
+        "linear": linear,
+        "logistic": logistic,
+        "attentive": attentive,
+        "low_label": low_label,
+        "linear_mae": linear_mae,
+        "finetune": finetune,
     }
-    if "pixels" in baselines:
-        functions["raw pixels"] = PixelFeatures(pixel_size)
+    protocols = list(dict.fromkeys(protocols))
+    with keyed_random_state(seed, "evaluation", "encoder"):
+        model = load_encoder(
+            encoder,
+            img_size=img_size,
+            in_chans=in_chans,
+            pretrained=pretrained,
+            feature_function=feature_function,
+        )
+    transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
+    train, test = _open_labelled(data, val, transform, model.in_chans)
+    notes = [note for name in protocols for note in settings[name].check(_len(train))]
+    if "low_label" in protocols and isinstance(train, ImageDataset):
+        low_label.check_labels(torch.tensor(train.targets), len(train.classes))
+    taken = _pools(model, layers, pools, notes)
+    _check_protocols(protocols, model, world)
 
-    place = _device(device)
-    show = sys.stdout.isatty() if progress is None else progress
-    features: list[dict[str, Features]] = []
-    with ExitStack() as stack:
-        for each in encoders.values():
-            each.choose_attention(place, bf16=precision == "bf16")
-            stack.enter_context(evaluating(each, place))
-        for images, part in ((train, "training"), (test, "test")):
-            loader = KeyedLoader(
-                images, batch_size, training=False, num_workers=num_workers
-            )
-            features.append(
-                collect_features(
-                    functions,
-                    track(loader, f"Encoding {part} images", disable=not show),
-                    model.mean,
-                    model.std,
-                    device=place,
-                    precision=precision,
-                )
-            )
-    classes = _class_names(train, *features)
+    models: dict[str, FeatureEncoder | None] = {model_name(encoder, model): model}
+    if "random" in baselines:
+        models[RANDOM] = at_random(model, seed)
+    if "pixels" in baselines:
+        models[PIXELS] = None
+        skipped = [name for name in protocols if not _takes_pixels(name, settings)]
+        if skipped:
+            notes.append(f"No raw pixels for {', '.join(skipped)}, made for encoders.")
+    tasks = [
+        Task(name, protocol)
+        for name, each in models.items()
+        for protocol in [*protocols, *([LABEL_FREE] if label_free else [])]
+        if each is not None or _takes_pixels(protocol, settings)
+    ]
+    place = choose_device(device)
+    keeper = Keeper(
+        models,
+        (train, test),
+        None if out is None else Path(out),
+        None if cache is None else Path(cache),
+        {
+            "transform": vars(transform),
+            "normalize": [list(model.mean), list(model.std)],
+            "pixel_size": pixel_size,
+            "precision": precision,
+            "device": place.type,
+            "versions": package_versions(),
+        },
+    )
+    if world.size > 1 and keeper.cache is None:
+        raise ValueError(
+            "Processes share features through a directory on a disk: pass out or "
+            "cache, and images in a folder, behind a name, or with a `fingerprint`."
+        )
+    keys = {
+        task: keeper.row_key(
+            task,
+            {
+                "settings": to_json(settings.get(task.protocol)),
+                "layers": list(layers),
+                "pools": list(taken),
+                "seed": seed,
+            },
+        )
+        for task in tasks
+    }
+    # One process reads the rows, so that all have the same ones.
+    found: dict[Task, dict[str, Any]] = world.from_first(
+        lambda: {task: row for task in tasks if (row := keeper.read(keys[task]))}
+    )
+    runner = _Runner(
+        models,
+        settings,
+        LabelledImages(_Reopened(data, val, model.in_chans), test),
+        train,
+        keeper,
+        world,
+        layers=layers,
+        pools=taken,
+        pixel_size=pixel_size,
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=place,
+        precision=precision,
+        progress=sys.stdout.isatty() if progress is None else progress,
+    )
+    pending = [task for task in tasks if task not in found]
+    if pending:
+        runner.encode(pending)
+    for task in pending:
+        found[task] = runner.run(task, keys[task])
+        if world.rank == 0:
+            keeper.write(keys[task], found[task])
+
+    rows = [Result(**row) for task in tasks for row in found[task]["rows"]]
+    measures = [row for task in tasks for row in found[task]["measures"]]
+    classes = found[tasks[0]]["classes"]
     if len(classes) == 1:
         notes.append("All images are of one class, so every accuracy is 1.")
-    rows = [
-        _run(
-            name,
-            protocol,
-            settings[protocol],
-            features[0][name],
-            features[1][name],
-            len(classes),
-            seed_from(seed, "evaluation", protocol),
-            # Probes compute in float64 in places, which Apple's accelerator does not.
-            place if place.type == "cuda" else torch.device("cpu"),
-        )
-        for name in functions
-        for protocol in protocols
-    ]
-    counts = {"num_train": rows[0].num_train, "num_test": rows[0].num_test}
+    if any(len(row.draws or ()) > 1 for row in rows):
+        notes.append("± is the standard deviation over draws of the training images.")
     record = {
         "command": shlex.join(sys.orig_argv),
         "arguments": arguments,
-        "encoder": encoder_spec(model),
-        "data": {"classes": classes, **counts},
-        "versions": _versions(),
+        "encoder": describe_encoder(model),
+        "data": {"classes": classes, "num_train": _len(train), "num_test": _len(test)},
+        "versions": package_versions(),
     }
-    results = Results(rows, notes, record)
-    if file is not None:
+    results = Results(rows, [*notes, *keeper.notes], record, measures)
+    if file is not None and world.rank == 0:
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+        keeper.clear(list(keys.values()))
     return results
 
 
-def wilson_interval(
-    correct: int, total: int, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Returns the interval of an accuracy that Wilson's score gives.
+@dataclass
+class _Runner:
+    """Makes the features that tasks need, and runs them."""
 
-    Unlike the normal approximation it stays in [0, 1] and does not shrink to nothing at
-    the ends.
+    models: Mapping[str, FeatureEncoder | None]
+    settings: Mapping[str, Any]
+    images: LabelledImages
+    train: Dataset[Any]
+    keeper: Keeper
+    world: World
+    layers: Sequence[int]
+    pools: Sequence[Pool]
+    pixel_size: int
+    seed: int
+    batch_size: int
+    num_workers: int | None
+    device: torch.device
+    precision: Precision
+    progress: bool
+    features: list[dict[str, Features]] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
-    - [0]: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953
+    def encode(self, tasks: Sequence[Task]) -> None:
+        """Passes over training and test images, or reads what was found before."""
+        functions: dict[str, Any] = {}
+        for name, encoder in self.models.items():
+            needed = {
+                self.settings[task.protocol].tokens
+                if task.protocol in self.settings
+                else False
+                for task in tasks
+                if task.model == name and task.protocol not in IMAGE_PROTOCOLS
+            }
+            if needed:
+                functions[name] = self._function(encoder, needed)
+        used = [
+            each for name, each in self.models.items() if name in functions and each
+        ]
+        with ExitStack() as stack:
+            for each in used:
+                choose_attention(each, self.device, self.precision == "bf16")
+                stack.enter_context(evaluating(each, self.device))
+            for part, images in enumerate((self.train, self.images.test)):
+                found = self._collect(functions, images, part) if functions else {}
+                self.features.append(found)
+                self.labels.append(
+                    next(iter(found.values())).labels
+                    if found
+                    else _read_labels(images, self.num_workers)
+                )
+        self.classes = _class_names(self.train, self.labels)
+        if any(task.protocol == "low_label" for task in tasks):
+            # Before a protocol has run: only folders tell their labels at once.
+            self.settings["low_label"].check_labels(self.labels[0], len(self.classes))
 
-    Args:
-        correct:
-            Number of images that were right.
-        total:
-            Number of images.
-        confidence:
-            Share of such intervals that hold the true accuracy.
+    def _function(self, encoder: FeatureEncoder | None, tokens: set[bool]) -> Any:
+        if encoder is None:
+            return PixelFeatures(self.pixel_size)
+        if isinstance(encoder, FunctionEncoder):
+            return encoder.features
+        pools: list[AnyPool] = [*self.pools] if False in tokens else []
+        if True in tokens:
+            pools.append("tokens")
+        return EncoderFeatures(encoder, self.layers, pools)
 
-    Returns:
-        (low, high), in [0, 1].
-
-    Raises:
-        ValueError: If there are no images.
-    """
-    if total < 1 or not 0 <= correct <= total:
-        raise ValueError(f"{correct} of {total} images do not make an accuracy.")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    accuracy = correct / total
-    centre = accuracy + z**2 / (2 * total)
-    spread = z * math.sqrt(accuracy * (1 - accuracy) / total + z**2 / (4 * total**2))
-    shrink = 1 + z**2 / total
-    low, high = (centre - spread) / shrink, (centre + spread) / shrink
-    return max(low, 0.0), min(high, 1.0)
-
-
-def _run(
-    name: str,
-    protocol: str,
-    settings: FeatureProtocol,
-    train: Features,
-    test: Features,
-    num_classes: int,
-    seed: int,
-    device: torch.device,
-) -> Result:
-    start = time.perf_counter()
-    outcome = settings(train, test, num_classes, seed=seed, device=device)
-    seconds = time.perf_counter() - start
-    hits = outcome.ranked == test.labels[:, None]  # (num_test, num_ranks)
-    correct, total = int(hits[:, 0].sum()), len(test)
-    low, high = wilson_interval(correct, total)
-    layer, pooling = outcome.key
-    return Result(
-        model=name,
-        protocol=protocol,
-        layer=layer,
-        pooling=pooling,
-        hyperparameters=outcome.hyperparameters,
-        top1=correct / total,
-        top1_low=low,
-        top1_high=high,
-        top5=int(hits.any(dim=1).sum()) / total if num_classes > 5 else None,
-        feature_seconds=train.seconds + test.seconds,
-        seconds=seconds,
-        num_train=len(train),
-        num_test=total,
-        selection=outcome.selection,
-    )
-
-
-def _results_file(out: Path, overwrite: bool) -> Path:
-    file = out / RESULTS_FILE
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: pass a directory as out.")
-    if file.exists() and not overwrite:
-        raise ValueError(
-            f"{file} is there already: pass overwrite, or another directory as out."
+    def _collect(
+        self, functions: Mapping[str, Any], images: Dataset[Any], part: int
+    ) -> dict[str, Features]:
+        mean, std = next(
+            (each.mean, each.std) for each in self.models.values() if each is not None
         )
-    return file
+        description = f"Encoding {('training', 'test')[part]} images"
+        stores = {
+            name: self.keeper.store(name, part, _len(images)) for name in functions
+        }
+        kept = {name: store for name, store in stores.items() if store is not None}
+        named = any(isinstance(each, FunctionEncoder) for each in self.models.values())
+        if kept and not named:
+            return cached_features(
+                functions,
+                kept,
+                images,
+                mean,
+                std,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                device=self.device,
+                precision=self.precision,
+                description=description,
+                progress=self.progress,
+                world=self.world,
+            )
+        loader = KeyedLoader(
+            images, self.batch_size, training=False, num_workers=self.num_workers
+        )
+        return collect_features(
+            functions,
+            track(loader, description, disable=not self.progress),
+            mean,
+            std,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def run(self, task: Task, key: str | None) -> dict[str, Any]:
+        """Runs a protocol for a model, and returns its rows."""
+        made: dict[str, Any] = {"classes": self.classes, "rows": [], "measures": []}
+        start = time.perf_counter()
+        if task.protocol == LABEL_FREE:
+            measured = measure_features(self._features(task, tokens=False)[0])
+            made["measures"] = [{"model": task.model, **row} for row in measured]
+            return made
+        seed = seed_from(self.seed, "evaluation", task.protocol)
+        protocol = self.settings[task.protocol]
+        outcomes: list[Outcome]
+        feature_seconds = 0.0
+        if task.protocol in IMAGE_PROTOCOLS:
+            with self.keeper.checkpoints(key) as folder:
+                outcomes = protocol(
+                    self.models[task.model],
+                    self.images,
+                    len(self.classes),
+                    out=folder,
+                    seed=seed,
+                    device=self.device,
+                    precision=self.precision,
+                    num_workers=self.num_workers,
+                    progress=self.progress,
+                )
+        else:
+            train, test = self._features(task, protocol.tokens)
+            feature_seconds = train.seconds + test.seconds
+            # Probes compute in float64 in places, which Apple's accelerator does not.
+            place = self.device if self.device.type == "cuda" else torch.device("cpu")
+            outcomes = protocol(train, test, len(self.classes), seed=seed, device=place)
+        seconds = (time.perf_counter() - start) / len(outcomes)
+        made["rows"] = [
+            asdict(self._result(task, outcome, feature_seconds, seconds))
+            for outcome in outcomes
+        ]
+        return made
+
+    def _features(self, task: Task, tokens: bool) -> list[Features]:
+        found = [part[task.model].select(tokens) for part in self.features]
+        if not found[0].values:
+            what = "'tokens'" if tokens else "pooled features"
+            raise ValueError(
+                f"{task.protocol} reads {what}, which feature_function does not "
+                "return. Add them, or leave the protocol out."
+            )
+        return found
+
+    def _result(
+        self, task: Task, outcome: Outcome, feature_seconds: float, seconds: float
+    ) -> Result:
+        labels = self.labels[1]
+        found = score(
+            outcome.ranked, labels, len(self.classes), seed_from(self.seed, "bootstrap")
+        )
+        layer, pooling = outcome.key
+        top5 = found.top5
+        return Result(
+            model=task.model,
+            protocol=task.protocol,
+            variant=outcome.variant,
+            layer=layer,
+            pooling=pooling,
+            hyperparameters=outcome.hyperparameters,
+            top1=found.top1.value,
+            top1_low=found.top1.low,
+            top1_high=found.top1.high,
+            top5=None if top5 is None else top5.value,
+            top5_low=None if top5 is None else top5.low,
+            top5_high=None if top5 is None else top5.high,
+            mean_class=found.mean_class.value,
+            mean_class_low=found.mean_class.low,
+            mean_class_high=found.mean_class.high,
+            per_class=found.per_class,
+            confusion=found.confusion,
+            draws=found.draws,
+            feature_seconds=feature_seconds,
+            seconds=seconds,
+            num_train=_len(self.train),
+            num_test=len(labels),
+            selection=outcome.selection,
+        )
+
+
+class _Reopened:
+    """Opens the training images with a transform of a protocol's own."""
+
+    def __init__(self, data: Data, val: Data | None, in_chans: int) -> None:
+        self.data, self.val, self.in_chans = data, val, in_chans
+
+    def __call__(self, transform: Any) -> Dataset[Any]:
+        train, _ = open_data(
+            self.data, self.val, transform=transform, in_chans=self.in_chans
+        )
+        if isinstance(train, TransformedDataset):
+            sample = train.dataset[0]
+            sample = sample[0] if isinstance(sample, tuple) else sample
+            if not is_image(sample):
+                raise ValueError(
+                    f"{describe_data(self.data)} has a transform of its own, and this "
+                    "protocol trains on images that it augments itself. Give a data "
+                    "set of PIL images or uint8 tensors."
+                )
+        return train
+
+
+def _len(data: Dataset[Any]) -> int:
+    return len(data)  # type: ignore[arg-type]
+
+
+def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:
+    if protocol == LABEL_FREE:
+        return True
+    return protocol not in IMAGE_PROTOCOLS and not settings[protocol].tokens
+
+
+def _check_protocols(
+    protocols: Sequence[str], model: FeatureEncoder, world: World
+) -> None:
+    """Refuses what cannot train through the encoder."""
+    training = [name for name in protocols if name in IMAGE_PROTOCOLS]
+    if training and not isinstance(model, MaskedEncoder):
+        raise ValueError(
+            f"{' and '.join(training)} (training through the encoder) needs one of our "
+            "encoders, a run of ours, or a timm ViT, BEiT, EVA or Swin, got "
+            f"{type(model.model).__name__}. Leave it out."
+        )
+    if training and world.size > 1:
+        raise ValueError(
+            f"{' and '.join(training)} run in one process, got {world.size}. Leave "
+            "them out, or evaluate them by themselves."
+        )
+
+
+def _pools(
+    model: FeatureEncoder,
+    layers: Sequence[int],
+    pools: Sequence[Pool] | None,
+    notes: list[str],
+) -> Sequence[Pool]:
+    """Returns the poolings to choose from, and refuses layers and poolings early."""
+    if isinstance(model, FunctionEncoder):
+        if pools is not None or list(layers) != [-1]:
+            raise ValueError(
+                "feature_function decides what the features are: leave layers and "
+                f"pools out, got layers={list(layers)} and pools={pools}."
+            )
+        return ()
+    taken: list[Pool] = ["mean"] if pools is None else [*pools]
+    if pools is None and model.has_class_token:
+        taken.append("cls")
+    elif pools is None and isinstance(model, MaskedEncoder):
+        notes.append("The encoder has no class token: features are means of patches.")
+    EncoderFeatures(model, layers, taken)
+    return taken
 
 
 def _open_labelled(
-    data: Data, val: Data | None, encoder: MaskedEncoder, crop_ratio: float
+    data: Data, val: Data | None, transform: EvalTransform, in_chans: int
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     """Opens training and test images, and makes sure that there are both, with labels.
 
     A data set in Python may have labels without naming classes; `_class_names` sees to
     that once the labels have been read.
     """
-    transform = EvalTransform(encoder.img_size, crop_ratio, normalize=None)
-    train, test = open_data(data, val, transform=transform, in_chans=encoder.in_chans)
+    train, test = open_data(data, val, transform=transform, in_chans=in_chans)
     if test is None:
         raise ValueError(
-            f"There are no test images for {_describe(data)}. Give a folder that holds "
-            "train/ and val/, or the test images as val."
+            f"There are no test images for {describe_data(data)}. Give a folder that "
+            "holds train/ and val/, or the test images as val."
         )
     for part, source in ((train, data), (test, data if val is None else val)):
         if isinstance(part, ImageDataset) and not part.classes:
             raise ValueError(
-                f"The images of {_describe(source)} have no labels: an evaluation "
+                f"The images of {describe_data(source)} have no labels: an evaluation "
                 "needs one folder per class."
             )
     return train, test
 
 
-def _class_names(train: Dataset[Any], *features: Mapping[str, Features]) -> list[str]:
+def _read_labels(images: Dataset[Any], num_workers: int | None) -> Tensor:
+    """Returns the labels of images that are not encoded."""
+    if isinstance(images, ImageDataset):
+        return torch.tensor(images.targets)
+    loader = KeyedLoader(images, 64, training=False, num_workers=num_workers)
+    return torch.cat([check_labels(batch[1]) for batch in loader])
+
+
+def _class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
     """Returns the names of the classes, numbers if the data does not tell."""
     names: list[str] = list(getattr(train, "classes", []))
-    labels = [next(iter(part.values())).labels for part in features]
     largest = max(int(part.max()) for part in labels)
     if not names and largest == 0:
         raise ValueError(
@@ -436,51 +673,3 @@ def _class_names(train: Dataset[Any], *features: Mapping[str, Features]) -> list
             f"classes: {', '.join(names)}."
         )
     return names or [str(number) for number in range(largest + 1)]
-
-
-def _model_name(encoder: Encoder | Path, model: MaskedEncoder) -> str:
-    if isinstance(encoder, nn.Module):
-        return model.name or type(model.vit).__name__
-    return str(encoder)
-
-
-def _device(device: str | None) -> torch.device:
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"PyTorch cannot compute on device={device!r} here: {error}"
-            ) from error
-        return torch.device(device)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
-
-
-def _check_choice(name: str, given: Sequence[str], allowed: Sequence[str]) -> None:
-    if isinstance(given, str) or not given or not set(given) <= set(allowed):
-        raise ValueError(f"{name} is a list of {', '.join(allowed)}, got {given!r}.")
-
-
-def _describe(data: Data) -> str:
-    if isinstance(data, (str, os.PathLike)):
-        return f"'{os.fspath(data)}'"
-    return f"the {type(data).__name__}"
-
-
-def _to_json(value: Any) -> Any:
-    """Returns what a record shows of an argument."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: _to_json(entry) for name, entry in vars(value).items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(entry) for entry in value]
-    return str(value) if isinstance(value, os.PathLike) else _describe(value)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("lightly-mim", "lightly", "timm", "torch", "torchvision")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **versions}

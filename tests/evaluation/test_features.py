@@ -76,6 +76,33 @@ def test_extract_features__equals_embed(
     assert len(features) == 7
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reg_tokens": 2},
+        {"class_token": False, "global_pool": "avg"},
+        {"fc_norm": True},
+    ],
+)
+def test_extract_features__tokens(options: dict[str, Any]) -> None:
+    encoder, data = vit(**options), Pictures()
+    features = extract_features(
+        encoder, data, layers=[0, -1], pools=["mean", "tokens"], num_workers=0
+    )
+    with torch.no_grad():
+        encoder.eval()
+        images = normalized(data, encoder)
+        expected, outputs = encoder.forward_intermediates(images)
+    first = encoder.num_prefix_tokens
+    last = features.values[2, "tokens"]
+    torch.testing.assert_close(last, expected[:, first:], rtol=1e-5, atol=1e-6)
+    tokens = features.values[0, "tokens"]
+    torch.testing.assert_close(tokens, outputs[0][:, first:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tokens.mean(dim=1), features.values[0, "mean"])
+    assert list(features.select(tokens=True).values) == [(0, "tokens"), (2, "tokens")]
+    assert list(features.select(tokens=False).values) == [(0, "mean"), (2, "mean")]
+
+
 def test_extract_features__stages_of_a_swin() -> None:
     encoder = masked_encoder(
         "swin_tiny_patch4_window7_224",
@@ -211,6 +238,7 @@ def test_normalize_images() -> None:
         ({"layers": []}, "layers is one or more"),
         ({"pools": []}, "pools is one or more"),
         ({"pools": ["max"]}, "pool is one of"),
+        ({"pools": ["cls+max"]}, "pool is one of"),
         ({"precision": "64"}, "precision is one of"),
         ({"batch_size": 0}, "batch_size"),
     ],

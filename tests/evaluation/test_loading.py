@@ -126,6 +126,16 @@ def test_at_random() -> None:
     assert first(images).shape == encoder(images).shape
 
 
+def test_at_random__other_family_of_another_size() -> None:
+    encoder = load_encoder("cait_xxs24_224", img_size=(32, 48), pretrained=False)
+    other = at_random(encoder, seed=0).eval()
+    ((_, features),) = other.embed_layers(
+        torch.randn(1, 3, 32, 48), [-1], ["mean"]
+    ).items()
+    assert other.img_size == (32, 48)
+    assert features.shape == (1, 192)
+
+
 def test_at_random__module_passed_by_hand() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, **OPTIONS)
     with pytest.raises(ValueError, match="passed by hand"):

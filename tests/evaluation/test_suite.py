@@ -1,31 +1,39 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
 from jsonargparse import auto_cli
 from PIL import Image
 from rich.console import Console
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchmetrics.classification import MulticlassAccuracy
 
 from lightly_mim.checkpoints import save_encoder
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import (
     KNN,
+    PIXELS,
+    RANDOM,
     Features,
     Linear,
+    Result,
     Results,
     evaluate,
-    wilson_interval,
 )
-from lightly_mim.evaluation.protocol import rank_classes
+from lightly_mim.evaluation.attentive import Attentive
+from lightly_mim.evaluation.finetune import FineTune
+from lightly_mim.evaluation.keeper import Keeper
+from lightly_mim.evaluation.low_label import LowLabel
+from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
 
 OPTIONS = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 FAST = {"num_workers": 0, "device": "cpu", "linear": Linear(epochs=5)}
@@ -87,23 +95,30 @@ def test_evaluate__rows(folder: Path, encoder: MaskedEncoder, tmp_path: Path) ->
     assert [(row.model, row.protocol) for row in results.rows] == [
         ("vit_tiny_patch16_224", "knn"),
         ("vit_tiny_patch16_224", "linear"),
-        ("random initialisation", "knn"),
-        ("random initialisation", "linear"),
-        ("raw pixels", "knn"),
-        ("raw pixels", "linear"),
+        (RANDOM, "knn"),
+        (RANDOM, "linear"),
+        (PIXELS, "knn"),
+        (PIXELS, "linear"),
     ]
     for row in results.rows:
         assert (row.num_train, row.num_test) == (24, 12)
         assert 0 <= row.top1_low <= row.top1 <= row.top1_high <= 1
         assert (row.top1 * 12) % 1 == pytest.approx(0)
         assert row.top5 is None  # two classes
+        assert 0 <= row.mean_class_low <= row.mean_class <= row.mean_class_high <= 1
+        # As many test images of each class.
+        assert row.top1 == pytest.approx(row.mean_class)
+        assert [sum(counts) for counts in row.confusion] == [6, 6]
+        shares = [row.confusion[0][0] / 6, row.confusion[1][1] / 6]
+        assert row.per_class == pytest.approx(shares)
+        assert (row.variant, row.draws) == ("", None)
         assert row.seconds > 0
         assert row.feature_seconds > 0
         chosen = {"layer": row.layer, "pooling": row.pooling, **row.hyperparameters}
         best = max(row.selection, key=lambda entry: entry["accuracy"])
         assert chosen.items() <= best.items() or row.protocol == "linear"
         assert any(chosen.items() <= entry.items() for entry in row.selection)
-        if row.model == "raw pixels":
+        if row.model == PIXELS:
             assert (row.layer, row.pooling, len(row.selection)) == (None, "pixels", 1)
         else:
             keys = [(entry["layer"], entry["pooling"]) for entry in row.selection]
@@ -114,6 +129,8 @@ def test_evaluate__rows(folder: Path, encoder: MaskedEncoder, tmp_path: Path) ->
 
     written = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
     assert written == json.loads(json.dumps(results.to_dict()))
+    assert written["schema_version"] == 2
+    assert Result(**written["rows"][0]) == results.rows[0]
     assert written["rows"][0]["model"] == "vit_tiny_patch16_224"
     assert written["arguments"]["layers"] == [0, -1]
     assert written["arguments"]["linear"]["epochs"] == 5
@@ -187,28 +204,6 @@ def test_evaluate__data_sets_and_top5(encoder: MaskedEncoder) -> None:
     assert results.notes == []
 
 
-def test_top_k__equals_torchmetrics() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50, 8, generator=generator)
-    labels = torch.randint(8, (50,), generator=generator)
-    hits = rank_classes(logits, 5) == labels[:, None]
-    for k, share in ((1, hits[:, 0]), (5, hits.any(dim=1))):
-        metric = MulticlassAccuracy(8, top_k=k, average="micro")
-        torch.testing.assert_close(share.float().mean(), metric(logits, labels))
-
-
-@pytest.mark.parametrize(("correct", "total"), [(0, 5), (5, 5), (500, 656), (1, 1)])
-def test_wilson_interval__equals_scipy(correct: int, total: int) -> None:
-    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(correct, total) == pytest.approx(tuple(expected), abs=1e-12)
-
-
-@pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_interval__bad_input(correct: int, total: int) -> None:
-    with pytest.raises(ValueError, match="do not make an accuracy"):
-        wilson_interval(correct, total)
-
-
 def test_evaluate__notes(folder: Path) -> None:
     plain = masked_encoder(
         "vit_tiny_patch16_224",
@@ -276,7 +271,7 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"protocols": ["attentive"]}, "protocols is a list of knn, linear"),
+        ({"protocols": ["magic"]}, "protocols is a list of knn, linear"),
         ({"protocols": []}, "protocols is a list"),
         ({"protocols": "knn"}, "protocols is a list"),
         ({"baselines": ["chance"]}, "baselines is a list of random, pixels"),
@@ -291,6 +286,7 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
         ({"linear": Linear(num_folds=1)}, "num_folds=1 for 24"),
         ({"linear": Linear(epochs=0)}, "at least 1"),
         ({"img_size": 64}, "img_size"),
+        ({"distributed": True}, "has not been initialised"),
     ],
 )
 def test_evaluate__bad_arguments(
@@ -318,14 +314,14 @@ def test_evaluate__settings_matter() -> None:
     labels = torch.arange(30) % 3
     values = torch.randn(30, 4, generator=generator) + labels[:, None]
     features = Features({(0, "mean"): values, (1, "mean"): -values}, labels, [], 0.0)
-    outcome = KNN(ks=[1])(features, features, 3)
+    (outcome,) = KNN(ks=[1])(features, features, 3)
     assert outcome.hyperparameters["k"] == 1
     assert outcome.key == (0, "mean")  # both are equally good: the first one
     assert torch.equal(outcome.ranked[:, 0], labels)  # each is its own neighbour
     assert outcome.ranked.shape == (30, 3)
-    few = Linear(learning_rates=[0.01], epochs=1)(features, features, 3, seed=4)
-    many = Linear(learning_rates=[0.01], epochs=9)(features, features, 3, seed=4)
-    assert few.hyperparameters == {"learning_rate": 0.01}
+    (few,) = Linear(learning_rates=[0.01], epochs=1)(features, features, 3, seed=4)
+    (many,) = Linear(learning_rates=[0.01], epochs=9)(features, features, 3, seed=4)
+    assert few.hyperparameters["learning_rate"] == 0.01
     assert many.selection[0]["loss"] < few.selection[0]["loss"]
 
 
@@ -345,6 +341,7 @@ def test_evaluate__command_line(folder: Path, tmp_path: Path) -> None:
             "--pools=[mean]",
             "--baselines=[pixels]",
             "--linear.epochs=3",
+            "--attentive.epochs=3",
             "--knn.ks=[2,3]",
             "--num_workers=0",
             f"--out={tmp_path}",
@@ -355,3 +352,372 @@ def test_evaluate__command_line(folder: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["arguments"]["linear"]["epochs"] == 3
     assert written["arguments"]["encoder"] == str(tmp_path)
+
+
+# Interruptions.
+
+
+class Cut(Exception):
+    pass
+
+
+def numbers(results: Results) -> dict[str, Any]:
+    """All that an evaluation found but the time that it took."""
+    found = json.loads(json.dumps(results.to_dict()))
+    for row in found["rows"]:
+        del row["seconds"], row["feature_seconds"]
+    return {name: found[name] for name in ("rows", "measures", "notes", "data")}
+
+
+class Counter:
+    """Counts the images that go through an encoder, and may stop one of them."""
+
+    def __init__(self, encoder: MaskedEncoder, fail_at: int = 1_000_000) -> None:
+        self.count = 0
+        self.fail_at = fail_at
+        self.handle = encoder.vit.patch_embed.register_forward_pre_hook(self)
+
+    def __call__(self, module: Any, inputs: tuple[Tensor]) -> None:
+        if self.count + len(inputs[0]) > self.fail_at:
+            raise Cut
+        self.count += len(inputs[0])
+
+
+ALL: dict[str, Any] = {
+    "protocols": ["knn", "linear"],
+    "baselines": ["pixels"],
+    "layers": [0, 1],
+    "label_free": True,
+    "batch_size": 5,
+    **FAST,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    folder: Path, encoder: MaskedEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return numbers(
+        evaluate(encoder, folder, out=tmp_path_factory.mktemp("whole"), **ALL)
+    )
+
+
+@pytest.mark.parametrize("place", ["features", "linear", "label_free", "results"])
+def test_evaluate__goes_on_where_it_was_cut(
+    folder: Path,
+    encoder: MaskedEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, Any],
+    place: str,
+) -> None:
+    calls = {"knn": 0, "linear": 0, "label_free": 0}
+
+    def counted(name: str, function: Any, fail: bool) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if fail:
+                raise Cut
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def patch(patches: pytest.MonkeyPatch, cut: str) -> None:
+        from lightly_mim.evaluation import suite
+
+        for name, protocol in (("knn", KNN), ("linear", Linear)):
+            call = counted(name, protocol.__call__, cut == name)
+            patches.setattr(protocol, "__call__", call)
+        call = counted("label_free", suite.measure_features, cut == "label_free")
+        patches.setattr(suite, "measure_features", call)
+        if cut == "results":
+            patches.setattr(suite.shlex, "join", counted("", None, True))
+
+    with monkeypatch.context() as patches, pytest.raises(Cut):
+        patch(patches, place)
+        counter = Counter(encoder, fail_at=24 + 7 if place == "features" else 10**6)
+        try:
+            evaluate(encoder, folder, out=tmp_path, **ALL)
+        finally:
+            counter.handle.remove()
+    assert not (tmp_path / "results.json").exists()
+    assert counter.count == (24 + 5 if place == "features" else 24 + 12)
+
+    with monkeypatch.context() as patches:
+        patch(patches, "")
+        counter = Counter(encoder)
+        found = evaluate(encoder, folder, out=tmp_path, **ALL)
+        counter.handle.remove()
+    assert numbers(found) == whole
+    # Each protocol ran once for the encoder and once for the pixels.
+    assert calls == {"knn": 2, "linear": 2, "label_free": 2}
+    assert counter.count == (12 if place == "features" else 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "features",
+        "results.json",
+    ]
+
+
+def test_evaluate__other_settings_are_not_taken_for_the_same(
+    folder: Path, encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    keys = set()
+    rows = Keeper.write
+
+    def write(keeper: Keeper, key: str | None, row: Any) -> None:
+        assert key not in keys
+        keys.add(key)
+        rows(keeper, key, row)
+
+    changes: list[dict[str, Any]] = [
+        {},
+        {"knn": KNN(ks=[1])},
+        {"knn": KNN(ks=range(1, 3))},
+        {"knn": KNN(ks=range(1, 4))},
+        {"knn": KNN(ks=[1], temperatures=np.array([0.1, 0.2]))},
+        {"knn": KNN(ks=[1], temperatures=[np.float32(0.3)])},
+        {"knn": KNN(ks=[1], temperatures=[np.float32(0.4)])},
+        {"seed": 1},
+        {"crop_ratio": 1.0},
+        {"layers": [0]},
+        {"pools": ["mean"]},
+        {"precision": "bf16"},
+    ]
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(Keeper, "write", write)
+        for change in changes:
+            evaluate(
+                encoder,
+                folder,
+                out=tmp_path,
+                overwrite=True,
+                **(FAST | {"protocols": ["knn"]} | change),
+            )
+    assert len(keys) == len(changes)
+    # Features that do not depend on the change were read again.
+    assert len(list((tmp_path / "features").iterdir())) == 2 * 3
+
+
+def test_evaluate__features_are_shared(
+    folder: Path, encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    for number in range(2):
+        counter = Counter(encoder)
+        evaluate(
+            encoder,
+            folder,
+            ["knn"],
+            out=tmp_path / str(number),
+            cache=tmp_path / "cache",
+            **FAST,
+        )
+        counter.handle.remove()
+        assert counter.count == (0 if number else 36)
+    assert not (tmp_path / "0" / "features").exists()
+
+
+def test_evaluate__data_set_without_a_fingerprint(
+    encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    train, test = noise(12, 3), noise(6, 3, seed=1)
+    results = evaluate(encoder, train, ["knn"], val=test, out=tmp_path, **FAST)
+    assert "begins anew" in results.notes[-1]
+    assert "the data set cannot be told from others" in results.notes[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    train.fingerprint = test.fingerprint = 1  # type: ignore[attr-defined]
+    results = evaluate(
+        encoder, train, ["knn"], val=test, out=tmp_path, overwrite=True, **FAST
+    )
+    assert not any("begins anew" in note for note in results.notes)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+def evaluate_in_a_process(rank: int, folder: Path, out: Path) -> None:
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=300),
+    )
+    torch.manual_seed(0)
+    encoder = masked_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, **OPTIONS
+    )
+    results = evaluate(encoder, folder, out=out / "shared", distributed=True, **ALL)
+    (out / f"{rank}.json").write_text(json.dumps(numbers(results)))
+    with pytest.raises(ValueError, match="pass out or cache"):
+        evaluate(encoder, folder, ["knn"], distributed=True, **FAST)
+    with pytest.raises(ValueError, match="run in one process, got 2"):
+        evaluate(
+            encoder,
+            folder,
+            ["finetune"],
+            finetune=FineTune(batch_size=8),
+            distributed=True,
+            **FAST,
+        )
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_evaluate__shared_by_processes(
+    folder: Path, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    multiprocessing.start_processes(
+        evaluate_in_a_process, (folder, tmp_path), nprocs=2, start_method="spawn"
+    )
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["rows"] == whole["rows"]
+    assert (tmp_path / "shared" / "results.json").exists()
+
+
+# Protocols of other kinds.
+
+
+class Draws:
+    """A protocol with several variants and draws, whose classes are made up."""
+
+    tokens = False
+
+    def check(self, num_train: int) -> list[str]:
+        return [f"{num_train} images."]
+
+    def __call__(
+        self, train: Features, test: Features, num_classes: int, **options: Any
+    ) -> list[Outcome]:
+        right = test.labels[:, None]
+        wrong = (right + 1) % num_classes
+        draws = torch.stack([right, torch.cat([right[:6], wrong[6:]])])
+        return [
+            Outcome((0, "mean"), {"C": 1.0}, [], draws, "1 per class"),
+            Outcome((0, "mean"), {"C": 2.0}, [], draws.flip(0), "5 per class"),
+        ]
+
+
+def test_evaluate__variants_and_draws(
+    folder: Path, encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    protocol: FeatureProtocol = Draws()
+    results = evaluate(
+        encoder,
+        folder,
+        ["knn"],
+        knn=protocol,
+        out=tmp_path,
+        **FAST,  # type: ignore[arg-type]
+    )
+    assert [row.variant for row in results.rows] == ["1 per class", "5 per class"]
+    assert [row.draws for row in results.rows] == [[1.0, 0.5], [0.5, 1.0]]
+    assert results.rows[0].top1 == 0.75
+    assert sum(map(sum, results.rows[0].confusion)) == 24  # over both draws
+    assert results.notes[0] == "24 images."
+    assert "standard deviation over draws" in results.notes[-1]
+    text = str(results)
+    assert "knn 5 per class" in text
+    assert "75.0 ± 35.4" in text
+
+
+class Tokens(Draws):
+    tokens = True
+
+    def __call__(
+        self, train: Features, test: Features, num_classes: int, **options: Any
+    ) -> list[Outcome]:
+        assert [value.shape for value in train.values.values()] == [(24, 16, 24)]
+        assert list(test.values) == [(1, "tokens")]
+        return [Outcome((1, "tokens"), {}, [], test.labels[:, None])]
+
+
+class Training:
+    """Looks at what a protocol on images is given."""
+
+    fail = True
+
+    def check(self, num_train: int) -> list[str]:
+        return []
+
+    def __call__(
+        self, encoder: Any, images: Any, num_classes: int, *, out: Path, **options: Any
+    ) -> list[Outcome]:
+        train = images.train(lambda image: torch.tensor(image.size))
+        assert train[0][0].tolist() == [32, 32]
+        assert [train[n][1] for n in range(24)] == [0] * 12 + [1] * 12
+        assert images.test[0][0].shape == (3, 32, 32)
+        out.mkdir(parents=True, exist_ok=True)
+        place = out / "checkpoint"
+        if not place.exists():
+            place.write_text("half")
+            if self.fail:
+                raise Cut
+        labels = torch.tensor(images.test.targets)
+        return [Outcome((1, "mean"), {}, [], labels[:, None])]
+
+
+def test_evaluate__tokens_and_training(
+    folder: Path, encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    training: Any = Training()
+    arguments: dict[str, Any] = FAST | {
+        "protocols": ["knn", "linear", "finetune"],
+        "linear": Tokens(),
+        "finetune": training,
+        "baselines": ["pixels", "random"],
+        "out": tmp_path,
+    }
+    with pytest.raises(Cut):
+        evaluate(encoder, folder, **arguments)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.name.startswith("finetune-")
+    training.fail = False
+    results = evaluate(encoder, folder, **arguments)
+    assert [(row.model, row.protocol) for row in results.rows[2:]] == [
+        ("vit_tiny_patch16_224", "finetune"),
+        (RANDOM, "knn"),
+        (RANDOM, "linear"),
+        (RANDOM, "finetune"),
+        (PIXELS, "knn"),
+    ]
+    assert results.rows[2].top1 == 1
+    assert results.rows[2].feature_seconds == 0
+    assert "No raw pixels for linear, finetune, made for encoders." in results.notes
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_evaluate__training_reads_images_of_its_own(encoder: MaskedEncoder) -> None:
+    with pytest.raises(ValueError, match="has a transform of its own"):
+        evaluate(
+            encoder,
+            noise(40, 4),
+            ["finetune"],
+            val=noise(8, 4),
+            **FAST,
+            finetune=FineTune(epochs=1),
+        )
+
+
+def test_evaluate__every_protocol_on_features(
+    folder: Path, encoder: MaskedEncoder
+) -> None:
+    results = evaluate(
+        encoder,
+        folder,
+        ["logistic", "attentive", "low_label"],
+        attentive=Attentive(epochs=2, learning_rates=[1e-3], weight_decays=[0.0]),
+        low_label=LowLabel(shots=[1, 2], draws=2),
+        label_free=True,
+        num_workers=0,
+        device="cpu",
+    )
+    assert [(row.protocol, row.variant) for row in results.rows[:2]] == [
+        ("logistic", ""),
+        ("attentive", ""),
+    ]
+    assert {row.protocol for row in results.rows[2:]} == {"low_label"}
+    assert [len(row.draws or ()) for row in results.rows] == [0, 0, 2, 2]
+    assert results.rows[0].top1 == 1
+    assert [row["pooling"] for row in results.measures] == ["mean", "cls"]
+    assert results.measures[0]["model"] == "vit_tiny_patch16_224"
+    assert "RankMe" in printed(results)

@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+import io
 from typing import Any
 
-from lightly_mim.reporting import results_markdown, results_table, results_text
+import pytest
+from rich.console import Console
+
+from lightly_mim.reporting import (
+    measures_table,
+    results_markdown,
+    results_table,
+    results_text,
+)
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -67,3 +76,43 @@ def test_results_table__draws_a_line_between_models() -> None:
 
 def test_results_table__no_rows() -> None:
     assert "Model" in results_text([])
+
+
+@pytest.mark.parametrize("width", [80, 90, 100, 120])
+def test_results_text__breaks_no_label(width: int) -> None:
+    rows = [
+        row(model="vit_base_patch16_224.mae", top5=0.99, seconds=1234.5),
+        row(protocol="low_label", variant="10 per class", draws=[0.7, 0.8], top5=0.9),
+        row(
+            protocol="linear",
+            pooling="cls+mean",
+            hyperparameters={"learning_rate": 0.01, "weight_decay": 1e-5},
+            top5=0.9,
+        ),
+    ]
+    lines = results_text(rows, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    wanted = "low_label 10 per class 75.0 ± 7.1 [70.0, 79.6] cls+mean 1e-05 1246.8"
+    assert set(wanted.split()) <= set(words)
+    # A hyper-parameter stays beside its name.
+    assert any("wd 1e-05" in line for line in lines)
+    assert any("k 20," in line for line in lines)
+
+
+def test_measures_table() -> None:
+    measures = {
+        "model": "runs/a",
+        "layer": 3,
+        "pooling": "mean",
+        "num_images": 100,
+        "dim": 384,
+        "rank_me": 41.26,
+        "alpha_req": None,
+        "uniformity": -2.345,
+    }
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as capture:
+        console.print(measures_table([measures]))
+    line = capture.get().splitlines()[3]
+    assert line.split() == ["runs/a", "3", "mean", "41.3", "100", "-2.35"]

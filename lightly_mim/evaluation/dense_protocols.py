@@ -1,0 +1,259 @@
+"""How classes of pixels are predicted from patch tokens: kNN and a linear classifier.
+
+- [0]: CAPI, 2025, https://arxiv.org/abs/2502.08769 (`eval_segmentation.py`: kNN with
+  k of 1, 3, 10 and 30 and a logistic regression on the patch tokens)
+- [1]: DINOv2, 2023, https://arxiv.org/abs/2304.07193 (section 7.4: a linear layer on
+  the patch tokens, its logits upsampled bilinearly)
+
+A patch has the class of most of its pixels. kNN gives all pixels of a patch one class;
+the linear classifier's logits are upsampled to the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightly_mim.data.segmentation import IGNORED
+from lightly_mim.evaluation.knn import knn_predict_grid
+from lightly_mim.evaluation.linear import fit_linear_grid
+from lightly_mim.evaluation.preparation import Standardizer
+
+
+class PatchBank(NamedTuple):
+    """Patch tokens of training images, of one layer.
+
+    Attributes:
+        tokens:
+            Float tensor with shape (num_patches, dim).
+        labels:
+            int64 tensor with shape (num_patches,).
+    """
+
+    tokens: Tensor
+    labels: Tensor
+
+
+# From tokens with shape (num_images, h, w, dim) and (height, width) to classes, an
+# int64 tensor with shape (num_images, height, width).
+Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+class DenseProtocol(Protocol):
+    """How classes are predicted from patch tokens."""
+
+    def check(self) -> None:
+        """Raises a ValueError if a setting is out of range."""
+
+    def predictors(
+        self, bank: PatchBank, num_classes: int, *, seed: int = 0
+    ) -> list[tuple[dict[str, float], Predictor]]:
+        """Returns a predictor for each setting that may be chosen."""
+
+    def predictor(
+        self,
+        bank: PatchBank,
+        num_classes: int,
+        chosen: Mapping[str, float],
+        *,
+        seed: int = 0,
+    ) -> Predictor:
+        """Returns the predictor of the chosen setting."""
+
+
+@dataclass(frozen=True)
+class DenseKNN:
+    """kNN on patch tokens: every patch takes the vote of the nearest training patches.
+
+    Attributes:
+        ks:
+            Numbers of neighbours to choose from. Default from [0]. Those that are
+            larger than the number of patches are left out.
+        temperatures:
+            Temperatures to choose from, see `knn_predict_grid`.
+        chunk_size:
+            Number of patches that look for neighbours at a time; bounds the memory.
+    """
+
+    ks: Sequence[int] = (1, 3, 10, 30)
+    temperatures: Sequence[float] = (0.02, 0.07, 0.2)
+    chunk_size: int = 1024
+
+    def check(self) -> None:
+        """See `DenseProtocol`."""
+        numbers = [*self.ks, *self.temperatures, self.chunk_size]
+        if not self.ks or not self.temperatures or min(numbers) <= 0:
+            raise ValueError(
+                "kNN needs at least one k and one temperature, and all are positive, "
+                f"got {self}."
+            )
+
+    def predictors(
+        self, bank: PatchBank, num_classes: int, *, seed: int = 0
+    ) -> list[tuple[dict[str, float], Predictor]]:
+        """See `DenseProtocol`. All settings share one search for neighbours."""
+        ks = [k for k in self.ks if k <= len(bank.labels)] or [len(bank.labels)]
+        last: list[Tensor] = []  # the tokens, and what was found for them
+
+        def grid(tokens: Tensor) -> Tensor:
+            if not last or last[0] is not tokens:
+                found = knn_predict_grid(
+                    tokens.flatten(0, 2),
+                    *bank,
+                    num_classes,
+                    ks,
+                    self.temperatures,
+                    chunk_size=self.chunk_size,
+                )
+                last[:] = [tokens, found]
+            return last[1]
+
+        def predictor(i: int, j: int) -> Predictor:
+            def predict(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+                return enlarge(grid(tokens)[i, j].view(tokens.shape[:3]), size)
+
+            return predict
+
+        return [
+            ({"k": k, "temperature": temperature}, predictor(i, j))
+            for i, k in enumerate(ks)
+            for j, temperature in enumerate(self.temperatures)
+        ]
+
+    def predictor(
+        self,
+        bank: PatchBank,
+        num_classes: int,
+        chosen: Mapping[str, float],
+        *,
+        seed: int = 0,
+    ) -> Predictor:
+        """See `DenseProtocol`."""
+        one = DenseKNN([int(chosen["k"])], [chosen["temperature"]], self.chunk_size)
+        ((_, predictor),) = one.predictors(bank, num_classes)
+        return predictor
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """A linear classifier on patch tokens, its logits upsampled bilinearly, as in [1].
+
+    Attributes:
+        learning_rates:
+            Learning rates to choose from, see `fit_linear_grid`.
+        epochs:
+            Number of passes over the training patches.
+        batch_size:
+            Largest number of patches in a batch.
+    """
+
+    learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    epochs: int = 20
+    batch_size: int = 256
+
+    def check(self) -> None:
+        """See `DenseProtocol`."""
+        numbers = [*self.learning_rates, self.epochs, self.batch_size]
+        if not self.learning_rates or min(numbers) <= 0:
+            raise ValueError(
+                "The linear classifier needs at least one learning rate, and all of "
+                f"its settings are positive, got {self}."
+            )
+
+    def predictors(
+        self, bank: PatchBank, num_classes: int, *, seed: int = 0
+    ) -> list[tuple[dict[str, float], Predictor]]:
+        """See `DenseProtocol`. All learning rates are trained at once."""
+        standardize = Standardizer.fit(bank.tokens)
+        weights, biases = fit_linear_grid(
+            standardize(bank.tokens),
+            bank.labels,
+            num_classes,
+            self.learning_rates,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=seed,
+        )
+
+        def predictor(weight: Tensor, bias: Tensor) -> Predictor:
+            def predict(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+                logits = functional.linear(standardize(tokens), weight, bias)
+                logits = functional.interpolate(
+                    logits.movedim(-1, 1), size, mode="bilinear", align_corners=False
+                )
+                return logits.argmax(dim=1)
+
+            return predict
+
+        probes = zip(self.learning_rates, weights, biases, strict=True)
+        return [({"learning_rate": rate}, predictor(w, b)) for rate, w, b in probes]
+
+    def predictor(
+        self,
+        bank: PatchBank,
+        num_classes: int,
+        chosen: Mapping[str, float],
+        *,
+        seed: int = 0,
+    ) -> Predictor:
+        """See `DenseProtocol`."""
+        one = DenseLinear([chosen["learning_rate"]], self.epochs, self.batch_size)
+        ((_, predictor),) = one.predictors(bank, num_classes, seed=seed)
+        return predictor
+
+
+def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
+    """Returns the class that most pixels of each patch have.
+
+    Pixels without a class do not count; of equally many pixels the lowest number wins.
+
+    Args:
+        masks:
+            Whole numbers with shape (batch_size, height, width): classes from 0, or -1
+            for none.
+        grid:
+            (h, w), how many patches lie along height and width.
+        num_classes:
+            Number of classes.
+
+    Returns:
+        int64 tensor with shape (batch_size, h, w), -1 where no pixel has a class.
+
+    Raises:
+        ValueError: If the grid does not divide the masks.
+    """
+    batch_size, height, width = masks.shape
+    h, w = grid
+    if height % h or width % w:
+        raise ValueError(
+            f"{h} x {w} patches do not divide masks of {height} x {width} pixels."
+        )
+    cells = torch.arange(batch_size * h * w, device=masks.device).view(-1, h, w)
+    cells = enlarge(cells, (height, width))
+    valid = masks != IGNORED
+    index = cells[valid] * num_classes + masks[valid]
+    votes = torch.bincount(index, minlength=batch_size * h * w * num_classes)
+    votes = votes.view(batch_size, h, w, num_classes)
+    labels: Tensor = votes.argmax(dim=-1)  # the first of equals
+    return labels.masked_fill(votes.sum(dim=-1) == 0, IGNORED)
+
+
+def enlarge(classes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Gives all pixels of a patch its class.
+
+    Args:
+        classes:
+            Tensor with shape (batch_size, h, w).
+        size:
+            (height, width) of the result, which h and w divide.
+
+    Returns:
+        Tensor with shape (batch_size, height, width).
+    """
+    height, width = size[0] // classes.shape[1], size[1] // classes.shape[2]
+    return classes.repeat_interleave(height, 1).repeat_interleave(width, 2)

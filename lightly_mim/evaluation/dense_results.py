@@ -1,0 +1,210 @@
+"""What a dense evaluation found: intersection over union, intervals, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Generator, Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from lightly_mim.data.seeding import seed_from
+from lightly_mim.data.segmentation import IGNORED
+from lightly_mim.evaluation.scores import CONFIDENCE, NUM_RESAMPLES
+
+RESULTS_FILE = "dense.json"
+
+_MAX_CLASSES_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """What one protocol says of one encoder: a row of the table and of `dense.json`.
+
+    Attributes:
+        model:
+            The encoder, or "random initialisation".
+        protocol:
+            "knn" or "linear".
+        layer:
+            The chosen layer, from 0.
+        hyperparameters:
+            The chosen `k` and `temperature`, or `learning_rate`.
+        miou:
+            Mean over the classes of the intersection over union of all test pixels, in
+            [0, 1]. Classes that neither occur in the test masks nor were predicted do
+            not count.
+        miou_low:
+            Lower end of its 95 % interval: the percentile of 2,000 draws of the test
+            images with replacement. It does not cover the draw of the training images.
+        miou_high:
+            Upper end.
+        iou:
+            Intersection over union of each class by its name, in [0, 1]. None if it
+            neither occurs nor was predicted.
+        pixel_accuracy:
+            Share of test pixels whose class is right, in [0, 1].
+        feature_seconds:
+            Time spent on the tokens of training and test images, reading excluded.
+        seconds:
+            Time spent on the protocol, tokens excluded.
+        num_train:
+            Number of training images.
+        num_test:
+            Number of test images.
+        num_patches:
+            Number of training patches that were kept.
+        selection:
+            For each layer the best hyper-parameters and their `miou` on the held-out
+            training images.
+    """
+
+    model: str
+    protocol: str
+    layer: int
+    hyperparameters: dict[str, float]
+    miou: float
+    miou_low: float
+    miou_high: float
+    iou: dict[str, float | None]
+    pixel_accuracy: float
+    feature_seconds: float
+    seconds: float
+    num_train: int
+    num_test: int
+    num_patches: int
+    selection: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class DenseResults:
+    """All that a dense evaluation found. `rich.print` shows it as a table.
+
+    Attributes:
+        rows:
+            One result per encoder and protocol.
+        notes:
+            What a reader of the table should know, one sentence each.
+        record:
+            What it takes to run it again, see `lightly_mim.evaluation.Results`.
+    """
+
+    rows: list[DenseResult]
+    notes: list[str]
+    record: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `dense.json` holds: `rows`, `notes`, and the record's keys."""
+        rows = [asdict(row) for row in self.rows]
+        return {"rows": rows, "notes": self.notes, **self.record}
+
+    def __rich__(self) -> Group:
+        return Group(_overview(self.rows), _by_class(self.rows), *self.notes)
+
+
+def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Counts pixels by class; pixels without a class do not count.
+
+    Args:
+        predicted:
+            int64 tensor with shape (height, width) or (batch_size, height, width).
+        mask:
+            The same, what is true; -1 for no class.
+        num_classes:
+            Number of classes.
+
+    Returns:
+        float64 tensor with shape (num_classes, 3): pixels of the class in both, only in
+        the prediction, and only in the mask.
+    """
+    confusion = multiclass_confusion_matrix(
+        predicted, mask, num_classes, ignore_index=IGNORED, validate_args=False
+    ).double()
+    both = confusion.diagonal()
+    return torch.stack(
+        [both, confusion.sum(dim=0) - both, confusion.sum(dim=1) - both], dim=-1
+    )
+
+
+def class_iou(counts: Tensor) -> Tensor:
+    """Returns intersection over union of each class, NaN for one that is nowhere.
+
+    Args:
+        counts:
+            Tensor with shape (..., num_classes, 3), sums of `count_pixels`.
+
+    Returns:
+        Tensor with shape (..., num_classes), in [0, 1].
+    """
+    return counts[..., 0] / counts.sum(dim=-1)
+
+
+def miou_interval(counts: Tensor, seed: int) -> tuple[float, float]:
+    """Returns the 95 % interval of the mean over classes, by the bootstrap.
+
+    Args:
+        counts:
+            Tensor with shape (num_images, num_classes, 3), see `count_pixels`. Images
+            are drawn with replacement.
+        seed:
+            Seed of what is drawn.
+
+    Returns:
+        (low, high), in [0, 1].
+    """
+    generator = Generator().manual_seed(seed_from(seed, "segmentation", "bootstrap"))
+    num_images = len(counts)
+    drawn = torch.randint(num_images, (NUM_RESAMPLES, num_images), generator=generator)
+    times = torch.zeros(NUM_RESAMPLES, num_images, dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    sums = (times @ counts.flatten(1)).view(NUM_RESAMPLES, -1, 3)
+    means = class_iou(sums).nanmean(dim=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = means.nanquantile(torch.tensor([tail, 1 - tail]).double())
+    return float(low), float(high)
+
+
+def _overview(rows: Sequence[DenseResult]) -> Table:
+    table = _table(
+        {"Model": False, "Protocol": False, "Layer": True, "Chosen": False}
+        | {"mIoU % [95 %]": False, "Pixels %": True, "Seconds": True}
+    )
+    for row in rows:
+        chosen = ", ".join(f"{name} {v:g}" for name, v in row.hyperparameters.items())
+        interval = f"[{100 * row.miou_low:.1f}, {100 * row.miou_high:.1f}]"
+        cells = [row.model, row.protocol, str(row.layer), chosen]
+        cells.append(f"{100 * row.miou:.1f} {interval}")
+        cells.append(f"{100 * row.pixel_accuracy:.1f}")
+        cells.append(f"{row.feature_seconds + row.seconds:.1f}")
+        _add(table, cells)
+    return table
+
+
+def _by_class(rows: Sequence[DenseResult]) -> Table:
+    titles = [f"{row.model}, {row.protocol}" for row in rows]
+    table = _table({"IoU %": False} | dict.fromkeys(titles, True))
+    names = list(rows[0].iou)
+    for name in names[:_MAX_CLASSES_SHOWN]:
+        shown = [row.iou[name] for row in rows]
+        _add(table, [name, *("" if x is None else f"{100 * x:.1f}" for x in shown)])
+    if len(names) > _MAX_CLASSES_SHOWN:
+        _add(table, [f"and {len(names) - _MAX_CLASSES_SHOWN} more in {RESULTS_FILE}"])
+    return table
+
+
+def _table(columns: Mapping[str, bool]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, is_number in columns.items():
+        table.add_column(Text(name), justify="right" if is_number else "left")
+    return table
+
+
+def _add(table: Table, cells: Sequence[str]) -> None:
+    # Text, since rich would take square brackets in a string for markup.
+    table.add_row(*(Text(cell) for cell in cells))

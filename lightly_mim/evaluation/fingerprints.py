@@ -1,0 +1,108 @@
+"""What features and results depend on, in a form that can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from lightly_mim.data import ImageDataset, TransformedDataset
+from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
+from lightly_mim.evaluation.loading import describe_encoder
+
+
+def hash_key(key: Mapping[str, Any]) -> str:
+    """Returns 24 hexadecimal digits that stand for a key, in any order of its parts.
+
+    Args:
+        key:
+            Anything that can be written as JSON.
+    """
+    text = json.dumps(dict(key), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def data_fingerprint(data: Dataset[Any]) -> dict[str, Any] | None:
+    """Returns what tells a set of images from others, without reading an image.
+
+    Of a folder, also behind a name, the relative names, sizes and times of change of
+    all files in order, and their labels. Of any other data set its `fingerprint`, a
+    string or number that it has to offer.
+
+    Args:
+        data:
+            Data set.
+
+    Returns:
+        A dictionary that can be written as JSON, None if there is no telling.
+    """
+    if isinstance(data, TransformedDataset):
+        data = data.dataset
+    fingerprint = getattr(data, "fingerprint", None)
+    if fingerprint is not None:
+        length = len(data)  # type: ignore[arg-type]
+        return {"fingerprint": str(fingerprint), "num_images": length}
+    if not isinstance(data, ImageDataset):
+        return None
+    digest = hashlib.sha256()
+    for name, path, target in zip(
+        data.filenames, data.paths, data.targets, strict=True
+    ):
+        stat = path.stat()
+        line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{target}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return {
+        "files": digest.hexdigest(),
+        "num_images": len(data),
+        "in_chans": data.in_chans,
+        "classes": data.classes,
+    }
+
+
+def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
+    """Returns what tells an encoder from others: what it is, and its weights' hash.
+
+    Args:
+        encoder:
+            The encoder.
+
+    Returns:
+        A dictionary that can be written as JSON. None for a module with a feature
+        function, whose code is not known, unless the function has a `fingerprint`.
+    """
+    spec = describe_encoder(encoder)
+    spec.pop("version")
+    model = encoder.model if not hasattr(encoder, "vit") else encoder.vit
+    assert isinstance(model, nn.Module)
+    found = {
+        **spec,
+        # Drop rates and norms are not among the weights.
+        "modules": hashlib.sha256(repr(model).encode()).hexdigest(),
+        "weights": hash_weights(model),
+    }
+    if isinstance(encoder, FunctionEncoder):
+        fingerprint = getattr(encoder.function, "fingerprint", None)
+        if fingerprint is None:
+            return None
+        found["function"] = str(fingerprint)
+    return found
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Returns the SHA-256 of a module's parameters and buffers, names included.
+
+    Args:
+        module:
+            The module, on any device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,218 @@
+"""What an evaluation keeps while it is under way, so that nothing is made twice.
+
+OUT/features/                one directory per encoder and set of images, see `cache`
+OUT/rows/<key>.json          what one protocol found for one model
+OUT/checkpoints/<key>/       where a training goes on, until its row is there
+
+Rows and checkpoints are removed once `results.json` is written. They, and features, are
+keyed by everything that they depend on, so nothing of another evaluation is taken for
+its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from lightly_mim.evaluation.adaptors import FeatureEncoder
+from lightly_mim.evaluation.cache import FEATURES_VERSION, FeatureStore
+from lightly_mim.evaluation.fingerprints import (
+    data_fingerprint,
+    encoder_fingerprint,
+    hash_key,
+)
+from lightly_mim.evaluation.results import SCHEMA_VERSION
+from lightly_mim.files import atomic_write
+
+
+class Task(NamedTuple):
+    """One protocol for one model.
+
+    Attributes:
+        model:
+            Name of the model.
+        protocol:
+            Name of the protocol.
+    """
+
+    model: str
+    protocol: str
+
+
+class Keeper:
+    """Keeps features, rows and checkpoints of one evaluation.
+
+    Attributes:
+        out:
+            The directory of the evaluation, None if nothing is kept there.
+        cache:
+            The directory of the features, None if they are kept in memory.
+        notes:
+            What a reader should know of what cannot be kept.
+
+    Args:
+        models:
+            The encoders by name, None for raw pixels.
+        images:
+            Training and test images.
+        out:
+            Directory of the evaluation, if any.
+        cache:
+            Directory of features. None for features/ in `out`.
+        shared:
+            Everything else that features depend on. Can be written as JSON.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, FeatureEncoder | None],
+        images: Sequence[Dataset[Any]],
+        out: Path | None,
+        cache: Path | None,
+        shared: Mapping[str, Any],
+    ) -> None:
+        self.out = out
+        self.cache = out / "features" if cache is None and out is not None else cache
+        self.notes: list[str] = []
+        self._shared = dict(shared)
+        self._models: dict[str, Any] = {}
+        self._images: list[Any] = []
+        if self.cache is None:
+            return
+        for name, each in models.items():
+            self._models[name] = "pixels" if each is None else encoder_fingerprint(each)
+        self._images = [data_fingerprint(part) for part in images]
+        unknown = []
+        if None in self._images:
+            unknown.append("the data set")
+        if None in self._models.values():
+            unknown.append("the feature function")
+        if unknown:
+            self.notes.append(
+                "An evaluation that is cut begins anew: without a `fingerprint`, "
+                f"{' and '.join(unknown)} cannot be told from others."
+            )
+            self.out = self.cache = None
+
+    def store(self, model: str, part: int, num_images: int) -> FeatureStore | None:
+        """Returns where the features of a model lie, None for the memory.
+
+        Args:
+            model:
+                Name of the model.
+            part:
+                0 for training images, 1 for test images.
+            num_images:
+                Number of images.
+        """
+        if self.cache is None:
+            return None
+        key = {
+            "features_version": FEATURES_VERSION,
+            "encoder": self._models[model],
+            "images": self._images[part],
+            **self._shared,
+        }
+        return FeatureStore(self.cache, key, num_images)
+
+    def row_key(self, task: Task, settings: Mapping[str, Any]) -> str | None:
+        """Returns the name under which a row is kept, None if it is not kept.
+
+        Args:
+            task:
+                The protocol and the model.
+            settings:
+                Everything that the row depends on beside features and labels. Can be
+                written as JSON.
+        """
+        if self.out is None:
+            return None
+        key = {
+            "schema_version": SCHEMA_VERSION,
+            "features_version": FEATURES_VERSION,
+            "name": task.model,
+            "protocol": task.protocol,
+            "encoder": self._models[task.model],
+            "images": self._images,
+            **self._shared,
+            **settings,
+        }
+        return f"{task.protocol}-{hash_key(key)}"
+
+    def read(self, key: str | None) -> dict[str, Any] | None:
+        """Returns what is kept under a key, None if there is nothing.
+
+        Args:
+            key:
+                See `row_key`.
+        """
+        if key is None or self.out is None:
+            return None
+        try:
+            return dict(json.loads(self._row(key).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, key: str | None, row: Mapping[str, Any]) -> None:
+        """Keeps a row.
+
+        Args:
+            key:
+                See `row_key`.
+            row:
+                What can be written as JSON.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if key is None or self.out is None:
+            return
+        with atomic_write(self._row(key)) as temporary:
+            temporary.write_text(json.dumps(dict(row)) + "\n")
+        shutil.rmtree(self._checkpoints(key), ignore_errors=True)
+
+    @contextmanager
+    def checkpoints(self, key: str | None) -> Iterator[Path]:
+        """Gives a directory for the checkpoints of a training.
+
+        Args:
+            key:
+                See `row_key`. If nothing is kept, the directory is a temporary one.
+        """
+        if key is not None and self.out is not None:
+            yield self._checkpoints(key)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+    def clear(self, keys: Sequence[str | None]) -> None:
+        """Removes rows, once the results are written.
+
+        Args:
+            keys:
+                See `row_key`.
+        """
+        if self.out is None:
+            return
+        for key in keys:
+            if key is not None:
+                self._row(key).unlink(missing_ok=True)
+        for name in ("rows", "checkpoints"):
+            folder = self.out / name
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _row(self, key: str) -> Path:
+        assert self.out is not None
+        return self.out / "rows" / f"{key}.json"
+
+    def _checkpoints(self, key: str) -> Path:
+        assert self.out is not None
+        return self.out / "checkpoints" / key

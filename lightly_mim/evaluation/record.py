@@ -1,0 +1,109 @@
+"""What evaluations share: arguments that are checked, and what it takes to rerun."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def results_file(out: Path, overwrite: bool, name: str) -> Path:
+    """Returns where results are written.
+
+    Raises:
+        ValueError: If they are there already and shall not be replaced.
+    """
+    file = out / name
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: pass a directory as out.")
+    if file.exists() and not overwrite:
+        raise ValueError(
+            f"{file} is there already: pass overwrite, or another directory as out."
+        )
+    return file
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Returns the device of that name, by default the accelerator if there is one.
+
+    Raises:
+        ValueError: If PyTorch cannot compute there.
+    """
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"PyTorch cannot compute on device={device!r} here: {error}"
+            ) from error
+        return torch.device(device)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def check_choice(name: str, given: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raises a ValueError if an argument is no list of allowed words."""
+    if isinstance(given, str) or not given or not set(given) <= set(allowed):
+        raise ValueError(f"{name} is a list of {', '.join(allowed)}, got {given!r}.")
+
+
+def model_name(encoder: Any, model: Any) -> str:
+    """Returns what a table calls an encoder.
+
+    Args:
+        encoder:
+            What the user passed.
+        model:
+            What `load_encoder` made of it.
+    """
+    if isinstance(encoder, nn.Module):
+        inner = getattr(model, "vit", getattr(model, "model", model))
+        return model.name or type(inner).__name__
+    return str(encoder)
+
+
+def to_json(value: Any) -> Any:
+    """Returns what a record shows of an argument."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: to_json(entry) for name, entry in vars(value).items()}
+    if isinstance(value, (list, tuple, range)):
+        return [to_json(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return to_json(value.tolist())
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return getattr(value, "__qualname__", None) or describe_data(value)
+
+
+def describe_data(data: Any) -> str:
+    """Returns what a message calls a folder, a name or a data set."""
+    if isinstance(data, (str, os.PathLike)):
+        return f"'{os.fspath(data)}'"
+    return f"the {type(data).__name__}"
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that make the numbers."""
+    packages = (
+        "lightly-mim",
+        "lightly",
+        "numpy",
+        "pillow",
+        "scikit-learn",
+        "timm",
+        "torch",
+        "torchvision",
+    )
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **versions}
