@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from lightly_mim import preemption
 from lightly_mim.evaluation.features import evaluating
 from lightly_mim.files import atomic_write
 from lightly_mim.masking import expand_mask
@@ -131,6 +132,105 @@ class LastCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
 
+class SaveBetweenBatches(Callback):
+    """Saves within an epoch: now and then, and when a signal asks for it.
+
+    All ranks do it after the same batch, of a window of accumulated ones the last. If
+    the process was asked to stop, the run ends by `Preempted` before the next batch,
+    when the metrics of the last one are written. After the last batch of an epoch
+    nothing is saved here, since the epoch's end saves, and the run ends before the next
+    epoch.
+
+    Attributes:
+        path:
+            The checkpoint, that of `LastCheckpoint`.
+        every_minutes:
+            Longest time between two checkpoints. 0 to save only when asked.
+        every_n_steps:
+            Optimiser steps after which several ranks ask each other, which makes the
+            host wait for the device. One process looks after every step.
+    """
+
+    def __init__(
+        self, path: Path | str, every_minutes: float, every_n_steps: int
+    ) -> None:
+        self.path = Path(path)
+        self.every_minutes = every_minutes
+        self.every_n_steps = every_n_steps
+        self._stops = False
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Says where a run goes on, and takes the time."""
+        self._saved = time.monotonic()
+        if trainer.global_step:
+            self._say(trainer, "going on")
+
+    def on_train_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Ends the run if a signal asked for it since the last check."""
+        self._saved = time.monotonic()
+        if self._agreed(trainer, pl_module) == preemption.Request.STOP:
+            self._say(trainer, "told to stop")
+            raise preemption.preempted()
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Ends the run if it was saved for that."""
+        if self._stops:
+            raise preemption.preempted()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Saves if it is time or a signal asked for it."""
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size > 1 and trainer.global_step % self.every_n_steps:
+            return
+        request = self._agreed(trainer, pl_module)
+        if request == preemption.Request.NOTHING:
+            return
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+        self._stops = request == preemption.Request.STOP
+        self._say(trainer, "saved and told to stop" if self._stops else "saved")
+
+    def _agreed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> preemption.Request:
+        """Returns the most that any rank was asked for."""
+        request = preemption.take()
+        minutes = (time.monotonic() - self._saved) / 60
+        if self.every_minutes and minutes >= self.every_minutes:
+            request = max(request, preemption.Request.SAVE)
+        if trainer.world_size > 1:
+            asked = torch.tensor(int(request), device=pl_module.device)
+            asked = trainer.strategy.reduce(asked, reduce_op="max")
+            request = preemption.Request(int(asked))
+        return request
+
+    @rank_zero_only
+    def _say(self, trainer: pl.Trainer, what: str) -> None:
+        print(
+            f"{what} in epoch {trainer.current_epoch + 1}/{trainer.max_epochs} after "
+            f"optimiser step {trainer.global_step}",
+            flush=True,
+        )
+
+
 class EpochLines(Callback):
     """Prints a line after every epoch: for logs, where a progress bar is noise."""
 
@@ -139,12 +239,16 @@ class EpochLines(Callback):
     ) -> None:
         """Takes the time, if the run goes on within an epoch."""
         self._start = time.perf_counter()
+        # What another epoch logged stays there.
+        self._before = dict(trainer.callback_metrics)
 
     def on_train_epoch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Takes the time."""
         self._start = time.perf_counter()
+        # What another epoch logged stays there.
+        self._before = dict(trainer.callback_metrics)
 
     @rank_zero_only
     def on_train_epoch_end(
@@ -152,9 +256,11 @@ class EpochLines(Callback):
     ) -> None:
         """Prints the line."""
         metrics = trainer.callback_metrics
-        names = ("train_loss", "val_loss", "images_per_second")
+        names = ("train_loss", "val_loss", "probe_top1", "rankme", "images_per_second")
         values = "  ".join(
-            f"{name} {float(metrics[name]):.4g}" for name in names if name in metrics
+            f"{name} {float(metrics[name]):.4g}"
+            for name in names
+            if name in metrics and metrics[name] is not self._before.get(name)
         )
         seconds = time.perf_counter() - self._start
         print(
@@ -233,11 +339,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own go through the system's folder for temporary files, from where a
     rename is a copy when that is another file system.
+
+    Attributes:
+        may_write:
+            Called before each file; raises if it must not be written.
     """
+
+    def __init__(self, may_write: Callable[[], None]) -> None:
+        super().__init__()
+        self.may_write = may_write
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
     ) -> None:
         """Writes a checkpoint, see `TorchCheckpointIO.save_checkpoint`."""
+        self.may_write()
         with atomic_write(path) as temporary:
             torch.save(checkpoint, temporary)

@@ -7,8 +7,10 @@ method=lambda: SimMIM("vit_base_patch16_224"))`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +19,19 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import rich
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, auto_parser
 
 import lightly_mim.methods
-from lightly_mim.evaluation import Results, evaluate
+from lightly_mim.evaluation import DenseResults, Results, evaluate, evaluate_dense
 from lightly_mim.methods import MaskedImageModel
-from lightly_mim.pretraining import NonFiniteLossError, pretrain
+from lightly_mim.optim import NonFiniteLossError
+from lightly_mim.pretraining import pretrain
 
-COMMANDS: dict[str, Any] = {"pretrain": pretrain, "evaluate": evaluate}
+COMMANDS: dict[str, Any] = {
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "evaluate-dense": evaluate_dense,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -36,15 +43,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args:
             The words after the program's name. None for those of the process.
     """
-    # A method of one's own, by its dotted path, may lie where one stands.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    words = _split(sys.argv[1:] if args is None else args)
     try:
-        if words and words[0] in COMMANDS:
-            words = _join_lists(words, COMMANDS[words[0]])
-            words = _say_true(words, COMMANDS[words[0]])
-            words = _encoder_options(words)
+        words = _spell_out(sys.argv[1:] if args is None else args)
         result = auto_cli(COMMANDS, args=words, as_positional=False, prog="lightly-mim")
     except ValueError as error:
         _fail(2, error)
@@ -52,8 +52,44 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(1, error)
     except KeyboardInterrupt:
         sys.exit(130)
-    if isinstance(result, Results):
+    if isinstance(result, Results | DenseResults):
         rich.print(result)
+
+
+def check(args: Sequence[str]) -> None:
+    """Parses the words of a command without running it.
+
+    Args:
+        args:
+            The words after the program's name.
+
+    Raises:
+        ValueError: If the parser refuses them. What only the data or the machine can
+            tell is found when the command runs.
+    """
+    parser = auto_parser(COMMANDS, as_positional=False, prog="lightly-mim")
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            parser.parse_args(_spell_out(args))
+    except SystemExit as error:
+        if error.code:
+            text = message.getvalue().strip()  # the usage, and error: what is wrong
+            raise ValueError(text.partition("error: ")[2] or text) from error
+        raise
+
+
+def _spell_out(args: Sequence[str]) -> list[str]:
+    """Turns the words that are easy to type into those that jsonargparse reads."""
+    # A method of one's own, by its dotted path, may lie where one stands.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    words = _split(args)
+    if words and words[0] in COMMANDS:
+        words = _join_lists(words, COMMANDS[words[0]])
+        words = _say_true(words, COMMANDS[words[0]])
+        words = _encoder_options(words)
+    return words
 
 
 def _split(words: Sequence[str]) -> list[str]:

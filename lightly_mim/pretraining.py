@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -9,13 +10,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
     Callback,
@@ -23,7 +24,6 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Generator, Tensor
-from torch.utils import deterministic
 from torch.utils.data import Dataset, Subset
 from torchmetrics import MeanMetric
 
@@ -34,23 +34,30 @@ from lightly_mim.callbacks import (
     MetricsLogger,
     ProgressBar,
     ReconstructionPictures,
+    SaveBetweenBatches,
 )
 from lightly_mim.checkpoints import save_encoder
-from lightly_mim.data import KeyedLoader, keyed_random_state, open_data, seed_from
+from lightly_mim.cluster import choose_layout
+from lightly_mim.data import (
+    ImageDataset,
+    KeyedLoader,
+    keyed_random_state,
+    open_data,
+    seed_from,
+)
+from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.features import normalize_images
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
-from lightly_mim.optim import Recipe, build_optimizer
-from lightly_mim.runs import RunDirectory
+from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
+from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
+from lightly_mim.preemption import Preempted, deferred, listening
+from lightly_mim.runs import RunDirectory, TakenOverError
 from lightly_mim.transforms import EvalTransform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 NUM_PICTURES = 8
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 class Pretraining(pl.LightningModule):
@@ -347,7 +354,7 @@ def pretrain(
     precision: Precision | None = None,
     accelerator: str = "auto",
     devices: int | str | list[int] = "auto",
-    num_nodes: int = 1,
+    num_nodes: int | None = None,
     strategy: str = "auto",
     accumulate: int = 1,
     grad_checkpointing: bool = False,
@@ -355,7 +362,11 @@ def pretrain(
     num_workers: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     reconstruct_every: int = 10,
+    probe: Probe | None = None,
+    probe_every: int = 10,
+    rank_every: int = 10,
     log_every: int = 10,
+    save_every_minutes: float = 30.0,
     tensorboard: bool = True,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
@@ -368,7 +379,9 @@ def pretrain(
     The directory is described in `lightly_mim.runs`. A run that was cut goes on with
     `resume=True` at the last checkpoint and ends with the weights of one that never was
     cut, bit for bit on a CPU with the same versions, threads, precision and compile
-    setting.
+    setting. SIGTERM and SIGUSR2 make it save between two batches and end by
+    `Preempted` with exit code 143 or 140; in a SLURM job, SIGTERM makes it save and go
+    on until SLURM ends it (see `lightly_mim.preemption`).
 
     Args:
         out:
@@ -416,9 +429,10 @@ def pretrain(
         accelerator:
             Lightning's accelerator: 'auto', 'cpu', 'gpu', 'mps'.
         devices:
-            Lightning's devices: how many, or which.
+            Lightning's devices: how many, or which. In a SLURM step, by default one
+            for each task of a node.
         num_nodes:
-            Number of machines.
+            Number of machines. By default those of the SLURM step, or 1.
         strategy:
             Lightning's strategy: 'auto', 'ddp', ...
         accumulate:
@@ -434,8 +448,26 @@ def pretrain(
             puts another image in its place, and says how many there were.
         reconstruct_every:
             Epochs between two pictures of reconstructions. 0 for the last epoch only.
+        probe:
+            'linear' or 'attentive' shows the accuracy of a probe while the encoder is
+            pretrained, as `probe_top1`: in the logs, the progress bar and the lines of
+            the epochs. It is fitted on at most 5,000 labelled training images (1,000 if
+            attentive) and scored on as many validation images; with `validate=False` or
+            without validation images on a fifth of the training images, which the probe
+            is then not fitted on. It changes nothing of the run. See
+            `lightly_mim.monitoring.OnlineProbe`.
+        probe_every:
+            Epochs between two probes. 0 for the last epoch only.
+        rank_every:
+            Epochs between two looks at whether the encoder has collapsed: `rankme` in
+            the logs, and a warning; see `lightly_mim.monitoring.CollapseAlarm`. 0 for
+            none.
         log_every:
-            Optimiser steps between two logs.
+            Optimiser steps between two logs. Several processes look as often whether
+            one of them was told to stop; one looks after every step.
+        save_every_minutes:
+            Longest time between two checkpoints: what a run that is killed without
+            warning may lose. Every epoch's end saves too. 0 for that alone.
         tensorboard:
             Write logs for TensorBoard beside `metrics.csv`.
         loggers:
@@ -458,6 +490,7 @@ def pretrain(
         ValueError: If an argument is out of range, if data and method do not fit, or
             if `out` may not be written. Nothing has been written then.
         NonFiniteLossError: If the loss becomes NaN or infinite.
+        Preempted: If a signal told the process to stop, when the run is saved.
     """
     arguments = dict(locals())
     _check_numbers(arguments)
@@ -488,7 +521,14 @@ def pretrain(
     if recipe is None:
         settings = dataclasses.replace(settings, drop_path=None)
     precision = precision or default_precision(accelerator)
-    resolved = {"method": method, "recipe": settings, "precision": precision}
+    layout = choose_layout(devices, num_nodes)
+    resolved = {
+        "method": method,
+        "recipe": settings,
+        "precision": precision,
+        "devices": layout.devices,
+        "num_nodes": layout.num_nodes,
+    }
     config = _config(arguments | resolved)
     for folder in (data, val):
         if isinstance(folder, str | Path) and Path(folder).is_dir():
@@ -508,11 +548,12 @@ def pretrain(
 
     images = _Images(method, data, val, validate, settings, num_workers, on_error, seed)
     show_bar = sys.stdout.isatty() if progress is None else progress
+    watching = _watching(images, probe, probe_every, rank_every)
     trainer = _trainer(
         max_epochs=settings.epochs,
         accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
+        devices=layout.devices,
+        num_nodes=layout.num_nodes,
         strategy=strategy,
         precision=precision,
         accumulate_grad_batches=accumulate,
@@ -521,7 +562,10 @@ def pretrain(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         default_root_dir=out,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[
+            AtomicCheckpointIO(run.check_owner),
+            *([layout.environment] if layout.environment else []),
+        ],
         logger=[
             MetricsLogger(out),
             *([TensorBoardLogger(out, "tensorboard", "")] if tensorboard else []),
@@ -537,14 +581,19 @@ def pretrain(
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
             ),
+            SaveBetweenBatches(run.checkpoint, save_every_minutes, log_every),
             ReconstructionPictures(
                 *images.pictures(), run.reconstructions, reconstruct_every
             ),
+            *watching,
             *([ProgressBar(refresh_rate=10)] if show_bar else [EpochLines()]),
             *(callbacks or []),
         ],
     )
     images.check(trainer)
+    for callback in watching:
+        if isinstance(callback, OnlineProbe) and trainer.is_global_zero:
+            callback.read()
     device = trainer.strategy.root_device
     method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
@@ -552,40 +601,60 @@ def pretrain(
         run.begin(config, overwrite)
         print(_summary(trainer, settings, images, checkpoint), flush=True)
     module = Pretraining(method, settings, settings.batch_size, seed, compile)
-    with warnings.catch_warnings(), _repeatable(device):
+    # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore
+    with listening(), deferred():
+        _fit(trainer, module, images, checkpoint)
+        unreadable = images.unreadable()
+        if trainer.is_global_zero:
+            run.check_owner()
+            save_encoder(method.encoder, run.encoder)
+            run.finish(
+                {
+                    "epochs": trainer.current_epoch,
+                    "steps": trainer.global_step,
+                    "unreadable": unreadable,
+                }
+            )
+            if unreadable:
+                print(
+                    f"{len(unreadable)} files could not be read, and others took their "
+                    f"place (all of them in {run.marker}): "
+                    + "; ".join(list(unreadable.values())[:5])
+                )
+            print(f"Finished. The encoder is in {run.encoder}.", flush=True)
+            testable = images.val is not None and getattr(images.val, "classes", None)
+            if isinstance(data, str | Path) and testable and method.encoder.name:
+                print(
+                    f"Evaluate it: lightly-mim evaluate --encoder {run.path} "
+                    f"--data {data}",
+                    flush=True,
+                )
+    return method
+
+
+def _fit(
+    trainer: pl.Trainer, module: Pretraining, images: _Images, checkpoint: Path | None
+) -> None:
+    """Trains, and tells Lightning's ways to end apart."""
+    with warnings.catch_warnings(), repeatable(trainer.strategy.root_device):
         # A run that goes on writes to the directory that it wrote to before.
         warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")
         warnings.filterwarnings("ignore", "The dirpath has changed")
         try:
             trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
+        except Preempted as preempted:
+            launcher = getattr(trainer.strategy, "cluster_environment", None)
+            if trainer.local_rank and isinstance(launcher, LightningEnvironment):
+                # Lightning kills a first process whose children fail.
+                preempted.code = 0
+            raise
+        except TakenOverError:
+            raise
         except SystemExit:
             if trainer.interrupted:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None
             raise
-    unreadable = images.unreadable()
-    if trainer.is_global_zero:
-        save_encoder(method.encoder, run.encoder)
-        run.finish(
-            {
-                "epochs": trainer.current_epoch,
-                "steps": trainer.global_step,
-                "unreadable": unreadable,
-            }
-        )
-        if unreadable:
-            print(
-                f"{len(unreadable)} files could not be read, and others took their "
-                f"place (all of them in {run.marker}): "
-                + "; ".join(list(unreadable.values())[:5])
-            )
-        print(f"Finished. The encoder is in {run.encoder}.", flush=True)
-        testable = images.val is not None and getattr(images.val, "classes", None)
-        if isinstance(data, str | Path) and testable and method.encoder.name:
-            print(
-                f"Evaluate it: lightly-mim evaluate --encoder {run.path} --data {data}",
-                flush=True,
-            )
-    return method
 
 
 class _Images(pl.LightningDataModule):
@@ -659,6 +728,12 @@ class _Images(pl.LightningDataModule):
         generator = Generator().manual_seed(seed_from(self.seed, "pictures"))
         return images, self.method.draw_mask(images, generator)
 
+    def plain(self) -> Dataset[Any]:
+        """Returns the training images without augmentation."""
+        dataset = copy.copy(self.train)
+        dataset.transform = self.eval_transform  # type: ignore[attr-defined]
+        return dataset
+
     def unreadable(self) -> dict[str, str]:
         """Returns the files that were replaced, on all devices, and why."""
         trainer = self.trainer
@@ -707,25 +782,25 @@ class _Images(pl.LightningDataModule):
         )
 
 
-@contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """Takes the operations on a CPU that give the same result every time.
-
-    A look-up in a large table, such as Swin's relative positions, sums its gradient in
-    the order in which threads arrive otherwise.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # A debugging aid that fills every new tensor with NaN.
-        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+def _watching(
+    images: _Images, probe: Probe | None, probe_every: int, rank_every: int
+) -> list[Callback]:
+    """Returns the callbacks that encode whole images while the encoder trains."""
+    train = images.plain()
+    options: dict[str, Any] = {"num_workers": images.num_workers}
+    alarm = CollapseAlarm(train, every_n_epochs=rank_every, **options)
+    if probe is None:
+        return [alarm]
+    for part in (train, images.val):
+        is_folder = isinstance(part, ImageDataset)
+        if is_folder and not part.classes:  # type: ignore[union-attr]
+            raise ValueError(
+                f"The probe needs labelled images, and those of {part.root} "  # type: ignore[union-attr]
+                "have no labels: give a folder with one folder per class, or leave "
+                "the probe out."
+            )
+    options |= {"every_n_epochs": probe_every, "seed": images.seed}
+    return [alarm, OnlineProbe(train, images.val, probe, **options)]
 
 
 def default_precision(accelerator: str) -> Precision:
@@ -764,6 +839,7 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
         **dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1),
         **dict.fromkeys(("num_nodes",), 1),
         **dict.fromkeys(("seed", "num_workers", "reconstruct_every"), 0),
+        **dict.fromkeys(("probe_every", "rank_every"), 0),
     }
     for name, lowest in whole.items():
         value = arguments[name]
@@ -771,7 +847,10 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is a whole number of at least {lowest}, got {name}={value!r}."
             )
-    for name in ("lr", "warmup_epochs", "weight_decay", "min_scale"):
+    for name in (
+        *("lr", "warmup_epochs", "weight_decay", "min_scale"),
+        "save_every_minutes",
+    ):
         value = arguments[name]
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is at least 0 and finite, got {name}={value!r}.")

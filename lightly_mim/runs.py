@@ -7,13 +7,17 @@ metrics.csv           losses, learning rate, gradient norm, images per second
 tensorboard/          the same for TensorBoard
 reconstructions/      pictures
 results.json          what `evaluate` found
+features/ rows/       what an evaluation keeps, see `lightly_mim.evaluation`
+dense.json            what `evaluate_dense` found
 finished.json         the marker of a run that came to its end
+.owner                which process writes here: the last that began
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,21 @@ _FREE_TO_CHANGE = {
     "num_workers",
     "progress",
     "reconstruct_every",
+    "probe",
+    "probe_every",
+    "rank_every",
     "log_every",
+    "save_every_minutes",
 }
+
+
+class TakenOverError(SystemExit):
+    """Another process has begun to write to the run directory.
+
+    A cluster that has lost sight of a node starts the job elsewhere while the old
+    processes may live on. They end by this, without a word to those who wait for the
+    job's result.
+    """
 
 
 class RunDirectory:
@@ -51,6 +68,8 @@ class RunDirectory:
         self.encoder = self.path / "encoder.safetensors"
         self.reconstructions = self.path / "reconstructions"
         self.marker = self.path / "finished.json"
+        self._owner = self.path / ".owner"
+        self._token: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -141,17 +160,29 @@ class RunDirectory:
         if overwrite:
             # First of all: without it, what is left is an unfinished run.
             self.marker.unlink(missing_ok=True)
-            for name in ("checkpoints", "reconstructions", "tensorboard"):
+            written = "checkpoints", "reconstructions", "tensorboard"
+            for name in (*written, "features", "rows"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("metrics.csv", "results.json", "report.html"):
+            for name in ("metrics.csv", "results.json", "dense.json", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
             self.encoder.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._token = uuid.uuid4().hex
+        with atomic_write(self._owner) as temporary:
+            temporary.write_text(self._token)
         with atomic_write(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
 
+    def check_owner(self) -> None:
+        """Raises a TakenOverError if another process has begun since this one did."""
+        if self._token is not None and self._owner.read_text() != self._token:
+            raise TakenOverError(
+                f"Another process goes on with the run in {self.path}: this one ends."
+            )
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes the marker of a run that came to its end."""
+        self.check_owner()
         with atomic_write(self.marker) as temporary:
             temporary.write_text(json.dumps(dict(summary), indent=2) + "\n")
 
