@@ -27,6 +27,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
+import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_only
 from rich import box
@@ -36,8 +37,8 @@ from rich.text import Text
 from scipy.stats import t as student_t
 
 import lightly_mim.methods
-from lightly_mim.evaluation import evaluate
-from lightly_mim.evaluation.suite import RESULTS_FILE
+from lightly_mim.evaluation import PIXELS, RANDOM, evaluate
+from lightly_mim.evaluation.results import RESULTS_FILE
 from lightly_mim.files import atomic_write
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.pretraining import (
@@ -58,9 +59,7 @@ METHODS: dict[str, type[MaskedImageModel]] = {
 
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
 
-# The models beside the pretrained one, as `evaluate` calls them.
-RANDOM = "random initialisation"
-PIXELS = "raw pixels"
+# The model beside the baselines, which are `RANDOM` and `PIXELS`.
 PRETRAINED = "pretrained"
 
 _EXISTING = ("--resume", "--overwrite")
@@ -123,6 +122,14 @@ def build_parser(
         metavar="N",
         help="one or more seeds; with several, the table shows mean and standard "
         "deviation, and paired differences with their interval (default: 0)",
+    )
+    study.add_argument(
+        "--stage",
+        choices=["all", "train", "evaluate"],
+        default="all",
+        help="train: pretrain and end there, so that several GPUs do not wait for one; "
+        "evaluate: evaluate what --stage train made in DIR, by one process whatever "
+        "--devices says (default: all, one after the other)",
     )
     existing = study.add_mutually_exclusive_group()
     existing.add_argument(
@@ -204,9 +211,8 @@ def build_parser(
     machine.add_argument(
         "--num-nodes",
         type=_integer(1),
-        default=1,
         metavar="N",
-        help="machines that train together (default: 1)",
+        help="machines that train together (default: those of the SLURM step, or 1)",
     )
     machine.add_argument(
         "--accumulate",
@@ -401,15 +407,17 @@ def run_study(
             The command that runs the study again.
 
     Returns:
-        The runs. None of them in processes that only help to train.
+        The runs. None of them in processes that only help to train, or if training is
+        all that was asked for.
 
     Raises:
-        ValueError: If an argument is wrong, or if `out` may not be written. Unless it
-            is found in the images themselves, nothing has been written then.
+        ValueError: If an argument is wrong, or if `out` may not be written, or if there
+            is nothing to evaluate. Unless it is found in the images themselves, nothing
+            has been written then.
     """
     summary, table = arguments.out / "summary.csv", arguments.out / "table.md"
     if _is_main_process():
-        _check_study(arguments, plans, summary)
+        num_layers = _check_study(arguments, data, plans, summary)
         if arguments.overwrite:
             summary.unlink(missing_ok=True)
             table.unlink(missing_ok=True)
@@ -419,24 +427,25 @@ def run_study(
         for name, plan in plans.items():
             directory = RunDirectory(arguments.out / f"{name}-seed{seed}")
             say(f"\n{name}, seed {seed}: {directory.path}", flush=True)
-            method = pretrain(
-                directory.path,
-                data,
-                plan.build,
-                seed=seed,
-                accelerator=arguments.accelerator,
-                devices=arguments.devices,
-                num_nodes=arguments.num_nodes,
-                accumulate=arguments.accumulate,
-                precision=arguments.precision,
-                num_workers=arguments.num_workers,
-                resume=arguments.resume,
-                overwrite=arguments.overwrite,
-                **plan.pretraining,
-            )
-            if not _is_main_process():
+            if arguments.stage != "evaluate":
+                pretrain(
+                    directory.path,
+                    data,
+                    plan.build,
+                    seed=seed,
+                    accelerator=arguments.accelerator,
+                    devices=arguments.devices,
+                    num_nodes=arguments.num_nodes,
+                    accumulate=arguments.accumulate,
+                    precision=arguments.precision,
+                    num_workers=arguments.num_workers,
+                    resume=arguments.resume,
+                    overwrite=arguments.overwrite,
+                    **plan.pretraining,
+                )
+            if arguments.stage == "train" or not _is_main_process():
                 continue
-            first = -min(last_layers, method.encoder.num_layers)
+            first = -min(last_layers, num_layers[name])
             settings = {"layers": list(range(first, 0)), **evaluation}
             results = _evaluate(directory, data, seed, settings, arguments)
             speed = training_speed(directory, plan.pretraining["batch_size"])
@@ -455,9 +464,13 @@ def _is_main_process() -> bool:
 
 
 def _check_study(
-    arguments: argparse.Namespace, plans: Mapping[str, Plan], summary: Path
-) -> None:
-    """Finds what is wrong before the first run, not hours later before the last."""
+    arguments: argparse.Namespace, data: str, plans: Mapping[str, Plan], summary: Path
+) -> dict[str, int]:
+    """Finds what is wrong before the first run, not hours later before the last.
+
+    Returns:
+        The number of layers of each method's encoder.
+    """
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: pass another folder as --out.")
@@ -470,16 +483,45 @@ def _check_study(
         given = getattr(arguments, name)
         if len(set(given)) < len(given):
             raise ValueError(f"--{name} names each one once, got {given}.")
+    num_layers = {}
     for name, plan in plans.items():
         try:
             method = plan.build()
         except TypeError as error:
             raise ValueError(f"{name} cannot be built like that: {error}") from error
         method.num_masked(torch.empty(1, 1, *method.encoder.img_size))
+        num_layers[name] = method.encoder.num_layers
         for seed in arguments.seed:
-            if not arguments.resume:
-                directory = RunDirectory(out / f"{name}-seed{seed}")
+            directory = RunDirectory(out / f"{name}-seed{seed}")
+            if arguments.stage == "evaluate":
+                _check_trained(directory, {"data": data, "seed": seed}, plan)
+            elif not arguments.resume:
                 directory.check({}, resume=False, overwrite=arguments.overwrite)
+    return num_layers
+
+
+def _check_trained(
+    directory: RunDirectory, settings: Mapping[str, Any], plan: Plan
+) -> None:
+    """Refuses to evaluate a run that has not ended or that is not of this plan."""
+    if not directory.finished:
+        raise ValueError(
+            f"There is no finished run in {directory.path}: begin with --stage train, "
+            "or go on with --stage train --resume."
+        )
+    stored = yaml.safe_load(directory.config.read_text())
+    wanted = {**settings, **plan.pretraining}
+    wanted.pop("recipe", None)  # what was recorded is not its name
+    differences = [
+        f"{name}: {stored.get(name)!r} in the run, {value!r} now"
+        for name, value in wanted.items()
+        if stored.get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"The run in {directory.path} was trained with other arguments:\n  "
+            + "\n  ".join(differences)
+        )
 
 
 def _evaluate(
@@ -685,7 +727,7 @@ def captions(runs: Sequence[Run]) -> list[str]:
     if len(seeds) == 1:
         first = (
             f"Accuracy on {row['num_test']} test images with its 95 % interval over "
-            f"the draw of those images (Wilson), seed {seeds[0]}."
+            f"the draw of those images (bootstrap), seed {seeds[0]}."
         )
     else:
         first = (

@@ -316,7 +316,7 @@ def test_verdict(common: ModuleType) -> None:
 
 def test_captions__name_images_and_seeds(common: ModuleType) -> None:
     one = " ".join(common.captions([make_run(common, 0)]))
-    assert "656 test images" in one and "1968 training" in one and "Wilson" in one
+    assert "656 test images" in one and "1968 training" in one and "bootstrap" in one
     several = " ".join(common.captions([make_run(common, 0), make_run(common, 2)]))
     assert "standard deviation over the seeds 0, 2" in several
     assert "Student's t" in several

@@ -101,6 +101,30 @@ def test_main__writes_the_study(finished: Path, data_dir: Path) -> None:
     assert f"`{command} --out {finished}`" in table
 
 
+def test_main__stages_give_what_one_command_gives(
+    script: ModuleType,
+    finished: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    words = ["--data-dir", str(data_dir), "--out", str(out), "--stage"]
+    message = refusal(script, capsys, *words, "evaluate")
+    assert "There is no finished run" in message and not out.exists()
+    script.main([*TINY, *words, "train"])
+    assert (out / "SimMIM-seed0" / "finished.json").exists()
+    assert not (out / "SimMIM-seed0" / "results.json").exists()
+    assert not (out / "summary.csv").exists()
+    message = refusal(script, capsys, *words, "evaluate", "--epochs", "3")
+    assert "epochs: 2 in the run, 3 now" in message
+    # As in a job of its own, which has one process whatever trained.
+    script.main([*TINY, *words, "evaluate", "--devices", "8", "--num-nodes", "4"])
+    assert [row["top1"] for row in rows_of(out)] == [
+        row["top1"] for row in rows_of(finished)
+    ]
+
+
 def test_main__resumes_with_more_seeds(
     script: ModuleType,
     data_dir: Path,

@@ -73,20 +73,24 @@ def test_main__without_the_images(
     assert not (tmp_path / "out").exists()
 
 
-def plan_of(script: ModuleType, *words: str) -> Any:
-    return script._plan("SimMIM", script.parser().parse_args(list(words)))
+def plan_of(script: ModuleType, *words: str, method: str = "SimMIM") -> Any:
+    return script._plan(method, script.parser().parse_args(list(words)))
 
 
-def test_plan__constants(script: ModuleType) -> None:
-    plan = plan_of(script)
+@pytest.mark.parametrize("method", ["SimMIM", "MAE"])
+def test_plan__constants(script: ModuleType, method: str) -> None:
+    plan = plan_of(script, method=method)
     encoder = plan.build().encoder
     assert encoder.name == script.ENCODER
     assert encoder.in_chans == 1
-    assert encoder.img_size == (script.IMG_SIZE, script.IMG_SIZE)
+    side = script.IMG_SIZES[method]
+    assert encoder.img_size == (side, side)
+    assert encoder.grid == (script.PATCHES, script.PATCHES)
     assert encoder.embed_dim == script.ENCODER_OPTIONS["embed_dim"]
-    assert plan.pretraining["epochs"] == script.EPOCHS
-    # The rate that pretrain makes of it: per 512 images, by the batch.
-    rate = plan.pretraining["lr"] * script.BATCH_SIZE / 512
+    assert plan.pretraining["epochs"] == script.EPOCHS[method]
+    # The rate that pretrain makes of it, by the batch: per 512 images, for MAE per 256.
+    rate = plan.pretraining["lr"] * script.BATCH_SIZE
+    rate /= {"SimMIM": 512, "MAE": 256}[method]
     assert rate == pytest.approx(script.LEARNING_RATE)
 
 
