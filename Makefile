@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test test-slow slurm-test check format clean
 
 install: $(READY)  ## set up .venv
 
@@ -17,10 +17,14 @@ demo: $(READY)  ## the main job: pretrain SimMIM on solar cells and evaluate it
 	$(BIN)/python benchmarks/solar_cells.py --out runs/demo --overwrite
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: $(READY)  ## the long tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not slurm"
+
+slurm-test: $(READY)  ## the tests on a private SLURM; installs it as root on Debian
+	$(BIN)/python tests/slurm/cluster.py install
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest -m slurm
 
 check: $(READY)  ## all that CI checks
 	$(BIN)/ruff format --check .
@@ -29,6 +33,7 @@ check: $(READY)  ## all that CI checks
 	$(BIN)/lint-imports
 	$(MAKE) test
 	$(MAKE) test-slow
+	$(MAKE) slurm-test
 	$(BIN)/python benchmarks/solar_cells.py --quick --out runs/quick --overwrite
 
 format: $(READY)  ## format the code

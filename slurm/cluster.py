@@ -1,0 +1,401 @@
+"""The cluster's options, and the sbatch scripts that come of them through submitit."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import submitit
+import yaml
+from commands import Machine
+from study import Study, TaskSpec
+from submitit.helpers import clean_env
+from submitit.slurm.slurm import SlurmExecutor
+from task import Task
+
+# Options that sbatch has by the same name and that are passed on as they are.
+_PASSED = {
+    "partition": "partition, or several: a,b",
+    "account": "account that is charged",
+    "qos": "quality of service",
+    "constraint": "feature that the nodes must have, such as a100",
+    "exclude": "nodes to leave out",
+    "nodelist": "nodes to use",
+    "comment": "comment for the scheduler",
+    "dependency": "what the first jobs wait for, such as afterok:123",
+    "mail-user": "address for messages about ends, failures and requeues",
+}
+_ALL_STAGES = ("partition", "account", "qos", "constraint", "exclude", "comment")
+_MAIL = "END,FAIL,REQUEUE"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _minutes(text: str) -> int:
+    """Reads sbatch's times: 90, 90:00, 24:00:00, 2-0, 2-00:00, 2-00:00:00."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            "expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+            f"days-hours:minutes or days-hours:minutes:seconds, got {text!r}"
+        )
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None or len(numbers) == 3:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    total = int(days or 0) * 1440 + hours * 60 + minutes + math.ceil(seconds / 60)
+    if total < 1:
+        raise argparse.ArgumentTypeError(f"expected at least a minute, got {text!r}")
+    return total
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]?B?", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"expected a size such as 64G, got {text!r}")
+    return text
+
+
+def _variable(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*=.*", text):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return text
+
+
+def add_options(parser: argparse.ArgumentParser) -> set[str]:
+    """Adds the options that may also stand in a site's YAML file.
+
+    Returns:
+        Their names.
+    """
+    group = parser.add_argument_group("the cluster (also from --config)")
+    before = set(parser._option_string_actions)
+    group.add_argument(
+        "--cluster",
+        choices=["slurm", "local", "debug"],
+        default="slurm",
+        help="slurm; local: this machine, --parallel tasks at a time; debug: this "
+        "process, one task after the other (default: slurm)",
+    )
+    for name, text in _PASSED.items():
+        group.add_argument(f"--{name}", metavar=name.upper(), help=text)
+    numbers = {
+        "nodes": ("nodes per task (default: 1)", _count, 1),
+        "gpus-per-node": (
+            "GPUs per node and task, each with a process of its own (default: 0)",
+            _natural,
+            0,
+        ),
+        "tasks-per-node": (
+            "processes per node, which the command gets as its devices (default: one "
+            "per GPU, one without GPUs)",
+            _count,
+            None,
+        ),
+        "cpus-per-gpu": (
+            "CPUs per GPU; sbatch gets it as --cpus-per-task, since every GPU has its "
+            "process",
+            _count,
+            None,
+        ),
+        "cpus-per-task": ("CPUs per process", _count, None),
+        "parallel": ("tasks that run at the same time (default: all)", _count, None),
+        "max-requeues": (
+            "how often a job may be requeued before its task counts as failed "
+            "(default: 20)",
+            _natural,
+            20,
+        ),
+        "signal-delay": (
+            "seconds between the warning of a time limit and the limit; a save and a "
+            "batch must fit in (default: 120)",
+            _count,
+            120,
+        ),
+    }
+    for name, (text, type_, default) in numbers.items():
+        group.add_argument(
+            f"--{name}", type=type_, default=default, metavar="N", help=text
+        )
+    for name, text, default in (
+        ("time", "limit of a job in sbatch's words; a task that needs longer is "
+         "requeued (default: 24:00:00)", "24:00:00"),
+        ("evaluation-time", "limit of an evaluation (default: as --time)", None),
+    ):  # fmt: skip
+        group.add_argument(
+            f"--{name}", type=_minutes, default=default, metavar="TIME", help=text
+        )
+    group.add_argument(
+        "--mem", type=_memory, metavar="SIZE", help="memory per node, such as 64G"
+    )
+    group.add_argument(
+        "--cpu-partition",
+        metavar="NAME",
+        help="partition of the report, which needs no GPU (default: as --partition)",
+    )
+    group.add_argument(
+        "--setup",
+        nargs="+",
+        default=[],
+        metavar="LINE",
+        help="lines of shell before the command, such as 'module load cuda'",
+    )
+    group.add_argument(
+        "--env",
+        nargs="+",
+        type=_variable,
+        default=[],
+        metavar="NAME=VALUE",
+        help="environment of the jobs",
+    )
+    group.add_argument(
+        "--python",
+        metavar="COMMAND",
+        help="what starts Python in a job, such as 'apptainer exec image.sif python' "
+        "(default: the Python of this command)",
+    )
+    added = set(parser._option_string_actions) - before
+    return {option.removeprefix("--") for option in added}
+
+
+def read_config(path: Path, known: set[str]) -> list[str]:
+    """Reads a site's YAML file as words of the command line.
+
+    Raises:
+        ValueError: If it cannot be read or has keys that are not options.
+    """
+    try:
+        stored = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"--config {path} holds no mapping of option: value.")
+    words = []
+    for key, value in stored.items():
+        option = str(key).replace("_", "-")
+        if option not in known:
+            raise ValueError(
+                f"--config {path} has the unknown key {key!r}; there are: "
+                f"{', '.join(sorted(known))}."
+            )
+        if option == "time" and isinstance(value, int) and value >= 3600:
+            raise ValueError(  # YAML reads 24:00:00 as 86400
+                f"--config {path}: put quotes around the value of {key!r}."
+            )
+        if isinstance(value, dict):
+            value = [f"{name}={text}" for name, text in value.items()]
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{option}", *map(str, values)]
+    return words
+
+
+def machine(options: argparse.Namespace) -> Machine:
+    """Returns what a training job gets.
+
+    Raises:
+        ValueError: If the options contradict each other.
+    """
+    if options.cpus_per_gpu and options.cpus_per_task:
+        raise ValueError("Pass --cpus-per-gpu or --cpus-per-task, not both.")
+    if options.cpus_per_gpu and not options.gpus_per_node:
+        raise ValueError("--cpus-per-gpu needs --gpus-per-node.")
+    devices = options.tasks_per_node or options.gpus_per_node or 1
+    if options.gpus_per_node and devices != options.gpus_per_node:
+        raise ValueError(
+            f"Every GPU has a process of its own: leave --tasks-per-node out, or make "
+            f"it {options.gpus_per_node} as --gpus-per-node, got {devices}."
+        )
+    if options.cluster != "slurm" and options.nodes > 1:
+        raise ValueError(f"--cluster {options.cluster} has one node.")
+    if options.cluster == "debug" and devices > 1:
+        raise ValueError("--cluster debug has one process.")
+    return Machine(options.nodes, devices)
+
+
+def parameters(
+    study: Study, options: argparse.Namespace, stage: str, num_tasks: int
+) -> dict[str, Any]:
+    """Returns what sbatch gets for the jobs of a stage, in submitit's words.
+
+    Args:
+        study:
+            The study.
+        options:
+            Those of `add_options`.
+        stage:
+            `train`, `run`, `evaluate` or `report`.
+        num_tasks:
+            Number of tasks, which `--parallel` may lie above.
+    """
+    training = stage in ("train", "run")
+    given = vars(options)
+    found: dict[str, Any] = {
+        name.replace("-", "_"): given[name.replace("-", "_")]
+        for name in (_PASSED if training else _ALL_STAGES)
+    }
+    devices = machine(options).devices
+    found |= {
+        "job_name": f"{study.path.name}-{stage}",
+        "time": options.time,
+        "nodes": options.nodes if training else 1,
+        "ntasks_per_node": devices if training else 1,
+        "cpus_per_task": options.cpus_per_gpu or options.cpus_per_task,
+        "mem": options.mem if training else _share(options.mem, devices),
+        "signal_delay_s": options.signal_delay,
+        "array_parallelism": options.parallel or num_tasks,
+        "stderr_to_stdout": True,
+        "setup": _setup(study, options, stage),
+        # A rank that fails ends the others, which would wait for it for ever.
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "additional_parameters": {"requeue": True},
+    }
+    if options.gpus_per_node:
+        found["gpus_per_node"] = options.gpus_per_node if training else 1
+    if stage == "evaluate":
+        found["time"] = options.evaluation_time or options.time
+    if stage == "report":
+        found.pop("gpus_per_node", None)
+        found["partition"] = options.cpu_partition or options.partition
+        found |= {"time": 30, "cpus_per_task": None, "mem": None}
+        if options.cpu_partition:
+            found["constraint"] = None
+    if options.mail_user:
+        found |= {"mail_user": options.mail_user, "mail_type": _MAIL}
+    found = {name: value for name, value in found.items() if value is not None}
+    # None: submitit's own key is refused by clusters that track keys.
+    return found | {"wckey": None}
+
+
+def _share(mem: str | None, devices: int) -> str | None:
+    """Returns the part of a node's memory that a single process gets."""
+    if mem is None or re.fullmatch(r"0+\D*", mem):
+        return None  # 0 is all of the node: the cluster's default does for one
+    number, unit = re.fullmatch(r"(\d+)(\D*)", mem).groups()  # type: ignore[union-attr]
+    factor = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+    megabytes = int(number) * factor[unit.upper().removesuffix("B")] / devices
+    return f"{math.ceil(megabytes)}M"
+
+
+def variables(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Returns the environment of `--env`, cut at the equals signs."""
+    return [variable.partition("=") for variable in options.env]
+
+
+def _setup(study: Study, options: argparse.Namespace, stage: str) -> list[str]:
+    lines = [
+        f"export {name}={shlex.quote(value)}" for name, _, value in variables(options)
+    ]
+    lines += options.setup
+    if stage != "report" and (options.cpus_per_gpu or options.cpus_per_task):
+        # srun of Slurm 22.05 to 23.02 does not take it from sbatch.
+        lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
+    return [*lines, *snapshot_lines(study)]
+
+
+def snapshot_lines(study: Study) -> list[str]:
+    """Returns the lines of shell that make Python import the snapshot.
+
+    `python -m` looks where it stands first, then in PYTHONPATH, then among the
+    installed packages. The task goes back to where the user stood.
+    """
+    code, slurm = shlex.quote(str(study.code)), shlex.quote(str(study.code / "slurm"))
+    path = f"{code}:{slurm}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return [f"export PYTHONPATH={path}", f"cd {code}"]
+
+
+class StudyExecutor(SlurmExecutor):
+    """Submitit's executor, which also shows its script where there is no SLURM."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The name that a job finds its environment by."""
+        return "slurm"
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Enough: `check_slurm` says what is missing."""
+        return 2
+
+    def script(self, num_tasks: int) -> str:
+        """Returns the sbatch script as it is submitted for a number of tasks."""
+        parameters = self.parameters
+        if num_tasks > 1:
+            self.parameters = {**parameters, "map_count": num_tasks}
+        try:
+            return self._make_submission_file_text(self._submitit_command_str, "")
+        finally:
+            self.parameters = parameters
+
+
+def executor(
+    study: Study, options: argparse.Namespace, stage: str, num_tasks: int
+) -> StudyExecutor:
+    """Returns the executor of a stage. Writes nothing."""
+    # Submitit counts time limits alone; Task.checkpoint() counts every requeue.
+    limit = options.max_requeues + 1
+    made = StudyExecutor(study.jobs / "%j", limit, python=options.python)
+    made.update_parameters(**parameters(study, options, stage, num_tasks))
+    return made
+
+
+def work(study: Study, options: argparse.Namespace, task: TaskSpec, stage: str) -> Task:
+    """Returns what a job runs."""
+    return Task(
+        str(study.path), task.name, stage, options.max_requeues, options.signal_delay
+    )
+
+
+def check_slurm(options: argparse.Namespace) -> None:
+    """Raises a ValueError if there is no SLURM here, or no such partition."""
+    for program in ("sbatch", "srun", "squeue"):
+        if shutil.which(program) is None:
+            raise ValueError(
+                f"There is no {program} on this machine: submit from a login node of "
+                "the cluster, or pass --cluster local, or --dry-run to see the script."
+            )
+    if shutil.which("sinfo") is None:
+        return
+    asked = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True)
+    if asked.returncode:
+        raise ValueError(f"SLURM does not answer: {asked.stderr.strip()}")
+    known = sorted(set(asked.stdout.split()))
+    for option in ("partition", "cpu_partition"):
+        for name in (getattr(options, option) or "").split(","):
+            if name and name not in known:
+                raise ValueError(
+                    f"There is no partition {name!r}. There are: {', '.join(known)}."
+                )
+
+
+@contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Hides the job that a submission may be made in, but not the cluster."""
+    config = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if config is not None:
+            os.environ["SLURM_CONF"] = config
+        yield
+
+
+def cancel(jobs: Sequence[submitit.Job[Any]]) -> None:
+    """Cancels jobs of a submission that could not be completed."""
+    for job in {str(job.job_id).partition("_")[0] for job in jobs}:
+        subprocess.run(["scancel", job], check=False)

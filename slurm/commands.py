@@ -1,0 +1,355 @@
+"""What a study may run: checked with the command's own parser before it is sent.
+
+A command is a script of `benchmarks/`, or `lightly-mim pretrain` or `evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from study import ROOT, TaskSpec, label
+
+PROGRAM = "lightly-mim"
+
+# Options that belong to the study, and why.
+OWNED = {
+    "out": "every task writes to a directory of its own in the study",
+    "resume": "every task goes on where it was cut by itself",
+    "overwrite": "a study never replaces one that is there",
+    "stage": "training and evaluation are jobs of their own",
+    "devices": "it follows from --gpus-per-node or --tasks-per-node",
+    "num_nodes": "it follows from --nodes",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training job gets, as its command has to know it.
+
+    Attributes:
+        nodes:
+            Number of nodes.
+        devices:
+            Number of processes per node, each with one GPU or none.
+    """
+
+    nodes: int
+    devices: int
+
+
+class Command:
+    """A command that a study may run.
+
+    Attributes:
+        name:
+            Short name, for jobs and directories.
+        words:
+            The command's words, its program first.
+        head:
+            Number of words before the options.
+    """
+
+    name: str
+    words: list[str]
+    head = 1
+
+    def check(self, words: Sequence[str]) -> None:
+        """Parses the words after the program and raises a ValueError if wrong."""
+        raise NotImplementedError
+
+    def option(self, key: str) -> str | None:
+        """Returns the option of a key such as `batch_size`; None if there is none."""
+        raise NotImplementedError
+
+    def given(self) -> set[str]:
+        """Returns the keys that the words have options of."""
+        raise NotImplementedError
+
+    def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
+        """Returns what the jobs run, by stage, for words that passed `check`.
+
+        `{out}` stands for the task's directory.
+        """
+        raise NotImplementedError
+
+    def _owned(self, machine: Machine) -> list[str]:
+        values = {
+            "out": ["{out}"],
+            "devices": [str(machine.devices)],
+            "num_nodes": [str(machine.nodes)],
+            "resume": [],
+        }
+        return [
+            word
+            for key, value in values.items()
+            if (option := self.option(key)) is not None
+            for word in (option, *value)
+        ]
+
+
+class Script(Command):
+    """A script of `benchmarks/`, which exposes its parser as `parser()`."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        path = Path(words[0])
+        self.words = list(words)
+        self.name = path.stem
+        self._program = f"benchmarks/{path.name}"
+        self._parser = _load_parser(path)
+        self._actions = self._parser._option_string_actions
+
+    def check(self, words: Sequence[str]) -> None:
+        """Parses the words after the script."""
+        self._parser.parse_args(list(words))
+
+    def option(self, key: str) -> str | None:
+        """Returns the option of a key."""
+        names = (f"--{key}", f"--{key.replace('_', '-')}")
+        return next((name for name in names if name in self._actions), None)
+
+    def is_flag(self, option: str) -> bool:
+        """Returns whether an option takes no value."""
+        return self._actions[option].nargs == 0
+
+    def given(self) -> set[str]:
+        """Returns the keys that the words have options of."""
+        options = {word.partition("=")[0] for word in self.words[1:]}
+        found = {self._actions[name] for name in options if name in self._actions}
+        return {
+            name.lstrip("-").replace("-", "_")
+            for action in found
+            for name in action.option_strings
+        }
+
+    def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
+        """Returns one stage, or two if the script can be cut in two with `--stage`."""
+        full = [self._program, *words, *self._owned(machine)]
+        if "--stage" not in self._actions:
+            return {"run": full}
+        return {stage: [*full, "--stage", stage] for stage in ("train", "evaluate")}
+
+
+class Program(Command):
+    """`lightly-mim pretrain` or `lightly-mim evaluate`.
+
+    Args:
+        words:
+            The words, `lightly-mim` first.
+        evaluation:
+            Words of `lightly-mim evaluate` for the encoders that `pretrain` trains.
+    """
+
+    head = 2
+
+    def __init__(self, words: Sequence[str], evaluation: Sequence[str] = ()) -> None:
+        from lightly_mim.cli import COMMANDS
+
+        if len(words) < 2 or words[1] not in COMMANDS:
+            raise ValueError(
+                f"{PROGRAM} has the commands {', '.join(COMMANDS)}, got "
+                f"{shlex.join(words)!r}."
+            )
+        self.words = list(words)
+        self.name = words[1]
+        self._evaluation = list(evaluation)
+        self._options = {"pretrain": ("out", "resume", "devices", "num_nodes")}.get(
+            self.name, ("out",)
+        )
+
+    def check(self, words: Sequence[str]) -> None:
+        """Parses the words after the program."""
+        from lightly_mim.cli import check
+
+        if self.name == "pretrain":  # out is required, and the study's
+            check([*words, "--out", "run"])
+        else:
+            check(words)
+        if self._evaluation:
+            check(["evaluate", "--encoder", "run", *self._evaluation])
+
+    def option(self, key: str) -> str | None:
+        """Returns the option of a key. What there is, only the parser knows."""
+        key = key.replace("-", "_")
+        return f"--{key}" if key not in OWNED or key in self._options else None
+
+    def given(self) -> set[str]:
+        """Returns the keys that the words have options of."""
+        options = [word.partition("=")[0] for word in self.words]
+        return {word[2:] for word in options if word.startswith("--")}
+
+    def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
+        """Returns `train`, and `evaluate` if an evaluation was asked for; or `run`."""
+        full = [PROGRAM, *words, *self._owned(machine)]
+        if self.name != "pretrain":
+            return {"run": [*full, "--overwrite"]}
+        stages = {"train": full}
+        if self._evaluation:
+            where = ["--encoder", "{out}", "--out", "{out}", "--overwrite"]
+            stages["evaluate"] = [PROGRAM, "evaluate", *where, *self._evaluation]
+        return stages
+
+
+def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
+    """Returns the command that some words name.
+
+    Args:
+        words:
+            What stood behind `--`.
+        evaluation:
+            Words of `lightly-mim evaluate`, for `lightly-mim pretrain`.
+
+    Raises:
+        ValueError: If there is no such command, or if it has options that belong to
+            the study.
+    """
+    if not words:
+        raise ValueError(
+            "Say what to run behind --, for example: -- benchmarks/solar_cells.py"
+        )
+    scripts = sorted(file.name for file in (ROOT / "benchmarks").glob("*.py"))
+    path = Path(words[0])
+    if path.name == PROGRAM:
+        command: Command = Program([PROGRAM, *words[1:]], evaluation)
+    elif path.is_file() and path.resolve().parent == ROOT / "benchmarks":
+        command = Script(words)
+    elif (ROOT / words[0]).is_file() and path.parts[:-1] == ("benchmarks",):
+        command = Script([str(ROOT / words[0]), *words[1:]])
+    else:
+        raise ValueError(
+            f"There is no command {words[0]!r}. There are {PROGRAM} pretrain, "
+            f"{PROGRAM} evaluate, and the scripts of {ROOT / 'benchmarks'}: "
+            f"{', '.join(scripts)}."
+        )
+    if evaluation and command.name != "pretrain":
+        raise ValueError(f"--evaluate goes with {PROGRAM} pretrain alone.")
+    for key in OWNED:
+        if key in command.given():
+            raise ValueError(
+                f"Leave --{key.replace('_', '-')} to the study: {OWNED[key]}."
+            )
+    return command
+
+
+def _load_parser(path: Path) -> argparse.ArgumentParser:
+    """Returns a script's own parser, which raises a ValueError instead of exiting."""
+    for folder in (ROOT, path.resolve().parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "parser"):
+        raise ValueError(
+            f"{path} is not a script that a study can run: it has no parser()."
+        )
+    parser: argparse.ArgumentParser = module.parser()
+
+    def error(message: str) -> NoReturn:
+        raise ValueError(f"benchmarks/{path.name}: {message}")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
+
+
+def read_sweep(words: Sequence[str]) -> dict[str, list[str]]:
+    """Reads `method=SimMIM,MAE seed=0,1,2`. Commas within brackets do not separate.
+
+    Raises:
+        ValueError: If a word is not of that form, or a key or value comes twice.
+    """
+    sweep: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        values = _split_values(text)
+        if not (key and equals and all(values)):
+            raise ValueError(f"--sweep takes KEY=VALUE,VALUE,..., got {word!r}.")
+        if key in sweep:
+            raise ValueError(f"--sweep names each key once, got {key!r} twice.")
+        if len(set(values)) < len(values):
+            raise ValueError(f"--sweep names each value once, got {word!r}.")
+        sweep[key] = values
+    return sweep
+
+
+def _split_values(text: str) -> list[str]:
+    depth, values = 0, [""]
+    for letter in text:
+        depth += (letter in "[({") - (letter in "])}")
+        if letter == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += letter
+    return values
+
+
+def tasks(
+    command: Command, sweep: Mapping[str, Sequence[str]], machine: Machine
+) -> list[TaskSpec]:
+    """Returns a task for each combination of the swept values.
+
+    Args:
+        command:
+            The command.
+        sweep:
+            Values by key. None for a single task.
+        machine:
+            What a training job gets.
+
+    Raises:
+        ValueError: If the command does not take a key, a value or a combination.
+    """
+    options = {key: _sweep_option(command, key) for key in sweep}
+    found = []
+    for number, values in enumerate(itertools.product(*sweep.values())):
+        own = dict(zip(sweep, values, strict=True))
+        swept = []
+        for key, value in own.items():
+            option = options[key]
+            dash = value.startswith("-")  # a separate word would be an option
+            swept += [f"{option}={value}"] if dash else [option, value]
+        # First of all options: --method stands before --method.encoder.
+        head = command.words[1 : command.head]
+        words = [*head, *swept, *command.words[command.head :]]
+        try:
+            command.check(words)
+        except ValueError as error:
+            having = f" with {label(own)}" if own else ""
+            raise ValueError(
+                f"{Path(command.words[0]).name}{having} refuses its words. {error}"
+            ) from error
+        parts = [f"{key}={value}" for key, value in own.items()] or [command.name]
+        name = re.sub(r"[^\w.=+-]", "_", "-".join([f"{number:02d}", *parts]))[:80]
+        found.append(TaskSpec(name, own, command.stages(words, machine)))
+    return found
+
+
+def _sweep_option(command: Command, key: str) -> str:
+    plain = key.replace("-", "_")
+    if plain in OWNED:
+        raise ValueError(f"{key!r} cannot be swept: {OWNED[plain]}.")
+    option = command.option(key)
+    if option is None:
+        known: Any = sorted(
+            name[2:]
+            for name in getattr(command, "_actions", ())
+            if name.startswith("--") and name[2:].replace("-", "_") not in OWNED
+        )
+        raise ValueError(
+            f"{Path(command.words[0]).name} does not take the sweep key {key!r}. It "
+            f"takes: {', '.join(known)}."
+        )
+    if isinstance(command, Script) and command.is_flag(option):
+        raise ValueError(f"{option} takes no value, so it cannot be swept.")
+    if plain in command.given():
+        raise ValueError(f"{option} is in the command and in --sweep: say it once.")
+    return option

@@ -1,0 +1,187 @@
+"""Collects what the tasks of a study found: study.csv and one page, study.md.
+
+python slurm/report.py STUDY        (a study's last job does so by itself)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from status import ENDED, Row, progress, queue, rows
+from study import Study, TaskSpec
+
+PRETRAINED = "pretrained"
+BASELINES = ("random initialisation", "raw pixels")
+_CELL_KEYS = {"model", "protocol", "top1"}
+
+
+def write_report(study: Study) -> str:
+    """Writes study.csv and study.md.
+
+    Returns:
+        What to tell the user.
+    """
+    from lightly_mim.files import atomic_write
+
+    found = rows(study, queue())
+    lines = [line for row in found for line in _lines(study, row)]
+    with (
+        atomic_write(study.path / "study.csv") as temporary,
+        temporary.open("w", newline="") as file,
+    ):
+        names = dict.fromkeys(name for line in lines for name in line)
+        writer = csv.DictWriter(file, fieldnames=list(names))
+        writer.writeheader()
+        writer.writerows(lines)
+    page = _page(study, found, lines)
+    with atomic_write(study.path / "study.md") as temporary:
+        temporary.write_text(page)
+    return f"{page}\nEvery number: {study.path / 'study.csv'}"
+
+
+def _lines(study: Study, row: Row) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a task: one per number that it measured, or one without."""
+    state = study.state(row.task)
+    attempts = state.get("attempts", [])
+    own = {"task": row.task.name, "state": row.state, **row.task.sweep}
+    numbers = list(_numbers(study.run(row.task))) if row.state == "done" else []
+    about = {
+        "requeues": row.requeues,
+        "error": row.detail if row.state in ("failed", "lost") else "",
+        "host": attempts[-1]["host"] if attempts else "",
+        "gpus": json.dumps(attempts[-1]["gpus"] if attempts else []),
+        "commit": study.origin["commit"],
+        "modified": study.origin["modified"],
+    }
+    for line in numbers or [progress(study.run(row.task))]:
+        yield own | line | about
+
+
+def _numbers(run: Path) -> Iterator[dict[str, Any]]:
+    """Yields what a task measured: a script's summary.csv or results.json."""
+    summary, results = run / "summary.csv", run / "results.json"
+    if summary.exists():
+        with summary.open(newline="") as file:
+            yield from csv.DictReader(file)
+    elif results.exists():
+        for row in json.loads(results.read_text())["rows"]:
+            model = row["model"]
+            plain = {
+                key: value if isinstance(value, str | int | float | None) else
+                json.dumps(value)
+                for key, value in row.items()
+            }  # fmt: skip
+            yield plain | {"model": model if model in BASELINES else PRETRAINED}
+
+
+def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -> str:
+    """Returns the page, in Markdown."""
+    origin = study.origin
+    modified = ", with changes that were not committed" if origin["modified"] else ""
+    failed = [row for row in found if row.state != "done"]
+    parts = [
+        f"# {study.path.name}",
+        f"`{shlex.join(study.command)}`, {len(found)} task(s), "
+        f"{len(found) - len(failed)} done; written {time.strftime('%Y-%m-%d %H:%M')}.",
+    ]
+    parts += _results(lines, _swept(study.tasks))
+    parts += ["## Tasks", _tasks(study, found)]
+    if failed:
+        reasons = [f"- `{r.task.name}`: {r.state}. {r.detail}".rstrip() for r in failed]
+        parts += ["## Not finished", "\n".join(reasons)]
+        if any(row.state in ENDED for row in failed):
+            parts.append(
+                "The traceback of a failed task is in its `state.json`, its output in "
+                f"`jobs/`. Rerun only these:\n\n    {study.resume_command()}"
+            )
+    parts.append(
+        f"Code: commit {origin['commit']}{modified}, in `code/` as it ran. Submitted "
+        f"{origin['date']} on {origin['host']}. "
+        + ", ".join(f"{name} {text}" for name, text in origin["versions"].items())
+        + "."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _swept(tasks: Sequence[TaskSpec]) -> list[str]:
+    return [key for key in tasks[0].sweep if key not in ("seed", "seeds")]
+
+
+def _results(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Returns the table of accuracies: swept values down, protocols across."""
+    scored = [line for line in lines if line.keys() >= _CELL_KEYS]
+    if not scored:
+        return []
+    protocols = dict.fromkeys(str(line["protocol"]) for line in scored)
+    # What a script's own rows differ in, if it was not swept: several methods at once.
+    own = [key for key in ("method",) if key not in keys and key in scored[0]]
+    cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for line in scored:
+        group = (*(str(line[key]) for key in (*own, *keys)), str(line["model"]))
+        values = cells.setdefault(group, {}).setdefault(str(line["protocol"]), [])
+        values.append(100 * float(line["top1"]))
+    header = [*own, *keys, "model", *(f"{name} top-1 %" for name in protocols)]
+    body = [
+        [*group, *(_mean(by_protocol.get(name, [])) for name in protocols)]
+        for group, by_protocol in cells.items()
+    ]
+    note = (
+        "Mean ± standard deviation over the seeds (number of seeds). The differences "
+        "between models and their intervals are in each task's own table."
+    )
+    return ["## Results", _markdown(header, body), note]
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.1f} (1)"
+    return f"{fmean(values):.1f} ± {stdev(values):.1f} ({len(values)})"
+
+
+def _tasks(study: Study, found: Sequence[Row]) -> str:
+    body = []
+    for row in found:
+        attempts = study.state(row.task).get("attempts", [])
+        seconds = sum((a["ended"] or a["started"]) - a["started"] for a in attempts)
+        body.append(
+            [
+                row.task.name,
+                row.state,
+                *(row.progress.get(name, "") for name in ("epoch", "loss", "images/s")),
+                str(row.requeues),
+                f"{seconds / 60:.1f}",
+                ", ".join(dict.fromkeys(a["host"] for a in attempts)),
+            ]
+        )
+    head = ["task", "state", "epoch", "loss", "images/s", "requeues", "minutes", "host"]
+    return _markdown(head, body)
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script. Exits with 2 if there is no study."""
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
+    parser.add_argument("study", type=Path, metavar="STUDY")
+    options = parser.parse_args(argv)
+    try:
+        print(write_report(Study.load(options.study)))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"report.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

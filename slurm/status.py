@@ -1,0 +1,296 @@
+"""Shows how far a study is, from its files and, where there is one, SLURM's queue.
+
+python slurm/status.py STUDY [--watch]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import getpass
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from study import DONE, FAILED, REQUEUED, RUNNING, Study, TaskSpec, run_directories
+
+_COLOURS = {"done": "green", "failed": "red", "lost": "red", "running": "cyan"}
+ENDED = ("done", "failed", "lost", "not begun")
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far a task is.
+
+    Attributes:
+        task:
+            The task.
+        state:
+            `queued`, `starting`, `running`, `requeued`, `trained`, `done`, `failed`,
+            `lost` (its job ended without a word) or `not begun`.
+        stage:
+            The stage that it is at.
+        detail:
+            What the queue waits for, or the reason of a failure.
+        requeues:
+            How often its jobs were started again.
+        progress:
+            Epoch, loss and images per second, as text, where there are any.
+    """
+
+    task: TaskSpec
+    state: str
+    stage: str
+    detail: str
+    requeues: int
+    progress: dict[str, str]
+
+
+def queue() -> dict[str, tuple[str, str]] | None:
+    """Returns state and reason of this user's jobs in SLURM's queue, by job.
+
+    Returns:
+        None where SLURM cannot be asked.
+    """
+    words = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
+    answer = _ask(words)
+    if answer is None:
+        return None
+    lines = [line.split("|") for line in answer.splitlines()]
+    return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
+
+
+def _ask(words: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def rows(study: Study, queued: Mapping[str, tuple[str, str]] | None) -> list[Row]:
+    """Returns how far each task is.
+
+    Args:
+        study:
+            The study.
+        queued:
+            What `queue` returned.
+    """
+    return [_row(study, task, queued) for task in study.tasks]
+
+
+def _row(
+    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]] | None
+) -> Row:
+    open_stages = study.open_stages(task)
+    stage = open_stages[0] if open_stages else list(task.stages)[-1]
+    state, detail = _state(study, task, stage, bool(open_stages), queued)
+    attempts = [study.attempts(task, name) for name in task.stages]
+    requeues = sum(max(0, len(found) - 1) for found in attempts)
+    return Row(task, state, stage, detail, requeues, progress(study.run(task)))
+
+
+def _state(
+    study: Study,
+    task: TaskSpec,
+    stage: str,
+    is_open: bool,
+    queued: Mapping[str, tuple[str, str]] | None,
+) -> tuple[str, str]:
+    """Returns the state of a task and its detail."""
+    if not is_open:
+        return "done", ""
+    recorded = study.state(task)
+    status = recorded.get("status")
+    job = study.job(task, stage)
+    attempts = study.attempts(task, stage)
+    cluster = study.submissions[-1]["cluster"] if study.submissions else None
+    reached = "trained" if recorded.get("done") else "queued"
+    if cluster == "slurm" and queued is not None and job in queued:
+        slurm, reason = queued[job]
+        if slurm == "PENDING":
+            return ("requeued" if attempts else reached), reason
+        if not attempts or status == REQUEUED:  # the next attempt has not begun
+            return "starting", slurm
+        if status == FAILED:
+            return "failed", _error(recorded)
+        return "running", "" if slurm == "RUNNING" else slurm
+    if status == FAILED:
+        return "failed", _error(recorded)
+    if cluster == "slurm" and queued is None:
+        told = "SLURM cannot be asked here"
+        return ("running" if status == RUNNING else reached), told
+    if cluster == "slurm" and job is not None:
+        return "lost", _why_gone(study, job)
+    if status == RUNNING and attempts:
+        if _is_alive(attempts[-1]["host"], attempts[-1]["pid"]):
+            return "running", ""
+        return "lost", f"its process ended without a word. {_last_line(study, job)}"
+    if job is not None and status != DONE:
+        alive = _is_alive(platform.node(), int(job)) if job.isdecimal() else False
+        lost = f"its process ended without a word. {_last_line(study, job)}"
+        return ("starting", "") if alive else ("lost", lost)
+    return (reached, "") if recorded else ("not begun", "")
+
+
+def _error(recorded: Mapping[str, Any]) -> str:
+    error = recorded.get("error") or {}
+    return str(error.get("line", "no reason was recorded"))
+
+
+def _why_gone(study: Study, job: str) -> str:
+    """Says what SLURM remembers of a job that has left the queue without a word."""
+    asked = (
+        ["sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode"],
+        ["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T %r"],
+    )
+    answers = [answer.strip() for words in asked if (answer := _ask(words))]
+    said = next((answer for answer in answers if answer), "")
+    slurm = f"SLURM says {said.splitlines()[-1]}" if said else "SLURM has forgotten it"
+    return f"job {job} ended without a word; {slurm}. {_last_line(study, job)}".strip()
+
+
+def log_file(study: Study, job: str) -> Path:
+    """Returns the log of a job's rank 0."""
+    return study.jobs / job / f"{job}_0_log.out"
+
+
+def _last_line(study: Study, job: str | None) -> str:
+    if job is None:
+        return ""
+    try:
+        text = log_file(study, job).read_text(errors="replace")
+    except OSError:
+        return "There is no log."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"Last line of its log: {lines[-1]}" if lines else "Its log is empty."
+
+
+def _is_alive(host: str, pid: int) -> bool:
+    """Returns whether a process of this machine is alive; of others, it counts as."""
+    if host != platform.node():
+        return True
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():  # a zombie has ended
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return not Path("/proc/self").exists()
+
+
+def progress(run: Path) -> dict[str, str]:
+    """Reads epoch, loss and images per second of the run that was written last.
+
+    Args:
+        run:
+            A task's directory.
+    """
+    files = [path / "metrics.csv" for path in run_directories(run)]
+    files = [file for file in files if file.exists()]
+    if not files:
+        return {}
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    last: dict[str, str] = {}
+    with newest.open(newline="") as file:
+        for row in csv.DictReader(file):
+            # A row that is being written may be short.
+            last |= {key: value for key, value in row.items() if key and value}
+    config = yaml.safe_load((newest.parent / "config.yaml").read_text())
+    epochs = (config.get("recipe") or {}).get("epochs") or config.get("epochs")
+    shown = {}
+    if "epoch" in last:
+        shown["epoch"] = f"{int(last['epoch']) + 1}/{epochs}"
+    loss = last.get("train_loss_step") or last.get("train_loss")
+    if loss:
+        shown["loss"] = f"{float(loss):.4f}"
+    if "images_per_second" in last:
+        shown["images/s"] = f"{float(last['images_per_second']):.0f}"
+    return shown
+
+
+def table(study: Study, found: Sequence[Row]) -> Table:
+    """Returns the table for a terminal."""
+    counts: dict[str, int] = {}
+    for row in found:
+        counts[row.state] = counts.get(row.state, 0) + 1
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    made = Table(title=f"{study.path.name}: {summary}", title_justify="left", box=None)
+    for name in ("task", "state", "stage", "epoch", "loss", "images/s", "requeued", ""):
+        right = name in ("epoch", "loss", "images/s", "requeued")
+        made.add_column(
+            name, justify="right" if right else "left", overflow="fold",
+            no_wrap=name not in ("task", ""),
+        )  # fmt: skip
+    for row in found:
+        made.add_row(
+            Text(row.task.name),
+            Text(row.state, style=_COLOURS.get(row.state, "")),
+            row.stage,
+            *(row.progress.get(name, "") for name in ("epoch", "loss", "images/s")),
+            str(row.requeues or ""),
+            Text(row.detail),
+        )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script. Exits with 1 if a task failed, with 2 if there is no study."""
+    parser = argparse.ArgumentParser(
+        prog="status.py", description="Show how far a study is.", allow_abbrev=False
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY")
+    parser.add_argument(
+        "--watch", action="store_true", help="again and again, until all has ended"
+    )
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=10,
+        metavar="SECONDS",
+        help="between two looks with --watch (default: 10)",
+    )
+    options = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    try:
+        found = _look(options.study)
+        if options.watch:
+            with Live(table(*found), console=console, auto_refresh=False) as live:
+                while not all(row.state in ENDED for row in found[1]):
+                    time.sleep(options.every)
+                    found = _look(options.study)
+                    live.update(table(*found), refresh=True)
+        else:
+            console.print(table(*found))
+    except ValueError as error:
+        parser.exit(2, f"status.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
+    study, listed = found
+    if any(row.state in ("failed", "lost") for row in listed):
+        console.print(f"\nRerun what failed: {study.resume_command()}", soft_wrap=True)
+        parser.exit(1)
+
+
+def _look(path: Path) -> tuple[Study, list[Row]]:
+    study = Study.load(path)
+    return study, rows(study, queue())
+
+
+if __name__ == "__main__":
+    main()

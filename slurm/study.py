@@ -1,0 +1,239 @@
+"""A study on disk: what is in it, and who writes what.
+
+study.json            the command, the tasks, the cluster's options, commit, versions,
+                      the jobs; written by submit.py alone
+code/                 lightly_mim/, benchmarks/ and slurm/ as they were: what jobs run
+jobs/                 submitit's folder: sbatch scripts, pickles, and a log per job
+tasks/NN-name/run/    what the command writes, its --out
+tasks/NN-name/state.json   how far it is; written by rank 0 of the task's jobs alone
+study.csv  study.md   every number, and one page; written by report.py
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# lightly_mim is imported where something is written: status.py starts without it.
+
+ROOT = Path(__file__).resolve().parents[1]  # the clone, or the snapshot of it
+CODE = ("lightly_mim", "benchmarks", "slurm")
+STATE_FILE = "state.json"
+
+# Statuses of state.json. A task without one has not begun.
+RUNNING, REQUEUED, DONE, FAILED = "running", "requeued", "done", "failed"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a study.
+
+    Attributes:
+        name:
+            Name of its directory, `NN-key=value-...`.
+        sweep:
+            The swept values that are its own.
+        stages:
+            The words that are run, by stage, in order: `train` and `evaluate`, or `run`
+            where there is one stage.
+    """
+
+    name: str
+    sweep: dict[str, str]
+    stages: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study directory.
+
+    Attributes:
+        path:
+            The directory, absolute.
+        command:
+            The words that every task shares.
+        tasks:
+            The tasks.
+        cwd:
+            Where the user stood: relative paths in the command count from there.
+        cluster:
+            Options of the cluster.
+        origin:
+            Commit, versions, host and date of the submission.
+        submissions:
+            One entry per submission: when, on what cluster, and the job of each task
+            and stage.
+    """
+
+    path: Path
+    command: list[str]
+    tasks: list[TaskSpec]
+    cwd: str
+    cluster: dict[str, Any]
+    origin: dict[str, Any]
+    submissions: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Study:
+        """Reads a study.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        path = Path(path).resolve()
+        try:
+            stored = json.loads((path / "study.json").read_text())
+            tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
+            return cls(path=path, tasks=tasks, **stored)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not a study (a directory with a study.json that "
+                f"slurm/submit.py made): {error}"
+            ) from error
+
+    def save(self) -> None:
+        """Writes study.json."""
+        from lightly_mim.files import atomic_write
+
+        stored = asdict(self)
+        del stored["path"]
+        with atomic_write(self.path / "study.json") as temporary:
+            temporary.write_text(json.dumps(stored, indent=2) + "\n")
+
+    @property
+    def code(self) -> Path:
+        """The snapshot that the jobs run."""
+        return self.path / "code"
+
+    @property
+    def jobs(self) -> Path:
+        """Submitit's folder."""
+        return self.path / "jobs"
+
+    def run(self, task: TaskSpec) -> Path:
+        """Returns the directory that a task's command writes to."""
+        return self.path / "tasks" / task.name / "run"
+
+    def state(self, task: TaskSpec) -> dict[str, Any]:
+        """Returns what the task's jobs wrote of it; empty if none has begun."""
+        try:
+            state: dict[str, Any] = json.loads(self._state_file(task).read_text())
+        except FileNotFoundError:
+            return {}
+        return state
+
+    def update_state(self, task: TaskSpec, **changes: Any) -> None:
+        """Replaces entries of the task's state.json. For rank 0 of its job alone."""
+        from lightly_mim.files import atomic_write
+
+        state = {"stage": None, "status": None, "done": [], "error": None}
+        state |= {"attempts": []} | self.state(task) | changes
+        with atomic_write(self._state_file(task)) as temporary:
+            temporary.write_text(json.dumps(state, indent=2) + "\n")
+
+    def _state_file(self, task: TaskSpec) -> Path:
+        return self.path / "tasks" / task.name / STATE_FILE
+
+    def open_stages(self, task: TaskSpec) -> list[str]:
+        """Returns the stages that have not come to their end, in order."""
+        done = self.state(task).get("done", [])
+        return [stage for stage in task.stages if stage not in done]
+
+    def job(self, task: TaskSpec, stage: str) -> str | None:
+        """Returns the id of the last job that was submitted for a stage of a task."""
+        for submission in reversed(self.submissions):
+            job: str | None = submission["jobs"].get(task.name, {}).get(stage)
+            if job is not None:
+                return job
+        return None
+
+    def attempts(self, task: TaskSpec, stage: str) -> list[dict[str, Any]]:
+        """Returns the attempts at a stage by its last job: the first, and requeues."""
+        job = self.job(task, stage)
+        attempts = self.state(task).get("attempts", [])
+        return [a for a in attempts if a["stage"] == stage and job in (None, a["job"])]
+
+    def resume_command(self) -> str:
+        """Returns the command that reruns what is not finished."""
+        return shlex.join(["python", "slurm/submit.py", "--resume", str(self.path)])
+
+
+def run_directories(run: Path) -> Iterator[Path]:
+    """Yields the run directories (`lightly_mim.runs`) that a task's command made.
+
+    `lightly-mim pretrain` writes one, a benchmark script one per method and seed within
+    its folder.
+    """
+    for config in sorted([*run.glob("config.yaml"), *run.glob("*/config.yaml")]):
+        yield config.parent
+
+
+def snapshot(destination: Path) -> None:
+    """Copies the code that jobs run: what git tracks, as it stands, and new files.
+
+    Args:
+        destination:
+            The directory to make.
+    """
+    for name in _source_files():
+        target = destination / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+
+
+def _source_files() -> list[str]:
+    words = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
+    listed = _git(*words, *CODE)
+    if listed is not None:
+        names = [name for name in listed.split("\0") if name]
+        return [name for name in names if (ROOT / name).is_file()]  # not the deleted
+    files = [file for folder in CODE for file in (ROOT / folder).rglob("*")]
+    return [
+        str(file.relative_to(ROOT))
+        for file in files
+        if file.is_file() and "__pycache__" not in file.parts
+    ]
+
+
+def origin() -> dict[str, Any]:
+    """Returns commit, versions, host and date, as they are now."""
+    status = _git("status", "--porcelain", "--", *CODE)
+    return {
+        "commit": (_git("rev-parse", "HEAD") or "unknown").strip(),
+        "modified": bool(status) if status is not None else None,
+        "versions": versions(),
+        "host": platform.node(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what the numbers depend on."""
+    packages = ("torch", "pytorch-lightning", "timm", "lightly", "submitit")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def _git(*words: str) -> str | None:
+    """Returns what git says of the clone; None where there is no git or no clone."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def label(values: Mapping[str, str]) -> str:
+    """Returns swept values as `key=value, key=value`."""
+    return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,369 @@
+"""Sends a study to SLURM: one job, or a sweep as an array, evaluated and reported.
+
+python slurm/submit.py [options] [--sweep KEY=VALUE,... ...] -- COMMAND [its options]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from cluster import (
+    add_options,
+    cancel,
+    check_slurm,
+    executor,
+    machine,
+    outside_of_jobs,
+    read_config,
+    work,
+)
+from commands import read, read_sweep, tasks
+from rich.console import Console
+from rich.table import Table
+from status import queue
+from study import Study, TaskSpec, origin, snapshot
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from task import Report
+
+EPILOG = """\
+examples:
+  # what would be sent; needs no SLURM and writes nothing
+  python slurm/submit.py --dry-run --partition gpu --gpus-per-node 8 \\
+      --sweep method=SimMIM,MAE seed=0,1,2 -- benchmarks/imagenette.py --epochs 800
+
+  # the same study on this machine, two tasks at a time
+  python slurm/submit.py --cluster local --parallel 2 \\
+      --sweep method=SimMIM,MAE seed=0,1,2 -- benchmarks/solar_cells.py --quick
+
+  # images of your own; the evaluation follows as a job of its own
+  python slurm/submit.py --config site.yaml --sweep seed=0,1,2 \\
+      --evaluate "--data photos --layers 8 11 --baselines random pixels" \\
+      -- lightly-mim pretrain --data photos --method SimMIM \\
+      --method.encoder vit_small_patch16_224 --epochs 100
+
+  # once more what failed, and nothing else
+  python slurm/submit.py --resume studies/2026-11-22-imagenette
+
+Look at it with: python slurm/status.py STUDY
+"""
+
+
+def parser() -> tuple[argparse.ArgumentParser, set[str]]:
+    """Returns the parser of this script, and the options that a site may set."""
+    made = argparse.ArgumentParser(
+        prog="submit.py",
+        usage="submit.py [options] [--sweep KEY=VALUE,... ...] -- COMMAND [options]",
+        description="Send a benchmark script or a lightly-mim command to SLURM.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    study = made.add_argument_group("the study")
+    study.add_argument(
+        "--sweep",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="a task for each combination of these values of the command's options",
+    )
+    study.add_argument(
+        "--evaluate",
+        type=shlex.split,
+        default=[],
+        metavar="WORDS",
+        help="options of lightly-mim evaluate, for the encoders that lightly-mim "
+        "pretrain trains (without: no evaluation; benchmark scripts have their own)",
+    )
+    study.add_argument(
+        "--study",
+        type=Path,
+        metavar="DIR",
+        help="new directory for everything (default: studies/DATE-COMMAND)",
+    )
+    study.add_argument(
+        "--resume",
+        type=Path,
+        metavar="STUDY",
+        help="send the tasks of a study that are not finished and not in the queue, "
+        "with its own command, code and cluster options; those given here replace them",
+    )
+    study.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with options of the cluster; the command line wins",
+    )
+    study.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the sbatch scripts and the tasks; write and send nothing",
+    )
+    return made, add_options(made)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script. Exits with 2 and one message if something is wrong.
+
+    Args:
+        argv:
+            The words after the script's name. None for those of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    own, command = words[:cut], words[cut + 1 :]
+    made, site = parser()
+    try:
+        _main(made, site, own, command)
+    except (ValueError, OSError, FailedSubmissionError, FailedJobError) as error:
+        made.exit(2, f"submit.py: error: {error}\n")
+
+
+def _main(
+    made: argparse.ArgumentParser, site: set[str], own: list[str], command: list[str]
+) -> None:
+    first = made.parse_args(own)
+    config = read_config(first.config, site) if first.config else []
+    if first.resume:
+        if command or first.sweep or first.study or first.evaluate:
+            raise ValueError(
+                "--resume takes command and sweep from the study: leave out --sweep, "
+                "--study, --evaluate and what is behind --."
+            )
+        study = Study.load(first.resume)
+        stored = [str(word) for word in study.cluster["words"]]
+        options = made.parse_args([*stored, *config, *own])
+        _check_same_machine(study, options)
+    else:
+        options = made.parse_args([*config, *own])
+        words = [*config, *_site_words(own, site)]
+        study = _plan(options, command, words)
+    if options.dry_run:
+        _show(study, options)
+        return
+    new = not first.resume
+    if options.cluster == "slurm":
+        check_slurm(options)
+    if new:
+        _create(study)
+    pending = _pending(study, options.cluster == "slurm")
+    if not pending:
+        print(f"Every task of {study.path} is finished or in the queue.")
+        return
+    if options.cluster == "slurm":
+        try:
+            _submit(study, options, pending)
+        except BaseException:
+            if new:  # nothing was submitted: leave nothing behind
+                shutil.rmtree(study.path)
+            raise
+        status = shlex.join(["python", "slurm/status.py", str(study.path), "--watch"])
+        print(f"Watch it with: {status}")
+        return
+    from local import run_debug, run_local
+
+    run = run_local if options.cluster == "local" else run_debug
+    sys.exit(run(study, options, pending))
+
+
+def _site_words(own: Sequence[str], site: set[str]) -> list[str]:
+    """Returns the words of the command line that are the cluster's."""
+    kept: list[str] = []
+    keep = False
+    for word in own:
+        if word.startswith("--"):
+            keep = word[2:].partition("=")[0] in site
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> Study:
+    """Returns the study that was described. Writes nothing."""
+    command = read(words, options.evaluate)
+    specs = tasks(command, read_sweep(options.sweep), machine(options))
+    path = options.study or Path("studies") / (
+        f"{time.strftime('%Y-%m-%d-%H%M%S')}-{command.name}"
+    )
+    if path.exists():
+        raise ValueError(
+            f"{path} is there already: pass another directory as --study, or --resume "
+            f"{path} to go on with it."
+        )
+    return Study(
+        path=path.resolve(),
+        command=words,
+        tasks=specs,
+        cwd=str(Path.cwd()),
+        cluster={"words": cluster, "nodes": options.nodes,
+                 "devices": machine(options).devices},
+        origin=origin(),
+    )  # fmt: skip
+
+
+def _check_same_machine(study: Study, options: argparse.Namespace) -> None:
+    """Refuses another number of processes: the study's tasks have theirs by now."""
+    got = machine(options)
+    had = (study.cluster["nodes"], study.cluster["devices"])
+    if (got.nodes, got.devices) != had:
+        raise ValueError(
+            f"The study's tasks have {had[0]} node(s) with {had[1]} process(es) each, "
+            f"which cannot change half-way; got {got.nodes} and {got.devices}."
+        )
+
+
+def _create(study: Study) -> None:
+    """Makes the study directory with the snapshot in it."""
+    try:
+        study.path.mkdir(parents=True)
+        study.jobs.mkdir()
+    except OSError as error:
+        raise ValueError(
+            f"The study directory {study.path} cannot be written: {error.strerror}. "
+            "Pass another one as --study; it has to be visible on the nodes, too."
+        ) from error
+    snapshot(study.code)
+    study.save()
+
+
+def _pending(study: Study, in_slurm: bool) -> list[TaskSpec]:
+    """Returns the tasks that are neither finished nor in the queue."""
+    queued = queue()
+    if queued is None:
+        if in_slurm and study.submissions:
+            raise ValueError(
+                "squeue does not say which tasks are in the queue, and a task must not "
+                "run twice: try again when SLURM answers."
+            )
+        queued = {}
+    pending = [
+        task
+        for task in study.tasks
+        if study.open_stages(task)
+        and not any(study.job(task, stage) in queued for stage in task.stages)
+    ]
+    left = [task for task in study.tasks if study.open_stages(task)]
+    if len(left) > len(pending):
+        print(f"{len(left) - len(pending)} task(s) are in the queue and stay there.")
+    return pending
+
+
+def waves(study: Study, pending: Sequence[TaskSpec]) -> list[list[list[Any]]]:
+    """Returns the arrays to send: chains of stages, each a list of (task, stage).
+
+    The elements of a chain's second array wait for those of its first one, so both have
+    the same tasks in the same order.
+
+    Args:
+        study:
+            The study.
+        pending:
+            Tasks with open stages.
+    """
+    chains: dict[tuple[str, ...], list[TaskSpec]] = {}
+    for task in pending:
+        chains.setdefault(tuple(study.open_stages(task)), []).append(task)
+    return [
+        [[(task, stage) for task in members] for stage in stages]
+        for stages, members in chains.items()
+    ]
+
+
+def _submit(
+    study: Study, options: argparse.Namespace, pending: Sequence[TaskSpec]
+) -> None:
+    """Sends the arrays, each waiting for the one before it, and the report."""
+    jobs: dict[str, dict[str, str]] = {}
+    sent: list[submitit.Job[Any]] = []
+    try:
+        with outside_of_jobs():
+            for chain in waves(study, pending):
+                before: list[submitit.Job[Any]] = []
+                for members in chain:
+                    stage = members[0][1]
+                    array = executor(study, options, stage, len(members))
+                    if before:
+                        wait_for(array, before)
+                    functions = [work(study, options, *member) for member in members]
+                    before = array.submit_array(functions)
+                    sent += before
+                    for (task, _), job in zip(members, before, strict=True):
+                        jobs.setdefault(task.name, {})[stage] = str(job.job_id)
+                    name, count = before[0].job_id.partition("_")[0], len(members)
+                    print(f"{stage}: {count} task(s), job {name}")
+            report = executor(study, options, "report", 1)
+            ids = sorted({str(job.job_id).partition("_")[0] for job in sent})
+            report.update_parameters(dependency=f"afterany:{':'.join(ids)}")
+            sent.append(report.submit(Report(str(study.path))))
+            print(f"report: job {sent[-1].job_id}")
+    except BaseException:
+        cancel(sent)
+        raise
+    study.submissions.append(
+        {
+            "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+            "cluster": "slurm",
+            "jobs": jobs,
+            "report": str(sent[-1].job_id),
+        }
+    )
+    study.save()
+    print(f"The study: {study.path}")
+
+
+def wait_for(array: Any, before: Sequence[submitit.Job[Any]]) -> None:
+    """Makes each element of an array wait for the same one of the array before it.
+
+    An element whose turn cannot come any more, as the one before it failed, leaves the
+    queue instead of staying in it for ever.
+    """
+    kind = "aftercorr" if len(before) > 1 else "afterok"
+    more = {**array.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
+    array.update_parameters(
+        dependency=f"{kind}:{before[0].job_id.partition('_')[0]}",
+        additional_parameters=more,
+    )
+
+
+def _show(study: Study, options: argparse.Namespace) -> None:
+    """Prints the scripts and the tasks."""
+    pending = [task for task in study.tasks if study.open_stages(task)]
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for number, chain in enumerate(waves(study, pending)):
+        for position, members in enumerate(chain):
+            stage = members[0][1]
+            array = executor(study, options, stage, len(members))
+            if position:
+                job = argparse.Namespace(job_id=f"<job of {chain[position - 1][0][1]}>")
+                wait_for(array, [job] * len(members))
+            print(f"### {stage}{f', chain {number + 1}' if number else ''}\n")
+            print(array.script(len(members)))
+    report = executor(study, options, "report", 1)
+    report.update_parameters(dependency="afterany:<all jobs above>")
+    print("### report\n")
+    print(report.script(1))
+    table = Table(title=f"{len(pending)} task(s)", title_justify="left", box=None)
+    keys = list(study.tasks[0].sweep)
+    for name in ("array index", *keys, "directory"):
+        table.add_column(name, overflow="fold")
+    for chain in waves(study, pending):
+        for index, (task, _) in enumerate(chain[0]):
+            values = [task.sweep[key] for key in keys]
+            where = study.run(task).relative_to(study.path)
+            table.add_row(str(index), *values, str(where))
+    console.print(table)
+    for stage, words in (pending or study.tasks)[0].stages.items():
+        print(f"\n{stage} of the first task:\n  {shlex.join(words)}")
+    print(f"\nNothing was written or submitted. The study would be {study.path}.")
+
+
+if __name__ == "__main__":
+    main()

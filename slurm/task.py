@@ -1,0 +1,339 @@
+"""What runs on the node: one stage of one task, which survives being requeued.
+
+Submitit unpickles a `Task` before it listens to signals, so this file imports nothing
+that takes long.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import submitit
+from submitit.helpers import (
+    Checkpointable,
+    DelayedSubmission,
+    TorchDistributedEnvironment,
+)
+
+if TYPE_CHECKING:
+    from study import Study, TaskSpec
+
+# Seconds between two looks for an attempt that has taken this one's place: the node may
+# be lost to SLURM, which starts the job elsewhere, while its processes go on.
+FENCE_SECONDS = 10
+SUPERSEDED = 75  # exit code
+
+REQUEUE_PAUSE = 5  # seconds between two attempts to reach a controller that restarts
+
+
+@dataclass
+class Task(Checkpointable):
+    """A stage of a task, as submitit sends it.
+
+    Attributes:
+        study:
+            The study directory.
+        name:
+            Name of the task.
+        stage:
+            One of its stages.
+        max_requeues:
+            How often its job may be requeued.
+        patience:
+            Seconds in which a requeue has to succeed.
+    """
+
+    study: str
+    name: str
+    stage: str
+    max_requeues: int
+    patience: int
+
+    def __call__(self) -> None:
+        """Runs the stage, or what is left of it.
+
+        Raises:
+            Exception: What the command raised. SLURM does not requeue the job then.
+        """
+        env = submitit.JobEnvironment()
+        if env.cluster == "local" and env.num_tasks > 1:
+            _export_ranks()  # before Lightning is imported, which looks for its rank
+        from study import DONE, FAILED, RUNNING, run_directories
+
+        from lightly_mim.runs import RunDirectory
+
+        study, task = self._load()
+        os.chdir(study.cwd)
+        main = env.global_rank == 0
+        open_stages = study.open_stages(task)
+        if self.stage not in open_stages:  # requeued after its end
+            print(f"{task.name}: {self.stage} is done already.", flush=True)
+            return
+        if open_stages[0] != self.stage:
+            self._skip(study, task, open_stages[0], main)
+            return
+        if main:
+            attempt = self._attempt(env)
+            attempts = [*study.state(task).get("attempts", []), attempt]
+            study.update_state(
+                task,
+                stage=self.stage,
+                status=RUNNING,
+                error=None,
+                attempts=attempts,
+            )
+            if self._requeues() > self.max_requeues:
+                self._give_up()
+                raise RuntimeError(self._bound())
+        self._fence(study, task)
+        try:
+            self._run(study, task, env)
+        except Exception as error:
+            if main and study.state(task)["status"] != FAILED:
+                self._fail(error)
+            raise
+        if not main:
+            return
+        runs = list(run_directories(study.run(task)))
+        unfinished = [str(run) for run in runs if not RunDirectory(run).finished]
+        if unfinished or (self.stage == "train" and not runs):
+            where = ", ".join(unfinished) or study.run(task)
+            message = f"The command ended without the finished marker in {where}."
+            self._fail(RuntimeError(message))
+            raise RuntimeError(message)
+        done = [*study.state(task)["done"], self.stage]
+        self._end(DONE, done=done)
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """Returns what a requeued job runs: the same, which goes on by itself.
+
+        Submitit calls it before it requeues the job; None keeps it from doing so.
+        """
+        from study import REQUEUED
+
+        if self._requeues() >= self.max_requeues:
+            self._give_up()
+            return None
+        self._end(REQUEUED)
+        return DelayedSubmission(self)
+
+    def _load(self) -> tuple[Study, TaskSpec]:
+        from study import Study
+
+        study = Study.load(self.study)
+        return study, next(task for task in study.tasks if task.name == self.name)
+
+    # What is run.
+
+    def _run(self, study: Study, task: TaskSpec, env: submitit.JobEnvironment) -> None:
+        """Runs the command and, if it is preempted, has its job requeued."""
+        out = str(study.run(task))
+        words = [word.replace("{out}", out) for word in task.stages[self.stage]]
+        print(f"{task.name}, {self.stage}: {' '.join(words)}", flush=True)
+        if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
+            _call(words, study)
+            return
+        from lightly_mim.preemption import Preempted, listening
+
+        save = [signal.SIGTERM] if "SLURM_JOB_ID" in os.environ else []
+        with listening(stop=[signal.SIGUSR2], save=save) as handlers:
+            try:
+                _call(words, study)
+            except Preempted:
+                if env.global_rank == 0:
+                    self._requeue(handlers[signal.SIGUSR2])
+                if env.cluster == "local":  # whose controller waits for all ranks
+                    sys.exit(0)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                while True:  # until SLURM ends the step
+                    time.sleep(1)
+
+    def _requeue(self, submitit_handler: Any) -> NoReturn:
+        """Has submitit requeue the job, also while the controller restarts."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                submitit_handler(signal.SIGUSR2, None)  # does not return
+            except subprocess.SubprocessError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"The job was preempted and SLURM did not requeue it: {error}"
+                    ) from error
+                time.sleep(REQUEUE_PAUSE)
+
+    def _skip(self, study: Study, task: TaskSpec, before: str, main: bool) -> None:
+        """Records why a stage cannot begin."""
+        line = f"{self.stage} was not begun: {before} has no finished marker."
+        print(f"{task.name}: {line}", flush=True)
+        if main and not study.state(task).get("error"):
+            self._fail(RuntimeError(line), stage=before)
+
+    # What is recorded. Rank 0 only.
+
+    def _attempt(self, env: submitit.JobEnvironment) -> dict[str, Any]:
+        import torch
+        from study import versions
+
+        gpus = [
+            torch.cuda.get_device_name(number)
+            for number in range(torch.cuda.device_count())
+        ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return {
+            "stage": self.stage,
+            "job": env.job_id,
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "host": platform.node(),
+            "nodes": list(env.hostnames),
+            "pid": os.getpid(),
+            "gpus": gpus,
+            "cuda_visible_devices": visible,
+            "versions": versions(),
+            "started": time.time(),
+            "ended": None,
+            "outcome": None,
+        }
+
+    def _requeues(self) -> int:
+        """Returns how often the job was requeued, by SLURM or by itself."""
+        study, task = self._load()
+        mine = submitit.JobEnvironment().job_id
+        before = [a for a in study.state(task)["attempts"] if a["job"] == mine]
+        return max(len(before) - 1, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+
+    def _end(self, status: str, **changes: Any) -> None:
+        study, task = self._load()
+        attempts = study.state(task).get("attempts", [])
+        if attempts:
+            attempts[-1] |= {"ended": time.time(), "outcome": status}
+        study.update_state(task, status=status, attempts=attempts, **changes)
+
+    def _fail(self, error: BaseException, stage: str | None = None) -> None:
+        from study import FAILED
+
+        lines = traceback.format_exception(error)
+        self._end(
+            FAILED,
+            error={
+                "stage": stage or self.stage,
+                "line": traceback.format_exception_only(error)[-1].strip(),
+                "traceback": "".join(lines),
+            },
+        )
+
+    def _bound(self) -> str:
+        return (
+            f"The job was requeued {self.max_requeues} times and not once more "
+            "(--max-requeues)."
+        )
+
+    def _give_up(self) -> None:
+        self._fail(RuntimeError(self._bound()))
+
+    def _fence(self, study: Study, task: TaskSpec) -> None:
+        """Ends this process when another attempt at the stage has begun."""
+        if "SLURM_JOB_ID" not in os.environ:
+            return
+        begun = time.time()
+        job = submitit.JobEnvironment().job_id
+        mine = (job, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+
+        def superseded() -> bool:
+            try:
+                attempts = study.state(task).get("attempts")
+            except (OSError, ValueError):  # a file system that is away
+                return False
+            last = attempts[-1] if attempts else {"started": 0}
+            return last["started"] > begun and (last["job"], last["restart"]) != mine
+
+        def watch() -> None:
+            while not superseded():
+                time.sleep(FENCE_SECONDS)
+            print(f"Another job has taken the place of {job}.", flush=True)
+            os._exit(SUPERSEDED)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class CommandError(RuntimeError):
+    """The command ended with an exit code and without an exception."""
+
+
+def _call(words: list[str], study: Study) -> None:
+    """Runs the snapshot's command in this process, where signals reach it.
+
+    Raises:
+        Exception: What made the command end, also behind an exit code.
+    """
+    from lightly_mim.preemption import Preempted
+    from lightly_mim.runs import TakenOverError
+
+    argv, path = sys.argv, list(sys.path)
+    run: Callable[[], Any]
+    if words[0] == "lightly-mim":
+        from lightly_mim.cli import main
+
+        def run() -> None:
+            main(words[1:])
+    else:
+        script = study.code / words[0]
+        sys.path.insert(0, str(script.parent))
+
+        def run() -> None:
+            runpy.run_path(str(script), run_name="__main__")
+
+    sys.argv = words
+    try:
+        run()
+    except (Preempted, TakenOverError):  # no failures: the run goes on elsewhere
+        raise
+    except SystemExit as error:
+        if error.code in (0, None):
+            return
+        cause = error.__context__
+        if isinstance(cause, Exception):  # what the command made a message of
+            raise cause from None
+        ended = f"ended with exit code {error.code}; its log says why"
+        if error.code == 130:
+            ended = "was interrupted"
+        raise CommandError(f"{Path(words[0]).name} {ended}") from error
+    finally:
+        sys.argv = argv
+        sys.path[:] = path
+
+
+def _export_ranks() -> None:
+    """Tells Lightning of the processes that submitit's local executor started."""
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    os.environ["NODE_RANK"] = "0"
+
+
+@dataclass
+class Report:
+    """The report of a study, as submitit sends it.
+
+    Attributes:
+        study:
+            The study directory.
+    """
+
+    study: str
+
+    def __call__(self) -> None:
+        """Writes study.csv and study.md."""
+        from report import write_report
+        from study import Study
+
+        print(write_report(Study.load(self.study)))

@@ -1,0 +1,503 @@
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ..conftest import TINY_VIT
+from .cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+SWEEP = "--sweep method=SimMIM,MAE seed=0,1,2"
+SOLAR = "-- benchmarks/solar_cells.py"
+PRETRAIN = "-- lightly-mim pretrain --data x --method SimMIM --method.encoder v"
+
+
+def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """Imports a module of slurm/, which stands on the path as for its scripts."""
+    monkeypatch.syspath_prepend(ROOT / "slurm")
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = load(monkeypatch, "submit")
+    monkeypatch.setattr(sys, "path", list(sys.path))  # submit adds folders
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def scripts(output: str) -> dict[str, str]:
+    """Returns the sbatch scripts of a dry run by stage."""
+    parts = output.split("### ")[1:]
+    return {part.partition("\n")[0]: part.partition("#!")[2] for part in parts}
+
+
+# Dry run.
+
+
+def test_dry_run(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no SLURM, no git
+    submit.main(
+        shlex.split(
+            "--dry-run --partition gpu --account me --qos low --constraint a100 "
+            "--nodes 2 --gpus-per-node 4 --cpus-per-gpu 8 --mem 400G --time 1-12:30:10 "
+            "--exclude n1,n2 --nodelist n3 --comment 'a b' --dependency afterok:7 "
+            "--mail-user a@b.c --parallel 3 --signal-delay 60 --study s "
+            f"--setup 'module load cuda' --env 'A=b c' {SWEEP} {SOLAR} --epochs 3"
+        )
+    )
+    output = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    found = scripts(output)
+    assert list(found) == ["train", "evaluate", "report"]
+    for line in (
+        "#SBATCH --array=0-5%3\n",
+        "#SBATCH --partition=gpu\n#SBATCH --qos=low\n#SBATCH --requeue\n",
+        "#SBATCH --account=me\n",
+        "#SBATCH --constraint=a100\n",
+        "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=4\n",
+        "#SBATCH --gpus-per-node=4\n",
+        "#SBATCH --cpus-per-task=8\n",
+        "#SBATCH --mem=400G\n",
+        f"#SBATCH --time={24 * 60 + 12 * 60 + 31}\n",
+        "#SBATCH --exclude=n1,n2\n",
+        "#SBATCH --nodelist=n3\n",
+        "#SBATCH --comment='a b'\n",
+        "#SBATCH --dependency=afterok:7\n",
+        "#SBATCH --mail-user=a@b.c\n",
+        "#SBATCH --signal=USR2@60\n",
+        "\nexport A='b c'\nmodule load cuda\n",
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n",
+        f"\ncd {tmp_path}/s/code\n",
+        " --kill-on-bad-exit=1 ",
+    ):
+        assert line in found["train"]
+    assert "wckey" not in output
+    for line in (
+        "#SBATCH --array=0-5%3\n",
+        "#SBATCH --dependency='aftercorr:<job of train>'\n",
+        "#SBATCH --gpus-per-node=1\n",
+        "#SBATCH --kill-on-invalid-dep=yes\n",
+        "#SBATCH --mem=102400M\n",  # a quarter, as of the GPUs
+        "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=1\n",
+    ):
+        assert line in found["evaluate"]
+    assert "--dependency='afterany:<all jobs above>'" in found["report"]
+    assert "--array" not in found["report"] and "gpus" not in found["report"]
+    assert "SRUN_CPUS" not in found["report"]
+    for number, (method, seed) in enumerate(
+        (method, seed) for method in ("SimMIM", "MAE") for seed in range(3)
+    ):
+        assert f"tasks/{number:02d}-method={method}-seed={seed}/run" in output
+    assert (
+        "benchmarks/solar_cells.py --method SimMIM --seed 0 --epochs 3 --out '{out}' "
+        "--devices 4 --num-nodes 2 --resume --stage train\n" in output
+    )
+
+
+def test_dry_run__one_task_is_no_array(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit.main(shlex.split(f"--dry-run {SOLAR}"))
+    output = capsys.readouterr().out
+    assert "--array" not in output
+    assert "afterok:<job of train>" in output
+
+
+def test_dry_run__pretrain(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "-- lightly-mim pretrain --data photos --method.encoder x --epochs 3"
+    words = "--dry-run --sweep method=SimMIM,MAE epochs=1,2 --evaluate '--data photos'"
+    with pytest.raises(SystemExit):  # epochs twice
+        submit.main(shlex.split(f"{words} {command}"))
+    capsys.readouterr()
+    words = "--dry-run --sweep method=SimMIM,MAE --evaluate '--data photos'"
+    submit.main(shlex.split(f"{words} {command}"))
+    output = capsys.readouterr().out
+    assert (
+        "lightly-mim pretrain --method SimMIM --data photos --method.encoder x "
+        "--epochs 3 --out '{out}' --devices 1 --num_nodes 1 --resume\n" in output
+    )
+    assert (
+        "lightly-mim evaluate --encoder '{out}' --out '{out}' --overwrite "
+        "--data photos\n" in output
+    )
+    submit.main(shlex.split(f"--dry-run {PRETRAIN} --epochs 3"))
+    assert list(scripts(capsys.readouterr().out)) == ["train", "report"]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "Say what to run behind --"),
+        ("-- benchmarks/nothing.py", "There is no command 'benchmarks/nothing.py'"),
+        ("-- rm -rf x", "There is no command 'rm'"),
+        ("-- benchmarks/common.py", "has no parser()"),
+        ("-- lightly-mim train", "has the commands pretrain, evaluate"),
+        (f"{SOLAR} --epoch 3", "unrecognized arguments: --epoch 3"),
+        (f"{SOLAR} --epochs 0", "from 1, got '0'"),
+        (f"{SOLAR} --out x", "Leave --out to the study"),
+        (f"{SOLAR} --devices 2", "Leave --devices to the study"),
+        (f"{SOLAR} --stage train", "Leave --stage to the study"),
+        (f"{PRETRAIN} --out x", "Leave --out to the study"),
+        (f"{PRETRAIN} --num_nodes 2", "Leave --num-nodes to the study"),
+        (f"{PRETRAIN} --colour red", "--colour"),
+        (f"{PRETRAIN} --epochs three", '"epochs"'),
+        (f"--evaluate '--laiers 3' {PRETRAIN}", "laiers"),
+        (f"--evaluate '--data x' {SOLAR}", "goes with lightly-mim pretrain alone"),
+        (f"--sweep colour=red {SOLAR}", "does not take the sweep key 'colour'"),
+        (f"--sweep colour=red {PRETRAIN}", "with colour=red refuses"),
+        (f"--sweep method=SimMIM,DINO {SOLAR}", "choose from"),
+        (f"--sweep seed=0,x {SOLAR}", "with seed=x refuses its words"),
+        (f"--sweep seed=0,0 {SOLAR}", "each value once"),
+        (f"--sweep seed=0 seed=1 {SOLAR}", "each key once"),
+        (f"--sweep seed {SOLAR}", "KEY=VALUE,VALUE"),
+        (f"--sweep seed=0, {SOLAR}", "KEY=VALUE,VALUE"),
+        (f"--sweep quick=true {SOLAR}", "takes no value"),
+        (f"--sweep out=a,b {SOLAR}", "'out' cannot be swept"),
+        (f"--sweep num-nodes=1,2 {SOLAR}", "'num-nodes' cannot be swept"),
+        (f"--sweep seed=0,1 {SOLAR} --seeds 1", "say it once"),
+        (f"--cpus-per-gpu 2 {SOLAR}", "needs --gpus-per-node"),
+        (f"--gpus-per-node 2 --tasks-per-node 3 {SOLAR}", "process of its own"),
+        (f"--cluster local --nodes 2 {SOLAR}", "has one node"),
+        (f"--time 1:2:3:4 {SOLAR}", "minutes:seconds"),
+        (f"--mem lots {SOLAR}", "a size such as 64G"),
+        (f"--config none.yaml {SOLAR}", "cannot be read"),
+        (f"--partitions x {SOLAR}", "unrecognized arguments: --partitions"),
+        (f"--study . {SOLAR}", "is there already"),
+        ("--resume nothing", "is not a study"),
+        (f"--resume x {SOLAR}", "takes command and sweep from the study"),
+        (f"--cluster local --study {__file__}/s {SOLAR}", "cannot be written"),
+    ],
+)
+def test_refused(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: str,
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        submit.main(shlex.split(words))
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("error:") == 1
+    assert not said.out and not list(tmp_path.iterdir())
+
+
+def test_refused__no_slurm(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as exit_:
+        submit.main(shlex.split(SOLAR))
+    assert exit_.value.code == 2
+    assert "There is no sbatch on this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:00", 90),
+        ("0:30", 1),
+        ("24:00:00", 1440),
+        ("1:00:01", 61),
+        ("2-0", 2880),
+        ("2-1:30", 2970),
+        ("1-0:0:1", 1441),
+    ],
+)
+def test_time(submit: ModuleType, text: str, minutes: int) -> None:
+    options = submit.parser()[0].parse_args(["--time", text])
+    assert options.time == minutes
+
+
+def test_config__command_line_wins(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "partition: gpu\naccount: me\ntime: '2:00:00'\nsetup:\n- module load a\n"
+        "- module load b\nenv: {A: 1, B: x y}\ngpus_per_node: 2\n"
+    )
+    submit.main(shlex.split(f"--dry-run --config site.yaml --partition cpu {SOLAR}"))
+    script = scripts(capsys.readouterr().out)["train"]
+    assert "--partition=cpu\n" in script and "--account=me\n" in script
+    assert "--time=120\n" in script and "--gpus-per-node=2\n" in script
+    assert "export A=1\nexport B='x y'\nmodule load a\nmodule load b\n" in script
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partitoin: gpu", "unknown key 'partitoin'"),
+        ("sweep: x=1", "unknown key 'sweep'"),
+        ("time: 24:00:00", "quotes"),
+        ("[1, 2]", "no mapping"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_config__refused(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: str,
+    message: str,
+) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        submit.main(shlex.split(f"--dry-run --config site.yaml {SOLAR}"))
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# The snapshot.
+
+
+def test_snapshot__has_new_files_and_no_caches(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = load(monkeypatch, "study")
+    study.snapshot(tmp_path / "code")
+    names = {str(f.relative_to(tmp_path / "code")) for f in tmp_path.rglob("*.*")}
+    assert {"lightly_mim/pretraining.py", "benchmarks/common.py"} <= names
+    assert {"slurm/task.py", "lightly_mim/methods/simmim.py"} <= names
+    assert not any(".git" in name or "__pycache__" in name for name in names)
+    for name in ("lightly_mim/cli.py", "slurm/study.py"):
+        assert (tmp_path / "code" / name).read_text() == (ROOT / name).read_text()
+
+
+def test_snapshot__is_what_jobs_import(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster = load(monkeypatch, "cluster")
+    study = load(monkeypatch, "study").Study(tmp_path, [], [], "", {}, {})
+    for name in ("lightly_mim", "benchmarks", "slurm"):
+        (study.code / name).mkdir(parents=True)
+    (study.code / "lightly_mim" / "__init__.py").touch()
+    (study.code / "slurm" / "task.py").touch()
+    (tmp_path / "find.py").write_text(
+        "import importlib.util as u\n"
+        "print(*(u.find_spec(name).origin for name in ('lightly_mim', 'task')))\n"
+    )
+    # As submitit starts it: `python -m` puts the working directory first of all.
+    lines = [
+        f"cd {shlex.quote(str(ROOT))}",
+        *cluster.snapshot_lines(study),
+        f"cp {shlex.quote(str(tmp_path))}/find.py .",
+        f"{shlex.quote(sys.executable)} -m find",
+    ]
+    done = subprocess.run(
+        "\n".join(lines), shell=True, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        f"{study.code}/lightly_mim/__init__.py",
+        f"{study.code}/slurm/task.py",
+    ]
+
+
+# A whole study, on this machine.
+
+
+def tiny(photos: Path) -> list[str]:
+    """The words of a run of a second: 32 photographs, 2 epochs, a ViT of 2 blocks."""
+    options = ["patch_size", "embed_dim", "depth", "num_heads"]
+    return [
+        str(ROOT / "benchmarks" / "imagenette.py"),
+        *("--data-dir", str(photos), "--encoder", TINY_VIT["encoder"]),
+        *("--img-size", "32", "--encoder-option"),
+        *(f"{name}={TINY_VIT[name]}" for name in options),
+        *("--epochs", "2", "--batch-size", "16", "--accelerator", "cpu"),
+        *("--num-workers", "0", "--precision", "32-true"),
+    ]
+
+
+@pytest.mark.slow
+def test_local_study__failure_is_listed_and_rerun_alone(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    words = ["--cluster", "local", "--parallel", "2", "--study", "s", "--sweep"]
+    words += ["method-option=mask_patch_size=8,mask_patch_size=5", "--"]
+    with pytest.raises(SystemExit) as exit_:
+        submit.main([*words, *tiny(photos)])
+    assert exit_.value.code == 1
+    output = capsys.readouterr().out
+    study = submit.Study.load("s")
+    good, bad = study.tasks
+    assert study.open_stages(good) == []
+    assert study.open_stages(bad) == ["train", "evaluate"]
+    state = study.state(bad)
+    assert state["status"] == "failed" and state["error"]["line"] in output
+    assert "Traceback" in state["error"]["traceback"]
+    assert [a["outcome"] for a in state["attempts"]] == ["failed"]
+    assert f"--resume {tmp_path / 's'}" in output
+    page = (tmp_path / "s" / "study.md").read_text()
+    assert "2 task(s), 1 done" in page and "| pretrained |" in page
+    table = (tmp_path / "s" / "study.csv").read_text().splitlines()
+    # three models with two protocols each, and the task that failed
+    assert len(table) == 1 + 3 * 2 + 1
+    attempt = study.state(good)["attempts"][0]
+    assert attempt["host"] and attempt["versions"]["torch"] and attempt["job"]
+    log = tmp_path / "s" / "jobs" / attempt["job"] / f"{attempt['job']}_0_log.out"
+    assert f"{tmp_path}/s/code" in log.read_text() or "train:" in log.read_text()
+
+    marker = study.run(good) / "SimMIM-seed0" / "finished.json"
+    before = marker.stat().st_mtime_ns
+    with pytest.raises(SystemExit) as exit_:
+        submit.main(["--resume", "s"])
+    assert exit_.value.code == 1  # it is still wrong
+    study = submit.Study.load("s")
+    assert len(study.state(bad)["attempts"]) == 2
+    assert len(study.state(good)["attempts"]) == 2  # train and evaluate, once each
+    assert marker.stat().st_mtime_ns == before
+    assert list(study.submissions[-1]["jobs"]) == [bad.name]
+
+
+# On a cluster.
+
+
+@pytest.fixture
+def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    return cluster
+
+
+@pytest.mark.slurm
+def test_slurm__unknown_partition(
+    submit: ModuleType,
+    on_cluster: Cluster,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    before = on_cluster.jobs()
+    for option in ("--partition", "--cpu-partition"):
+        with pytest.raises(SystemExit) as exit_:
+            submit.main(shlex.split(f"{option} gpus {SOLAR}"))
+        assert exit_.value.code == 2
+        said = capsys.readouterr().err
+        assert "There is no partition 'gpus'. There are: main, prio." in said
+    assert on_cluster.jobs() == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slurm
+def test_slurm__what_sbatch_refuses_leaves_nothing(
+    submit: ModuleType,
+    on_cluster: Cluster,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    before = on_cluster.jobs()
+    with pytest.raises(SystemExit) as exit_:
+        submit.main(shlex.split(f"--constraint none-such --study s {SWEEP} {SOLAR}"))
+    assert exit_.value.code == 2
+    assert "Invalid feature" in capsys.readouterr().err
+    assert on_cluster.jobs() == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slurm
+def test_slurm__array_evaluation_report_and_rerun(
+    submit: ModuleType,
+    on_cluster: Cluster,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shared: Path,
+) -> None:
+    path = shared / "six"
+    command = (
+        f"--partition main --parallel 2 --mem 3G --study {path} {SWEEP} "
+        "--env OMP_NUM_THREADS=1 "
+        f"{SOLAR} --quick --accelerator cpu --num-workers 0 --img-size 32 "
+        "--encoder-option depth=1 embed_dim=32 num_heads=2"
+    )
+    submit.main(shlex.split(f"--dry-run {command}"))
+    promised = scripts(capsys.readouterr().out)
+    submit.main(shlex.split(command))
+    study = submit.Study.load(path)
+    jobs = study.submissions[-1]["jobs"]
+    array = jobs[study.tasks[0].name]["train"].partition("_")[0]
+    written = (study.jobs / f"{array}_0" / f"{array}_submission.sh").read_text()
+    assert "#!" + promised["train"].strip() == written.strip()
+
+    victim = study.tasks[4]
+    job = jobs[victim.name]["train"]
+    wait(lambda: study.state(victim).get("status") == "running", 900)
+    running = [j for j, state in on_cluster.jobs().items() if state == "RUNNING"]
+    assert sum(j.startswith(f"{array}_") for j in running) <= 2
+    on_cluster.run("scancel", "--signal=KILL", job, check=True)
+    report = study.submissions[-1]["report"]
+    wait(lambda: on_cluster.jobs()[report] == "COMPLETED", 1800)
+
+    page = (path / "study.md").read_text()
+    assert "6 task(s), 5 done" in page
+    assert f"`{victim.name}`: lost. job {job} ended without a word" in page
+    assert study.resume_command() in page
+    status = load(monkeypatch, "status")
+    rows = status.rows(study, status.queue())
+    assert [row.state for row in rows].count("done") == 5
+    assert rows[4].state == "lost"
+    evaluation = jobs[victim.name]["evaluate"]
+    assert on_cluster.jobs()[evaluation] == "CANCELLED"
+
+    submit.main(["--resume", str(path)])
+    study = submit.Study.load(path)
+    again = study.submissions[-1]
+    assert list(again["jobs"]) == [victim.name]
+    wait(lambda: on_cluster.jobs()[again["report"]] == "COMPLETED", 900)
+    page = (path / "study.md").read_text()
+    assert "6 task(s), 6 done" in page and "Not finished" not in page
+    assert " (3) |" in page  # the mean over three seeds
+    lines = (path / "study.csv").read_text().splitlines()
+    assert len(lines) == 1 + 6 * 3 * 2
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(1)
+
+
+def test_study_json__is_plain(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    study = submit._plan(
+        submit.parser()[0].parse_args(shlex.split(SWEEP)),
+        ["benchmarks/solar_cells.py"],
+        [],
+    )
+    study.path.mkdir(parents=True)
+    study.save()
+    assert submit.Study.load(study.path) == study
+    stored = json.loads((study.path / "study.json").read_text())
+    assert stored["origin"]["versions"]["submitit"]
+    assert stored["tasks"][5]["sweep"] == {"method": "MAE", "seed": "2"}
