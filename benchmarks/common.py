@@ -37,6 +37,7 @@ from rich.text import Text
 from scipy.stats import t as student_t
 
 import lightly_mim.methods
+from lightly_mim.encoders import Pool
 from lightly_mim.evaluation import PIXELS, RANDOM, evaluate
 from lightly_mim.evaluation.results import RESULTS_FILE
 from lightly_mim.files import atomic_write
@@ -58,6 +59,13 @@ METHODS: dict[str, type[MaskedImageModel]] = {
 }
 
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
+
+# The poolings to choose from, by method; of others what the encoder has. SimMIM does
+# not train the class token, MAE's own probe reads it.
+POOLS: dict[str, tuple[Pool, ...]] = {
+    "SimMIM": ("mean",),
+    "MAE": ("mean", "cls", "cls+mean"),
+}
 
 # The model beside the baselines, which are `RANDOM` and `PIXELS`.
 PRETRAINED = "pretrained"
@@ -417,7 +425,7 @@ def run_study(
     """
     summary, table = arguments.out / "summary.csv", arguments.out / "table.md"
     if _is_main_process():
-        num_layers = _check_study(arguments, data, plans, summary)
+        choices = _check_study(arguments, data, plans, last_layers, summary)
         if arguments.overwrite:
             summary.unlink(missing_ok=True)
             table.unlink(missing_ok=True)
@@ -445,8 +453,7 @@ def run_study(
                 )
             if arguments.stage == "train" or not _is_main_process():
                 continue
-            first = -min(last_layers, num_layers[name])
-            settings = {"layers": list(range(first, 0)), **evaluation}
+            settings = {**choices[name], **evaluation}
             results = _evaluate(directory, data, seed, settings, arguments)
             speed = training_speed(directory, plan.pretraining["batch_size"])
             runs.append(Run(name, seed, directory.path, *speed, results))
@@ -464,12 +471,16 @@ def _is_main_process() -> bool:
 
 
 def _check_study(
-    arguments: argparse.Namespace, data: str, plans: Mapping[str, Plan], summary: Path
-) -> dict[str, int]:
+    arguments: argparse.Namespace,
+    data: str,
+    plans: Mapping[str, Plan],
+    last_layers: int,
+    summary: Path,
+) -> dict[str, dict[str, Any]]:
     """Finds what is wrong before the first run, not hours later before the last.
 
     Returns:
-        The number of layers of each method's encoder.
+        The layers and poolings that the evaluation of each method chooses from.
     """
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
@@ -483,21 +494,24 @@ def _check_study(
         given = getattr(arguments, name)
         if len(set(given)) < len(given):
             raise ValueError(f"--{name} names each one once, got {given}.")
-    num_layers = {}
+    choices: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
         try:
             method = plan.build()
         except TypeError as error:
             raise ValueError(f"{name} cannot be built like that: {error}") from error
         method.num_masked(torch.empty(1, 1, *method.encoder.img_size))
-        num_layers[name] = method.encoder.num_layers
+        encoder = method.encoder
+        pools = POOLS.get(name) if encoder.has_class_token else ("mean",)
+        count = min(last_layers, encoder.num_layers)
+        choices[name] = {"layers": list(range(-count, 0)), "pools": pools}
         for seed in arguments.seed:
             directory = RunDirectory(out / f"{name}-seed{seed}")
             if arguments.stage == "evaluate":
                 _check_trained(directory, {"data": data, "seed": seed}, plan)
             elif not arguments.resume:
                 directory.check({}, resume=False, overwrite=arguments.overwrite)
-    return num_layers
+    return choices
 
 
 def _check_trained(
@@ -872,15 +886,20 @@ def _score_cells(scores: Sequence[Mapping[str, Row]]) -> list[str]:
             accuracy = f"{top1[0]:.1f} [{low:.1f}, {high:.1f}]"
         else:
             accuracy = f"{fmean(top1):.1f} ± {stdev(top1):.1f}"
-        cells += [accuracy, ", ".join(dict.fromkeys(map(_layer, rows)))]
+        cells += [accuracy, _layers(rows)]
     return cells
 
 
-def _layer(row: Row) -> str:
-    if row["layer"] is None:
-        return ""
-    pooling = "" if row["pooling"] == "mean" else f" {row['pooling']}"
-    return f"{row['layer']}{pooling}"
+def _layers(rows: Sequence[Row]) -> str:
+    """Returns the chosen layers, those of one pooling together: `1, 3; 4 cls`."""
+    layers: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["layer"] is not None:
+            layers.setdefault(row["pooling"], {})[str(row["layer"])] = None
+    return "; ".join(
+        ", ".join(chosen) + ("" if pooling == "mean" else f" {pooling}")
+        for pooling, chosen in layers.items()
+    )
 
 
 def _margin(run: Run, baseline: str, protocol: str) -> float:

@@ -25,7 +25,6 @@ SIZE = "320px"  # large enough for crops of 224 pixels, a fifth of the full down
 
 # The evaluation, whose choices are made on training images.
 LAST_LAYERS = 6  # half of a ViT-B; SimMIM's authors probe its eighth block of twelve
-POOLS = ("mean",)  # SimMIM does not train the class token
 
 EPILOG = """\
 examples:
@@ -121,7 +120,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         str(data),
         plans,
         last_layers=LAST_LAYERS,
-        evaluation={"pools": POOLS},
+        evaluation={},
         title=f"{data.resolve().name}: {num_train} training and {num_test} test images",
         notes=[],
         command=command,

@@ -66,7 +66,6 @@ MIN_SCALE = 0.67  # smallest share of a cell that a crop covers; the paper's
 
 # The evaluation, whose choices are made on training images.
 LAST_LAYERS = 6  # all blocks to choose from: not the last is best
-POOLS = ("mean",)  # SimMIM does not train the class token
 CROP_RATIO = 1.0  # the whole cell: defects lie at the margin, too
 LINEAR = Linear()
 
@@ -146,7 +145,6 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         {name: _plan(name, arguments) for name in arguments.method},
         last_layers=LAST_LAYERS,
         evaluation={
-            "pools": POOLS,
             "crop_ratio": CROP_RATIO,
             "linear": QUICK_LINEAR if arguments.quick else LINEAR,
         },

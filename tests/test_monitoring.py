@@ -111,33 +111,42 @@ def test_probe_and_alarm__change_nothing(
     assert (config["probe"], config["probe_every"]) == (probe, 2)
 
 
-@pytest.mark.parametrize(("epoch", "batch", "save"), [(2, 0, False), (1, 2, True)])
+WATCHED: dict[str, Any] = {"probe": "linear", "probe_every": 1, "rank_every": 1}
+ALONE: dict[str, Any] = {"rank_every": 0}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "epoch", "batch", "save"),
+    [
+        (WATCHED, WATCHED, 1, 2, True),
+        (WATCHED, WATCHED, 2, 0, False),
+        (WATCHED, ALONE, 1, 2, True),
+        (ALONE, WATCHED, 1, 2, True),
+    ],
+)
 def test_probe__resumed_run_ends_the_same(
     plain: tuple[Path, Watch],
     photos: Path,
     tmp_path: Path,
+    first: dict[str, Any],
+    then: dict[str, Any],
     epoch: int,
     batch: int,
     save: bool,
 ) -> None:
-    """Begun with the probe, gone on without, and the other way round."""
-    watched: dict[str, Any] = {"probe": "linear", "probe_every": 1, "rank_every": 1}
-    for name, first, then in (
-        ("on", watched, watched),
-        ("off", watched, {"rank_every": 0}),
-        ("added", {"rank_every": 0}, watched),
-    ):
-        out = tmp_path / name
-        checkpoint = out / "checkpoints" / "last.ckpt" if save else None
-        with pytest.raises(InterruptedError):
-            interrupt = Interrupt(epoch, batch, checkpoint)
-            run(out, photos, callbacks=[interrupt], **first)
-        torch.manual_seed(123)
-        run(out, photos, callbacks=[Interrupt(99, 99)], resume=True, **then)
-        assert_same(weights(out), weights(plain[0]))
-    assert len(column(tmp_path / "on", "probe_top1")) == 3
-    assert len(column(tmp_path / "off", "probe_top1")) == epoch
-    assert len(column(tmp_path / "added", "rankme")) == 3 - epoch
+    """Also if it was begun with the probe and goes on without, or the other way."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt" if save else None
+    with pytest.raises(InterruptedError):
+        interrupt = Interrupt(epoch, batch, checkpoint)
+        run(tmp_path / "run", photos, callbacks=[interrupt], **first)
+    torch.manual_seed(123)
+    run(tmp_path / "run", photos, callbacks=[Interrupt(9, 9)], resume=True, **then)
+    assert_same(weights(tmp_path / "run"), weights(plain[0]))
+    expected = (epoch if first is WATCHED else 0) + (
+        3 - epoch if then is WATCHED else 0
+    )
+    for name in ("probe_top1", "rankme"):
+        assert len(column(tmp_path / "run", name)) == expected
 
 
 def test_probe__is_the_evaluation(photos: Path) -> None:
@@ -419,6 +428,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_probe__two_processes_agree(photos: Path, tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(DDP_SCRIPT.format(vit=DROPPING, data=str(photos)))

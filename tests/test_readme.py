@@ -44,6 +44,8 @@ def blocks(language: str) -> list[str]:
 def folder(photos: Path, tmp_path: Path) -> Path:
     """Where a reader stands: images in photos/, an empty runs/."""
     shutil.copytree(photos, tmp_path / "photos")
+    [site] = blocks("yaml")
+    (tmp_path / "site.yaml").write_text(site)
     return tmp_path
 
 
@@ -79,6 +81,11 @@ def test_bash(code: str, folder: Path) -> None:
             for word in words[2:]:
                 if word.startswith("--"):
                     assert word in help_text
+        elif words[:2] == ["python", "slurm/submit.py"]:
+            split = words.index("--")
+            words[split:split] = ["--dry-run"]
+            planned = run([words[0], str(ROOT / words[1]), *words[2:]], folder)
+            assert "sbatch" in planned.lower() or "local" in words
         else:
             assert words[0] == "lightly-mim", f"no test runs {line!r}"
             run(words, folder)
@@ -88,7 +95,7 @@ def test_there_are_blocks() -> None:
     assert len(blocks("python")) >= 4
     assert len(blocks("bash")) >= 3
     languages = {name for name, _ in BLOCK.findall(README.read_text())}
-    assert languages <= {"python", "bash", "text"}
+    assert languages <= {"python", "bash", "text", "yaml"}
 
 
 def test_links_lead_somewhere() -> None:

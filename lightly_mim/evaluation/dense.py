@@ -34,7 +34,7 @@ import torch
 from rich.progress import track
 from torch import Generator, Tensor
 
-from lightly_mim.data import KeyedLoader, seed_from
+from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.segmentation import (
     IGNORED,
     MaskedFiles,
@@ -186,9 +186,10 @@ def evaluate_dense(
     settings: dict[str, DenseProtocol] = {"knn": knn, "linear": linear}
     for name in protocols:
         settings[name].check()
-    model = load_encoder(
-        encoder, img_size=img_size, in_chans=in_chans, pretrained=pretrained
-    )
+    with keyed_random_state(seed, "evaluation", "encoder"):
+        model = load_encoder(
+            encoder, img_size=img_size, in_chans=in_chans, pretrained=pretrained
+        )
     chosen_layers = _check_layers(layers, model.num_layers)
     train_files, test_files, held_out = open_segmentation(
         data, val, seed=seed, in_chans=model.in_chans

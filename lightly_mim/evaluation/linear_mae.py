@@ -120,6 +120,11 @@ class LinearMAE:
                 "batch_size and a micro_batch_size that are powers of two."
             )
         notes = []
+        if self.pool is None:
+            notes.append(
+                "linear_mae: the features are class tokens if there are any, as "
+                "published. SimMIM does not train them: use pool='mean' for it."
+            )
         lr = self.lr * plan.batch_size / 256
         if plan.batch_size != self.batch_size:
             notes.append(

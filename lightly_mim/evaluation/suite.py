@@ -358,6 +358,7 @@ def evaluate(
         "versions": package_versions(),
     }
     results = Results(rows, [*notes, *keeper.notes], record, measures)
+    world.wait()  # all have seen that there were no results
     if file is not None and world.rank == 0:
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n")

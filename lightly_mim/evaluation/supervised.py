@@ -93,7 +93,8 @@ def plan_batches(
     if batch_size > num_train:
         num_parts = math.ceil(num_train / micro_batch_size)
         batch_size = num_train - num_train % (num_parts * multiple)
-    for num_parts in range(max(math.ceil(batch_size / micro_batch_size), 1), num_train):
+    fewest = max(math.ceil(batch_size / micro_batch_size), 1)
+    for num_parts in range(fewest, batch_size + 1):
         if batch_size and batch_size % (num_parts * multiple) == 0:
             return BatchPlan(batch_size, num_parts, num_train // batch_size)
     raise ValueError(

@@ -192,7 +192,9 @@ def test_linear_mae__reads_the_feature_that_it_says(
 
 def test_linear_mae__published_settings() -> None:
     settings = LinearMAE()
-    assert settings.check(1_281_167) == []
+    [warning] = settings.check(1_281_167)
+    assert "use pool='mean'" in warning
+    assert LinearMAE(pool="cls").check(1_281_167) == []
     recipe = settings._recipe(12)
     assert (recipe.epochs, recipe.warmup_epochs) == (90, 10)
     assert settings.lr * settings.batch_size / 256 == pytest.approx(6.4)
@@ -201,10 +203,10 @@ def test_linear_mae__published_settings() -> None:
 
 
 def test_linear_mae__says_what_a_small_data_set_does() -> None:
-    smaller, short = LinearMAE().check(1968)
+    smaller, short = LinearMAE(pool="cls").check(1968)
     assert "Batches have 1968, for which the learning rate is 0.769" in smaller
     assert "90 steps" in short
-    assert LinearMAE(batch_size=256, lr=6.4).check(1968) == []
+    assert LinearMAE(batch_size=256, lr=6.4, pool="cls").check(1968) == []
 
 
 @pytest.mark.parametrize(

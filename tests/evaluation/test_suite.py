@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -475,9 +474,6 @@ def test_evaluate__other_settings_are_not_taken_for_the_same(
         {"knn": KNN(ks=[1])},
         {"knn": KNN(ks=range(1, 3))},
         {"knn": KNN(ks=range(1, 4))},
-        {"knn": KNN(ks=[1], temperatures=np.array([0.1, 0.2]))},
-        {"knn": KNN(ks=[1], temperatures=[np.float32(0.3)])},
-        {"knn": KNN(ks=[1], temperatures=[np.float32(0.4)])},
         {"seed": 1},
         {"crop_ratio": 1.0},
         {"layers": [0]},

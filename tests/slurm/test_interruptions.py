@@ -60,7 +60,7 @@ class Slow(SimMIM):
                 room = int(os.environ["ROOM"])
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
             if beat.with_name("slow").exists():
-                time.sleep(0.7)
+                time.sleep(float(beat.with_name("slow").read_text()))
         return super().forward(images, mask, num_masked)
 """
 
@@ -179,21 +179,27 @@ class StudyRun:
 
         wait_until(f"step {count} of attempt {restart}", there)
 
-    def slow(self) -> None:
-        (self.beat / "slow").touch()
+    def slow(self, seconds: float = 0.7) -> None:
+        temporary = self.beat / "slower"
+        temporary.write_text(str(seconds))
+        temporary.replace(self.beat / "slow")
 
     def fast(self) -> None:
         (self.beat / "slow").unlink()
 
-    def end(self) -> str:
-        """Waits for the end of all jobs of the study and returns the training job's."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    @property
+    def jobs(self) -> list[str]:
+        """The training job and, after it, the report's."""
         study = json.loads((self.path / "study.json").read_text())
-        ids = {self.job, study["submissions"][-1]["report"]}
-        wait_until(
-            f"the end of {ids}: {self.log[-3000:]}",
-            lambda: all(self.cluster.jobs()[job] in over for job in ids),
-        )
+        return [self.job, study["submissions"][-1]["report"]]
+
+    def end(self, report: bool = False) -> str:
+        """Waits for the end of the training job, and the report, and returns how."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        for job in self.jobs if report else [self.job]:
+            wait_until(
+                f"the end of {job}", lambda job=job: self.cluster.jobs()[job] in over
+            )
         return self.cluster.jobs()[self.job]
 
     def tool(self, script: str, *options: str) -> None:
@@ -276,7 +282,7 @@ def submit(
 
     yield send
     for study in submitted:
-        cluster.run("scancel", study.job)
+        cluster.run("scancel", *study.jobs)
 
 
 def test_preempted_twice_it_ends_the_same(
@@ -287,6 +293,7 @@ def test_preempted_twice_it_ends_the_same(
     study.wait_for_steps(0, STEPS + 3)
     cluster.run("scontrol", "requeue", study.job, check=True)
     study.wait_for_steps(1, 3)
+    study.slow(4)
     # SLURM looks at its limits every 30 s, and warns 50 s before this one.
     job = f"JobId={study.job}"
     cluster.run("scontrol", "update", job, "TimeLimit=1", check=True)
@@ -393,7 +400,7 @@ def test_killed_step_is_listed_and_goes_on(
     study = submit()
     study.wait_for_steps(0, STEPS + 3)
     os.kill(task_process(cluster, study.job), signal.SIGKILL)
-    assert study.end() == "FAILED"
+    assert study.end(report=True) == "FAILED"
     assert cluster.job_field(study.job, "Restarts") == "0"
     assert not (study.task / "run" / "finished.json").exists()
     listed = study.status()
