@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -352,7 +353,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
     ) -> None:
-        """Writes a checkpoint, see `TorchCheckpointIO.save_checkpoint`."""
+        """Writes a checkpoint, see `TorchCheckpointIO.save_checkpoint`.
+
+        Raises:
+            OSError: If it cannot be written, for example to a full disk. The checkpoint
+                that was there stays.
+        """
         self.may_write()
-        with atomic_write(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # What torch makes of a full disk does not say so.
+                reason = error.__context__
+                if isinstance(reason, OSError) and reason.errno is not None:
+                    words = (reason.errno, os.strerror(reason.errno), str(path))
+                    raise OSError(*words) from error
+                raise

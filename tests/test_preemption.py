@@ -395,8 +395,12 @@ def test_pretrain__killed_program_goes_on(
     steps = torch.load(run_directory.checkpoint)["global_step"]
     assert 4 <= steps < 12
     subprocess.run(command, env=environment, check=True, timeout=240)
-    if devices == 1:
-        assert_same(run_directory.path, finished)
-    for name, tensor in weights(finished).items():
-        ours = weights(run_directory.path)[name]
-        torch.testing.assert_close(ours, tensor, rtol=1e-4, atol=1e-4)
+    whole = finished
+    if devices > 1:
+        # Adam makes steps of rounding where a gradient is next to nothing: compare with
+        # as many processes.
+        (tmp_path / "whole").mkdir()
+        command[-1] = tmp_path / "whole"
+        subprocess.run(command, env=environment, check=True, timeout=240)
+        whole = tmp_path / "whole" / "run"
+    assert_same(run_directory.path, whole)

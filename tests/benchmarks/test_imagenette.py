@@ -221,7 +221,9 @@ def test_main__two_methods_in_one_table(
     assert labels[2:] == [
         "SimMIM, pretrained",
         "Smooth, pretrained",
-        "random initialisation",
+        # SimMIM's are means; of an unknown method the class token is tried, too.
+        "random initialisation (SimMIM)",
+        "random initialisation (Smooth)",
         "raw pixels",
     ]
 

@@ -372,8 +372,9 @@ def test_controller_restarts(
     study.wait_for_steps(0, 3)
     cluster.kill_controller()
     cluster.start_controller()
-    cluster.run("scancel", "--signal=USR2", study.job, check=True)
     cluster.kill_controller()
+    # As slurmstepd sends it, which a controller had asked to.
+    os.kill(task_process(cluster, study.job), signal.SIGUSR2)
     wait_until("the save", lambda: "saved and told to stop" in study.log)
     time.sleep(2)
     cluster.start_controller()
@@ -421,6 +422,7 @@ def test_lost_node(
     study.wait_for_steps(0, STEPS + 3)
     name = cluster.job_field(study.job, "NodeList")
     old = task_process(cluster, study.job)
+    study.slow(5)  # SLURM misses the node after 15 s or more
     cluster.kill_node(name)
     try:
         study.wait_for_steps(1, 1)
