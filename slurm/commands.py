@@ -215,7 +215,11 @@ def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
         raise ValueError(
             "Say what to run behind --, for example: -- benchmarks/solar_cells.py"
         )
-    scripts = sorted(file.name for file in (ROOT / "benchmarks").glob("*.py"))
+    scripts = sorted(
+        file.name
+        for file in (ROOT / "benchmarks").glob("*.py")
+        if file.name not in ("common.py", "throughput.py")  # these train nothing
+    )
     path = Path(words[0])
     if path.name == PROGRAM:
         command: Command = Program([PROGRAM, *words[1:]], evaluation)

@@ -98,6 +98,10 @@ def test_there_are_blocks() -> None:
     assert languages <= {"python", "bash", "text", "yaml"}
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README.read_text()
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
         if not target.startswith("http"):

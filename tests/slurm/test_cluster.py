@@ -76,7 +76,9 @@ def test_nothing_outlives_its_owner(signum: int) -> None:
     require_slurm()
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A shell that starts the tests in the background lets them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.path.insert(0, {str(Path(module.__file__).parent)!r})\n"
         "from cluster import Cluster\n"
         f"with Cluster({str(directory)!r}) as cluster:\n"
