@@ -445,7 +445,7 @@ def test_slurm__array_evaluation_report_and_rerun(
     study = submit.Study.load(path)
     jobs = study.submissions[-1]["jobs"]
     array = jobs[study.tasks[0].name]["train"].partition("_")[0]
-    written = (study.jobs / f"{array}_0" / f"{array}_submission.sh").read_text()
+    written = (study.jobs / array / f"{array}_submission.sh").read_text()
     assert "#!" + promised["train"].strip() == written.strip()
 
     victim = study.tasks[4]
