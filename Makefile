@@ -22,9 +22,12 @@ test: $(READY)  ## the tests, one process per core
 test-slow: $(READY)  ## the long tests
 	$(BIN)/python -m pytest -m "slow and not slurm"
 
+# Which of them: "slurm and not slow" leaves out killed nodes and controllers.
+SLURM_TESTS ?= slurm
+
 slurm-test: $(READY)  ## the tests on a private SLURM; installs it as root on Debian
 	$(BIN)/python tests/slurm/cluster.py install
-	REQUIRE_SLURM=1 $(BIN)/python -m pytest -m slurm
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest -m "$(SLURM_TESTS)"
 
 check: $(READY)  ## all that CI checks
 	$(BIN)/ruff format --check .
@@ -33,7 +36,7 @@ check: $(READY)  ## all that CI checks
 	$(BIN)/lint-imports
 	$(MAKE) test
 	$(MAKE) test-slow
-	$(MAKE) slurm-test
+	$(MAKE) slurm-test SLURM_TESTS="slurm and not slow"
 	$(BIN)/python benchmarks/solar_cells.py --quick --out runs/quick --overwrite
 
 format: $(READY)  ## format the code
