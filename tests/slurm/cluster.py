@@ -178,6 +178,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         command = [sys.executable, __file__, "guard", str(self.directory)]
+        command += ["--remove"] * self._temporary
         self._guard = subprocess.Popen(
             command, stdin=subprocess.PIPE, start_new_session=True
         )
@@ -466,12 +467,14 @@ def _wait_for(what: str, seconds: float, done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _guard(cluster: Cluster) -> None:
+def _guard(cluster: Cluster, remove: bool) -> None:
     """Waits until the process that started it is gone, and cleans up."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     sys.stdin.read()
     cluster.stop()
+    if remove:
+        shutil.rmtree(cluster.directory, ignore_errors=True)
 
 
 def main() -> None:
@@ -488,6 +491,8 @@ def main() -> None:
             command.add_argument("--nodes", type=int, default=2)
             command.add_argument("--cpus", type=int, default=2)
             command.add_argument("--gpus", type=int, default=2)
+        if name == "guard":
+            command.add_argument("--remove", action="store_true")
     arguments = vars(parser.parse_args())
     command = arguments.pop("command")
     if command == "install":
@@ -496,11 +501,12 @@ def main() -> None:
         except ClusterError as error:
             sys.exit(f"error: {error}")
         return
+    remove = arguments.pop("remove", False)
     cluster = Cluster(**arguments)
     if command == "stop":
         cluster.stop()
     elif command == "guard":
-        _guard(cluster)
+        _guard(cluster, remove)
     else:
         try:
             cluster.start()
