@@ -6,7 +6,8 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,48 @@ class ReconstructionPictures(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Writes the pictures when it is time."""
-        epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs
-        if last or (self.every_n_epochs and epoch % self.every_n_epochs == 0):
-            method = pl_module.method
-            assert isinstance(method, MaskedImageModel)
-            path = self.directory / f"epoch_{epoch:04d}.png"
-            write_reconstructions(method, self.images, self.mask, path)
+        if is_due(trainer, self.every_n_epochs):
+            path = self.directory / f"epoch_{trainer.current_epoch + 1:04d}.png"
+            write_reconstructions(method_of(pl_module), self.images, self.mask, path)
+
+
+def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
+    """Returns whether the epoch that ends is one of those, or the last one.
+
+    Args:
+        trainer:
+            The Trainer.
+        every_n_epochs:
+            How often, besides the last epoch. 0 for the last epoch only.
+    """
+    epoch = trainer.current_epoch + 1
+    return epoch == trainer.max_epochs or bool(
+        every_n_epochs and epoch % every_n_epochs == 0
+    )
+
+
+def method_of(pl_module: pl.LightningModule) -> MaskedImageModel:
+    """Returns the method that a `Pretraining` trains."""
+    method = pl_module.method
+    assert isinstance(method, MaskedImageModel)
+    return method
+
+
+@contextmanager
+def undisturbed(method: MaskedImageModel) -> Iterator[torch.device]:
+    """Puts a method in evaluation mode, and leaves its random states alone.
+
+    Args:
+        method:
+            The method, which is back in its modes afterwards.
+
+    Yields:
+        The device that the method is on.
+    """
+    device = next(method.parameters()).device
+    gpus = [device] if device.type == "cuda" else []
+    with evaluating(method, device), torch.random.fork_rng(devices=gpus):
+        yield device
 
 
 def write_reconstructions(
@@ -87,10 +123,8 @@ def write_reconstructions(
         path:
             The PNG file.
     """
-    device = next(method.parameters()).device
-    images, mask = images.to(device), mask.to(device)
-    gpus = [device] if device.type == "cuda" else []
-    with evaluating(method, device), torch.random.fork_rng(devices=gpus):
+    with undisturbed(method) as device:
+        images, mask = images.to(device), mask.to(device)
         pasted = method.reconstruct(images, mask)
     masked = expand_mask(mask, (images.shape[-2], images.shape[-1]))[:, None]
     mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]

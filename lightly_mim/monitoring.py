@@ -19,14 +19,15 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, Subset
 
-from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
+from lightly_mim.callbacks import is_due, method_of, undisturbed
+from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from, spread_out
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.attentive import Attentive
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
+    batch_images,
     collect_features,
-    evaluating,
 )
 from lightly_mim.evaluation.linear import Linear
 from lightly_mim.evaluation.protocol import FeatureProtocol
@@ -194,13 +195,11 @@ class OnlineProbe(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Fits and scores the probe when it is time."""
-        if not _is_due(trainer, self.every_n_epochs):
+        if not is_due(trainer, self.every_n_epochs):
             return
-        accuracy = (
-            self.score(_method_of(pl_module), trainer.precision)
-            if (trainer.is_global_zero)
-            else 0.0
-        )
+        accuracy = 0.0
+        if trainer.is_global_zero:
+            accuracy = self.score(method_of(pl_module), trainer.precision)
         accuracy = trainer.strategy.broadcast(accuracy)
         pl_module.log("probe_top1", accuracy, prog_bar=True)
 
@@ -301,18 +300,18 @@ class CollapseAlarm(Callback):
         """Measures the encoder before the first step."""
         first = trainer.global_step == 0 and self._highest == 0
         if first and self._active and trainer.is_global_zero:
-            measured = self.measure(_method_of(pl_module), trainer.precision)
+            measured = self.measure(method_of(pl_module), trainer.precision)
             self._highest = measured["rankme"]
 
     def on_train_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Measures the encoder when it is time, and warns."""
-        if not self._active or not _is_due(trainer, self.every_n_epochs):
+        if not self._active or not is_due(trainer, self.every_n_epochs):
             return
         measured: dict[str, float] = {}
         if trainer.is_global_zero:
-            measured = self.measure(_method_of(pl_module), trainer.precision)
+            measured = self.measure(method_of(pl_module), trainer.precision)
         measured = trainer.strategy.broadcast(measured)
         pl_module.log_dict(measured)
         rank = measured["rankme"]
@@ -346,11 +345,8 @@ class CollapseAlarm(Callback):
                 Lightning's precision, see `OnlineProbe.score`.
         """
         if self._read is None:
-            total = len(self.images)  # type: ignore[arg-type]
-            count = min(self.num_images, total)
-            # From all over the data set: neighbours are of one class.
-            spread = [number * total // count for number in range(count)]
-            self._read = _read_images(Subset(self.images, spread), self.num_workers)
+            few = spread_out(self.images, self.num_images)
+            self._read = _read_images(few, self.num_workers)
         encoder = method.encoder
         function = EncoderFeatures(encoder, [-1], ["mean"])
         with _undisturbed(method, 0, "rank") as device:
@@ -374,19 +370,6 @@ _PROTOCOLS: Mapping[str, FeatureProtocol] = {
 }
 
 
-def _is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
-    epoch = trainer.current_epoch + 1
-    return epoch == trainer.max_epochs or bool(
-        every_n_epochs and epoch % every_n_epochs == 0
-    )
-
-
-def _method_of(pl_module: pl.LightningModule) -> MaskedImageModel:
-    method = pl_module.method
-    assert isinstance(method, MaskedImageModel)
-    return method
-
-
 def _read_images(dataset: Dataset[Any], num_workers: int | None) -> FixedImages:
     """Decodes all images of a data set, in its order."""
     loader = KeyedLoader(
@@ -399,7 +382,7 @@ def _read_images(dataset: Dataset[Any], num_workers: int | None) -> FixedImages:
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in loader:
-        images.append(batch[0][0] if isinstance(batch[0], list) else batch[0])
+        images.append(batch_images(batch))
         labels.append(batch[1])
     return FixedImages(torch.cat(images), torch.cat(labels))
 
@@ -432,11 +415,5 @@ def _undisturbed(
     method: MaskedImageModel, seed: int, word: str
 ) -> Iterator[torch.device]:
     """Gives the method's device, and leaves its mode and all random states alone."""
-    device = next(method.parameters()).device
-    gpus = [device] if device.type == "cuda" else []
-    with (
-        evaluating(method, device),
-        torch.random.fork_rng(devices=gpus),
-        keyed_random_state(seed, word),
-    ):
+    with undisturbed(method) as device, keyed_random_state(seed, word):
         yield device

@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Generator, Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
 
 from lightly_mim.callbacks import (
@@ -44,10 +44,11 @@ from lightly_mim.data import (
     keyed_random_state,
     open_data,
     seed_from,
+    spread_out,
 )
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
-from lightly_mim.evaluation.features import normalize_images
+from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
@@ -716,14 +717,10 @@ class _Images(pl.LightningDataModule):
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Returns a few images, normalised, and their masks: the same in every run."""
         dataset = self.val if self.val is not None else self.train
-        num_images = len(dataset)  # type: ignore[arg-type]
-        count = min(NUM_PICTURES, num_images)
-        # From all over the data set: neighbours are of one class.
-        spread = [number * num_images // count for number in range(count)]
-        loader = self._loader(Subset(dataset, spread), count, num_workers=0)
-        images = next(iter(loader))[0]
-        images = images[0] if isinstance(images, list) else images
+        few = spread_out(dataset, NUM_PICTURES)
+        loader = self._loader(few, len(few), num_workers=0)
         encoder = self.method.encoder
+        images = batch_images(next(iter(loader)))
         images = normalize_images(images, encoder.mean, encoder.std)
         generator = Generator().manual_seed(seed_from(self.seed, "pictures"))
         return images, self.method.draw_mask(images, generator)

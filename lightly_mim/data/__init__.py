@@ -11,7 +11,7 @@ from lightly_mim.data.loading import (
 )
 from lightly_mim.data.named import NAMED_DATA, imagenette, open_named, solar_cells
 from lightly_mim.data.seeding import keyed_random_state, seed_from
-from lightly_mim.data.sources import TransformedDataset, open_data
+from lightly_mim.data.sources import TransformedDataset, open_data, spread_out
 
 __all__ = [
     "NAMED_DATA",
@@ -31,4 +31,5 @@ __all__ = [
     "open_named",
     "seed_from",
     "solar_cells",
+    "spread_out",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.loading import Item, as_item
@@ -69,6 +69,20 @@ def is_image(sample: Any) -> bool:
     return isinstance(sample, Image) or (
         isinstance(sample, Tensor) and sample.dtype == torch.uint8
     )
+
+
+def spread_out(dataset: Dataset[Any], count: int) -> Subset[Any]:
+    """Returns images from all over a data set: neighbours are often of one class.
+
+    Args:
+        dataset:
+            Data set with a length.
+        count:
+            How many images to take, all of them if there are fewer.
+    """
+    total = len(dataset)  # type: ignore[arg-type]
+    count = min(count, total)
+    return Subset(dataset, [number * total // count for number in range(count)])
 
 
 def open_data(

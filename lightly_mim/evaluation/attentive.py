@@ -32,7 +32,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -42,11 +42,19 @@ from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.preparation import (
     MAX_NUMBERS,
+    GridChoice,
     Standardizer,
     assign_folds,
     check_folds,
+    check_label_range,
 )
-from lightly_mim.evaluation.protocol import Outcome, rank_classes
+from lightly_mim.evaluation.protocol import (
+    Outcome,
+    best_key,
+    describe_choices,
+    merit,
+    rank_classes,
+)
 
 Kind = Literal["single", "efficient"]
 
@@ -145,7 +153,7 @@ class Attentive:
             )
             for key, values in train.values.items()
         }
-        key = max(choices, key=lambda key: (choices[key].accuracy, -choices[key].loss))
+        key = best_key(choices)
         chosen = {
             "learning_rate": choices[key].learning_rate,
             "weight_decay": choices[key].weight_decay,
@@ -165,33 +173,9 @@ class Attentive:
                 for start in range(0, len(values), self.batch_size)
             ]
         )
-        selection = [
-            {"layer": layer, "pooling": pooling, **choice._asdict()}
-            for (layer, pooling), choice in choices.items()
-        ]
-        ranked = rank_classes(logits, min(5, num_classes)).cpu()
+        ranked = rank_classes(logits).cpu()
         variant = "" if self.kind == "single" else f"{self.kind}, {self.queries}"
-        return [Outcome(key, chosen, selection, ranked, variant)]
-
-
-class AttentiveChoice(NamedTuple):
-    """What the held-out part of the training set has chosen.
-
-    Attributes:
-        learning_rate:
-            The best learning rate.
-        weight_decay:
-            The best weight decay.
-        accuracy:
-            Their top-1 accuracy on the held-out part, in [0, 1].
-        loss:
-            Their cross-entropy there, which decides between equal accuracies.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    accuracy: float
-    loss: float
+        return [Outcome(key, chosen, describe_choices(choices), ranked, variant)]
 
 
 class AttentiveProbes(nn.Module):
@@ -420,7 +404,7 @@ def choose_attentive(
     max_numbers: int = MAX_NUMBERS,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> AttentiveChoice:
+) -> GridChoice:
     """Chooses learning rate and weight decay on a held-out part of the training set.
 
     The best accuracy wins; of equals the lower cross-entropy, then the first probe.
@@ -490,7 +474,7 @@ def choose_attentive(
         losses = functional.cross_entropy(logits.mT, target, reduction="none")
         loss += losses.sum(dim=1, dtype=torch.float64).cpu()
     choices = [
-        AttentiveChoice(*pair, hits / len(held_out), lost / len(held_out))
+        GridChoice(*pair, hits / len(held_out), lost / len(held_out))
         for pair, hits, lost in zip(
             itertools.product(learning_rates, weight_decays),
             correct.tolist(),
@@ -498,7 +482,7 @@ def choose_attentive(
             strict=True,
         )
     ]
-    return max(choices, key=lambda choice: (choice.accuracy, -choice.loss))
+    return max(choices, key=merit)
 
 
 def _train(
@@ -558,11 +542,7 @@ def _check_fit(tokens: Tensor, labels: Tensor, num_classes: int) -> None:
             f"image, got shapes {tuple(tokens.shape)} and {tuple(labels.shape)}. The "
             "attentive probe reads all patch tokens, not pooled features."
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"Labels lie in [0, {num_classes}), got {int(labels.min())} to "
-            f"{int(labels.max())}."
-        )
+    check_label_range(labels, num_classes)
 
 
 def _check_settings(

@@ -51,6 +51,7 @@ from lightly_mim.evaluation.features import (
     Features,
     Key,
     Precision,
+    batch_images,
     collect_features,
 )
 from lightly_mim.evaluation.fingerprints import hash_key
@@ -575,8 +576,7 @@ def _append(batch: Any, other: Any) -> tuple[Any, ...]:
 
 
 def _take(batch: Any, part: slice) -> tuple[Any, ...]:
-    images = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
-    return (images[part], *(entry[part] for entry in batch[1:]))
+    return (batch_images(batch)[part], *(entry[part] for entry in batch[1:]))
 
 
 # Files.

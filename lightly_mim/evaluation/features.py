@@ -265,8 +265,7 @@ def collect_features(
     labels: list[Tensor] = []
     filenames: list[str] = []
     for batch in batches:
-        images = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
-        images = images.to(device, non_blocking=True)
+        images = batch_images(batch).to(device, non_blocking=True)
         labels.append(check_labels(batch[1]))
         filenames.extend(batch[2] if len(batch) > 2 else ())
         for name, function in functions.items():
@@ -283,6 +282,19 @@ def collect_features(
         name: Features(_join(parts[name]), joined, filenames, seconds[name])
         for name in functions
     }
+
+
+def batch_images(batch: Any) -> Tensor:
+    """Returns the images of a batch, of several views the first one.
+
+    Args:
+        batch:
+            Tuple or list that begins with the images or with a list of views, as
+            lightly's (views, labels, filenames).
+    """
+    views = batch[0]
+    images: Tensor = views[0] if isinstance(views, (list, tuple)) else views
+    return images
 
 
 def normalize_images(

@@ -441,7 +441,7 @@ class FineTune:
                     "layer_decay": recipe.layer_decay,
                 },
                 [],
-                rank_classes(logits, min(5, num_classes)),
+                rank_classes(logits),
             )
         ]
 

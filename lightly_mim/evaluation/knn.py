@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.protocol import Outcome, rank_classes
+from lightly_mim.evaluation.protocol import (
+    NUM_RANKS,
+    Outcome,
+    best_key,
+    describe_choices,
+    rank_classes,
+)
 
 # The published values of k, and smaller ones for small training sets.
 KS = (1, 5, 10, 20, 50, 100, 200)
@@ -83,7 +89,7 @@ class KNN:
             )
             for key, values in train.values.items()
         }
-        key = max(choices, key=lambda key: choices[key].accuracy)  # the first of equals
+        key = best_key(choices)
         ranked = knn_predict_grid(
             test.values[key].to(device),
             train.values[key].to(device),
@@ -91,19 +97,11 @@ class KNN:
             num_classes,
             [choices[key].k],
             [choices[key].temperature],
-            num_ranks=min(5, num_classes),
+            num_ranks=min(NUM_RANKS, num_classes),
             chunk_size=self.chunk_size,
         )
-        outcome = Outcome(
-            key,
-            {"k": choices[key].k, "temperature": choices[key].temperature},
-            [
-                {"layer": layer, "pooling": pooling, **choice._asdict()}
-                for (layer, pooling), choice in choices.items()
-            ],
-            ranked[0, 0].cpu(),
-        )
-        return [outcome]
+        chosen = {"k": choices[key].k, "temperature": choices[key].temperature}
+        return [Outcome(key, chosen, describe_choices(choices), ranked[0, 0].cpu())]
 
 
 class KNNChoice(NamedTuple):

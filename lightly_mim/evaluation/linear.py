@@ -25,7 +25,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -34,13 +34,20 @@ from torch.nn import functional
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.preparation import (
     MAX_NUMBERS,
+    GridChoice,
     Standardizer,
     assign_folds,
     check_fit,
     check_folds,
     score_linear,
 )
-from lightly_mim.evaluation.protocol import Outcome, rank_classes
+from lightly_mim.evaluation.protocol import (
+    Outcome,
+    best_key,
+    describe_choices,
+    merit,
+    rank_classes,
+)
 
 # [0] has 1e-5 to 0.1 in the same steps, for features that are not standardised and
 # 12,500 iterations. With standardised features and about 1,000 iterations this range
@@ -112,7 +119,7 @@ class Linear:
             device=device,
         )
         choices = dict(zip(train.values, found, strict=True))
-        key = max(choices, key=lambda key: (choices[key].accuracy, -choices[key].loss))
+        key = best_key(choices)
         chosen = {
             "learning_rate": choices[key].learning_rate,
             "weight_decay": choices[key].weight_decay,
@@ -127,32 +134,8 @@ class Linear:
             batch_size=self.batch_size,
             seed=seed,
         )
-        selection = [
-            {"layer": layer, "pooling": pooling, **choice._asdict()}
-            for (layer, pooling), choice in choices.items()
-        ]
-        ranked = rank_classes(logits, min(5, num_classes)).cpu()
-        return [Outcome(key, chosen, selection, ranked)]
-
-
-class LinearChoice(NamedTuple):
-    """What cross-validation on the training set has chosen.
-
-    Attributes:
-        learning_rate:
-            The best learning rate.
-        weight_decay:
-            The best weight decay.
-        accuracy:
-            Their top-1 accuracy on the held-out parts, in [0, 1].
-        loss:
-            Their cross-entropy there, which decides between equal accuracies.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    accuracy: float
-    loss: float
+        ranked = rank_classes(logits).cpu()
+        return [Outcome(key, chosen, describe_choices(choices), ranked)]
 
 
 def fit_linear_grid(
@@ -232,7 +215,7 @@ def choose_linear(
     max_numbers: int = MAX_NUMBERS,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> list[LinearChoice]:
+) -> list[GridChoice]:
     """Chooses the learning rate and weight decay of each of several features.
 
     By cross-validation on the training set: every image is held out once. On training
@@ -324,10 +307,10 @@ def choose_linear(
     choices = []
     for hits, lost in zip(correct.tolist(), loss.tolist(), strict=True):
         grid = [
-            LinearChoice(*probe, accuracy=a / len(labels), loss=b / len(labels))
+            GridChoice(*probe, accuracy=a / len(labels), loss=b / len(labels))
             for probe, a, b in zip(probes, hits, lost, strict=True)
         ]
-        choices.append(max(grid, key=lambda choice: (choice.accuracy, -choice.loss)))
+        choices.append(max(grid, key=merit))
     return choices
 
 

@@ -214,7 +214,7 @@ class LinearMAE:
                     "learning_rate": lr,
                 },
                 [],
-                rank_classes(logits, min(5, num_classes)),
+                rank_classes(logits),
             )
         ]
 

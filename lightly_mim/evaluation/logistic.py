@@ -40,7 +40,13 @@ from lightly_mim.evaluation.preparation import (
     check_folds,
     score_linear,
 )
-from lightly_mim.evaluation.protocol import Outcome, rank_classes
+from lightly_mim.evaluation.protocol import (
+    Outcome,
+    best_key,
+    describe_choices,
+    merit,
+    rank_classes,
+)
 
 # [0]'s range up to 30, in steps of half a decade where [0] has a quarter. On the
 # standardised features of the solar cells the best value was between 1 and 10 for every
@@ -108,7 +114,7 @@ class Logistic:
             **settings,
         )
         choices = dict(zip(train.values, found, strict=True))
-        key = max(choices, key=lambda key: (choices[key].accuracy, -choices[key].loss))
+        key = best_key(choices)
         logits, converged = fit_and_score_logistic(
             train.values[key].to(device),
             train.labels.to(device),
@@ -125,12 +131,9 @@ class Logistic:
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        selection = [
-            {"layer": layer, "pooling": pooling, **choice._asdict()}
-            for (layer, pooling), choice in choices.items()
-        ]
-        ranked = rank_classes(logits, min(5, num_classes)).cpu()
-        return [Outcome(key, {"c": choices[key].c}, selection, ranked)]
+        chosen = {"c": choices[key].c}
+        ranked = rank_classes(logits).cpu()
+        return [Outcome(key, chosen, describe_choices(choices), ranked)]
 
 
 class LogisticChoice(NamedTuple):
@@ -347,7 +350,7 @@ def choose_logistic(
                 cs, correct.tolist(), loss.tolist(), converged, strict=True
             )
         ]
-        choices.append(max(grid, key=lambda choice: (choice.accuracy, -choice.loss)))
+        choices.append(max(grid, key=merit))
     return choices
 
 

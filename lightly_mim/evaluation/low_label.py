@@ -34,7 +34,12 @@ from lightly_mim.evaluation.logistic import (
     fit_logistic_path,
 )
 from lightly_mim.evaluation.preparation import Standardizer
-from lightly_mim.evaluation.protocol import Outcome, rank_classes
+from lightly_mim.evaluation.protocol import (
+    Outcome,
+    best_key,
+    describe_choices,
+    rank_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -178,19 +183,10 @@ class LowLabel:
                     **settings,
                 )
                 choices = dict(zip(features, found, strict=True))
-                key = max(
-                    choices, key=lambda key: (choices[key].accuracy, -choices[key].loss)
-                )
+                key = best_key(choices)
                 c = choices[key].c
-                layer, pooling = key
-                selection.append(
-                    {
-                        "draw": draw,
-                        "layer": layer,
-                        "pooling": pooling,
-                        **choices[key]._asdict(),
-                    }
-                )
+                [best] = describe_choices({key: choices[key]})
+                selection.append({"draw": draw, **best})
             chosen.append((key, c))
             path = fit_logistic_path(
                 features[key].to(device),
@@ -203,7 +199,7 @@ class LowLabel:
             logits = functional.linear(
                 scalers[key](test.values[key]).to(device), path.weight[0], path.bias[0]
             )
-            ranked.append(rank_classes(logits, min(5, num_classes)).cpu())
+            ranked.append(rank_classes(logits).cpu())
         if cut:
             warnings.warn(
                 f"Of {self.draws} fits to {shots} images per class, {cut} did not "

@@ -13,6 +13,26 @@ from torch.nn import functional
 MAX_NUMBERS = 2**26
 
 
+class GridChoice(NamedTuple):
+    """What held-out training images have chosen from a grid of probes.
+
+    Attributes:
+        learning_rate:
+            The best learning rate.
+        weight_decay:
+            The best weight decay.
+        accuracy:
+            Their top-1 accuracy on the held-out images, in [0, 1].
+        loss:
+            Their cross-entropy there, which decides between equal accuracies.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    accuracy: float
+    loss: float
+
+
 class Standardizer(NamedTuple):
     """Brings features to mean 0 and variance 1, as the training set has them.
 
@@ -158,6 +178,21 @@ def check_fit(features: Tensor, labels: Tensor, num_classes: int) -> None:
             "Features are a matrix with one row per image, and labels have one number "
             f"per image, got shapes {tuple(features.shape)} and {tuple(labels.shape)}."
         )
+    check_label_range(labels, num_classes)
+
+
+def check_label_range(labels: Tensor, num_classes: int) -> None:
+    """Checks that labels are classes.
+
+    Args:
+        labels:
+            int64 tensor with shape (num_images,).
+        num_classes:
+            Number of classes.
+
+    Raises:
+        ValueError: If a label is not in [0, num_classes).
+    """
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
             f"Labels lie in [0, {num_classes}), got {int(labels.min())} to "

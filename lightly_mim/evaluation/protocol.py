@@ -7,7 +7,7 @@ images and takes the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.features import Features, Key, Precision
+
+NUM_RANKS = 5  # classes per test image that a protocol predicts, for the top-5 accuracy
 
 
 class Outcome(NamedTuple):
@@ -45,6 +47,38 @@ class Outcome(NamedTuple):
     selection: list[dict[str, Any]]
     ranked: Tensor
     variant: str = ""
+
+
+class Choice(Protocol):
+    """What was chosen on training images for one layer and pooling: a NamedTuple.
+
+    Its fields are hyper-parameters, `accuracy` on the training images, and maybe
+    `loss` there.
+    """
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy on training images, in [0, 1]."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+def merit(choice: Choice) -> tuple[float, float]:
+    """Returns what choices are compared by: accuracy, of equals the lower loss."""
+    return choice.accuracy, -getattr(choice, "loss", 0.0)
+
+
+def best_key(choices: Mapping[Key, Choice]) -> Key:
+    """Returns the layer and pooling with the best choice, of equals the first one."""
+    return max(choices, key=lambda key: merit(choices[key]))
+
+
+def describe_choices(choices: Mapping[Key, Choice]) -> list[dict[str, Any]]:
+    """Returns the choice of each layer and pooling, see `Outcome.selection`."""
+    return [
+        {"layer": layer, "pooling": pooling, **choice._asdict()}
+        for (layer, pooling), choice in choices.items()
+    ]
 
 
 class FeatureProtocol(Protocol):
@@ -162,18 +196,20 @@ class ImageProtocol(Protocol):
         """
 
 
-def rank_classes(scores: Tensor, num_ranks: int) -> Tensor:
+def rank_classes(scores: Tensor, num_ranks: int | None = None) -> Tensor:
     """Returns the classes with the highest scores, of equals the lowest number first.
 
     Args:
         scores:
             Tensor with shape (num_images, num_classes).
         num_ranks:
-            How many classes to return.
+            How many classes to return. None for 5, or all if there are fewer.
 
     Returns:
         int64 tensor with shape (num_images, num_ranks).
     """
+    if num_ranks is None:
+        num_ranks = min(NUM_RANKS, scores.shape[1])
     ranked = []
     for _ in range(num_ranks):  # argmax returns the first of equals, topk any of them
         best = scores.argmax(dim=1, keepdim=True)

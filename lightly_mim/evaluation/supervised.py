@@ -34,7 +34,8 @@ from torch.utils.data import Dataset
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.evaluation.features import Precision, normalize_images
+from lightly_mim.evaluation.features import Precision, batch_images, normalize_images
+from lightly_mim.evaluation.preparation import check_label_range
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.preemption import Request, deferred, listening, preempted, take
@@ -252,15 +253,10 @@ def _step(
     total = torch.zeros((), device=device)
     for part in range(task.plan.num_parts):
         batch = next(batches)
-        views = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
         labels = batch[1]
-        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
-                f"Labels lie in [0, {num_classes}), got {int(labels.min())} to "
-                f"{int(labels.max())}."
-            )
+        check_label_range(labels, num_classes)
         images = normalize_images(
-            views.to(device, non_blocking=True), encoder.mean, encoder.std
+            batch_images(batch).to(device, non_blocking=True), encoder.mean, encoder.std
         )
         labels = labels.to(device, non_blocking=True)
         with _seeded(device, *key, "noise", part), _autocast(device, precision):
@@ -286,8 +282,7 @@ def _score(
     model.eval()
     logits = []
     for batch in loader:
-        images = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
-        images = images.to(device, non_blocking=True)
+        images = batch_images(batch).to(device, non_blocking=True)
         with _autocast(device, precision):
             scores = model(normalize_images(images, encoder.mean, encoder.std))
         logits.append(scores.float().cpu())

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lightly_mim.evaluation import linear
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import assign_folds
+from lightly_mim.evaluation.preparation import GridChoice, assign_folds
 
 
 def random_problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -143,9 +143,7 @@ def test_choose_linear__one_class() -> None:
     assert choice.accuracy == 1.0
 
 
-def by_hand(
-    features: Tensor, labels: Tensor, num_folds: int, seed: int
-) -> linear.LinearChoice:
+def by_hand(features: Tensor, labels: Tensor, num_folds: int, seed: int) -> GridChoice:
     """Cross-validation over RATES and DECAYS, one probe after the other."""
     folds = assign_folds(labels, num_folds, seed=seed)
     choices = []
@@ -170,7 +168,7 @@ def by_hand(
                 functional.cross_entropy(logits, expected, reduction="sum").double()
             )
         choices.append(
-            linear.LinearChoice(
+            GridChoice(
                 rate, decay, correct / len(labels), pytest.approx(loss / len(labels))
             )
         )
