@@ -27,6 +27,9 @@ Item = tuple[Any, int, str]  # (sample, target, filename)
 
 _MAX_WORKERS = 8
 
+# What SLURM, submitit and Lightning use to say that time is up.
+_SLURM_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have workers
 
 
@@ -312,7 +315,13 @@ class KeyedLoader(DataLoader[Any]):
             self.set_epoch(epoch + 1)
 
     def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()
+        # Workers inherit the mask, so a signal cannot hit one that has not come to
+        # ignore it yet. This process gets its own a moment later.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SLURM_SIGNALS)
+        try:
+            iterator = super()._get_iterator()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # SIGTERM, which torch sends to a worker that does not end in time, is ignored.
         for worker in getattr(iterator, "_workers", ()):
             worker._popen.terminate = worker._popen.kill
@@ -400,9 +409,9 @@ def _ignore_signals(worker: int) -> None:
 
     A forked worker inherits the main process' handlers, and would act on them too.
     """
-    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _SLURM_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SLURM_SIGNALS)
 
 
 @atexit.register

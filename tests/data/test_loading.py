@@ -260,11 +260,12 @@ class TestKeyedLoader:
             assert not set(filenames) & set(loader.unreadable)
             assert targets.tolist() == [int(name[0]) for name in filenames]
 
-    def test_signals_of_slurm_do_not_reach_workers(self) -> None:
-        loader = KeyedLoader(Numbers(64), 2, num_workers=2)
-        iterator = iter(loader)
-        batches = [next(iterator)]
-        workers = loader._iterator._workers
+    @pytest.mark.parametrize("num_read", [0, 1])
+    def test_signals_of_slurm_do_not_reach_workers(self, num_read: int) -> None:
+        # Before the first batch, a worker may not have run a line yet.
+        iterator = KeyedLoader(Numbers(64), 2, num_workers=2)._get_iterator()
+        batches = [next(iterator) for _ in range(num_read)]
+        workers = iterator._workers
         for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1):
             for worker in workers:
                 os.kill(worker.pid, name)
