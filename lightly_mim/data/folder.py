@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -147,6 +148,19 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
     def paths(self) -> list[Path]:
         """The files, in order."""
         return [self.root / filename for filename in self.filenames]
+
+    def take(self, indices: Sequence[int]) -> ImageDataset:
+        """Returns a data set of some of the images, with the same transform.
+
+        Args:
+            indices:
+                Their numbers.
+        """
+        taken = copy.copy(self)
+        taken.filenames = [self.filenames[index] for index in indices]
+        taken.targets = [self.targets[index] for index in indices]
+        taken._decoded = {}
+        return taken
 
     def __len__(self) -> int:
         return len(self.filenames)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,17 @@ class TransformedDataset(Dataset[Item]):
         inner = getattr(dataset, "dataset", dataset)  # of a LightlyDataset or a Subset
         classes = getattr(dataset, "classes", None) or getattr(inner, "classes", None)
         self.classes: list[str] = [str(name) for name in classes or ()]
+
+    def take(self, indices: Sequence[int]) -> TransformedDataset:
+        """Returns a data set of some of the samples, with the same transform.
+
+        Args:
+            indices:
+                Their numbers.
+        """
+        taken = copy.copy(self)
+        taken.dataset = Subset(self.dataset, list(indices))
+        return taken
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

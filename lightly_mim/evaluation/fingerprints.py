@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lightly_mim.data import ImageDataset, TransformedDataset
 from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
@@ -31,8 +31,9 @@ def data_fingerprint(data: Dataset[Any]) -> dict[str, Any] | None:
     """Returns what tells a set of images from others, without reading an image.
 
     Of a folder, also behind a name, the relative names, sizes and times of change of
-    all files in order, and their labels. Of any other data set its `fingerprint`, a
-    string or number that it has to offer.
+    all files in order, and their labels. Of a `Subset`, that of the whole and the
+    indices. Of any other data set its `fingerprint`, a string or number that it has to
+    offer.
 
     Args:
         data:
@@ -47,6 +48,10 @@ def data_fingerprint(data: Dataset[Any]) -> dict[str, Any] | None:
     if fingerprint is not None:
         length = len(data)  # type: ignore[arg-type]
         return {"fingerprint": str(fingerprint), "num_images": length}
+    if isinstance(data, Subset):
+        whole = data_fingerprint(data.dataset)
+        indices = hash_key({"indices": [int(index) for index in data.indices]})
+        return None if whole is None else {"whole": whole, "indices": indices}
     if not isinstance(data, ImageDataset):
         return None
     digest = hashlib.sha256()

@@ -110,12 +110,28 @@ def assign_folds(labels: Tensor, num_folds: int = 5, seed: int = 0) -> Tensor:
         ValueError: If there are fewer than two parts, or more than images.
     """
     check_folds(num_folds, len(labels))
-    generator = Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    by_class = spread_over_classes(labels, Generator().manual_seed(seed))
     folds = torch.empty(len(labels), dtype=torch.int64)
     folds[by_class] = torch.arange(len(labels)) % num_folds
     return folds
+
+
+def spread_over_classes(labels: Tensor, generator: Generator) -> Tensor:
+    """Orders images class by class, shuffled within each.
+
+    Whoever takes them at even distances takes from each class in proportion.
+
+    Args:
+        labels:
+            int64 tensor with shape (num_images,).
+        generator:
+            Decides the order within a class.
+
+    Returns:
+        int64 tensor with shape (num_images,) on the CPU, numbers of images.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    return shuffled[labels.cpu()[shuffled].argsort(stable=True)]
 
 
 def score_linear(

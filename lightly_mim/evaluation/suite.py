@@ -27,12 +27,10 @@ from torch.utils.data import Dataset
 from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
-    TransformedDataset,
     keyed_random_state,
-    open_data,
     seed_from,
 )
-from lightly_mim.data.sources import Data, is_image
+from lightly_mim.data.sources import Data
 from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, choose_attention
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.adaptors import (
@@ -47,11 +45,11 @@ from lightly_mim.evaluation.features import (
     Features,
     PixelFeatures,
     Precision,
-    check_labels,
     collect_features,
     evaluating,
 )
 from lightly_mim.evaluation.finetune import FineTune
+from lightly_mim.evaluation.images import EvaluationImages, class_names, read_labels
 from lightly_mim.evaluation.keeper import Keeper, Task
 from lightly_mim.evaluation.knn import KNN
 from lightly_mim.evaluation.linear import Linear
@@ -64,7 +62,6 @@ from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.record import (
     check_choice,
     choose_device,
-    describe_data,
     model_name,
     package_versions,
     results_file,
@@ -97,6 +94,7 @@ def evaluate(
     protocols: Sequence[ProtocolName] = ("knn", "linear"),
     *,
     val: Data | None = None,
+    holdout: float | None = None,
     layers: Sequence[int] = (-1,),
     pools: Sequence[Pool] | None = None,
     baselines: Sequence[Baseline] = (),
@@ -155,6 +153,12 @@ def evaluate(
             "linear_mae" (MAE's linear probe), "finetune".
         val:
             The test images, if they do not come with `data`.
+        holdout:
+            Share of the training images, in (0, 1), that is scored in place of the test
+            images, which are not read; drawn class by class, by the seed. For settings
+            that a protocol does not choose itself, such as those of "linear_mae" and
+            "finetune": try them on held-out images first, and score the test images
+            once.
         layers:
             Layers to choose from: blocks of a ViT or stages of a Swin, from 0, or from
             the end if negative. For protocols on features.
@@ -261,10 +265,17 @@ def evaluate(
             feature_function=feature_function,
         )
     transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
-    train, test = _open_labelled(data, val, transform, model.in_chans)
+    images = EvaluationImages(
+        data, val, transform, model.in_chans, holdout, seed, num_workers
+    )
+    train, test = images.train, images.test
     notes = [note for name in protocols for note in settings[name].check(_len(train))]
     if "low_label" in protocols and isinstance(train, ImageDataset):
         low_label.check_labels(torch.tensor(train.targets), len(train.classes))
+    if holdout is not None:
+        notes.append(
+            f"Scored are {_len(test)} held-out training images, not the test images."
+        )
     taken = _pools(model, layers, pools, notes)
     _check_protocols(protocols, model, world)
 
@@ -321,7 +332,7 @@ def evaluate(
     runner = _Runner(
         models,
         settings,
-        LabelledImages(_Reopened(data, val, model.in_chans), test),
+        images.labelled(),
         train,
         keeper,
         world,
@@ -415,9 +426,9 @@ class _Runner:
                 self.labels.append(
                     next(iter(found.values())).labels
                     if found
-                    else _read_labels(images, self.num_workers)
+                    else read_labels(images, self.num_workers)
                 )
-        self.classes = _class_names(self.train, self.labels)
+        self.classes = class_names(self.train, self.labels)
         if any(task.protocol == "low_label" for task in tasks):
             # Before a protocol has run: only folders tell their labels at once.
             self.settings["low_label"].check_labels(self.labels[0], len(self.classes))
@@ -555,28 +566,6 @@ class _Runner:
         )
 
 
-class _Reopened:
-    """Opens the training images with a transform of a protocol's own."""
-
-    def __init__(self, data: Data, val: Data | None, in_chans: int) -> None:
-        self.data, self.val, self.in_chans = data, val, in_chans
-
-    def __call__(self, transform: Any) -> Dataset[Any]:
-        train, _ = open_data(
-            self.data, self.val, transform=transform, in_chans=self.in_chans
-        )
-        if isinstance(train, TransformedDataset):
-            sample = train.dataset[0]
-            sample = sample[0] if isinstance(sample, tuple) else sample
-            if not is_image(sample):
-                raise ValueError(
-                    f"{describe_data(self.data)} has a transform of its own, and this "
-                    "protocol trains on images that it augments itself. Give a data "
-                    "set of PIL images or uint8 tensors."
-                )
-        return train
-
-
 def _len(data: Dataset[Any]) -> int:
     return len(data)  # type: ignore[arg-type]
 
@@ -626,51 +615,3 @@ def _pools(
         notes.append("The encoder has no class token: features are means of patches.")
     EncoderFeatures(model, layers, taken)
     return taken
-
-
-def _open_labelled(
-    data: Data, val: Data | None, transform: EvalTransform, in_chans: int
-) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Opens training and test images, and makes sure that there are both, with labels.
-
-    A data set in Python may have labels without naming classes; `_class_names` sees to
-    that once the labels have been read.
-    """
-    train, test = open_data(data, val, transform=transform, in_chans=in_chans)
-    if test is None:
-        raise ValueError(
-            f"There are no test images for {describe_data(data)}. Give a folder that "
-            "holds train/ and val/, or the test images as val."
-        )
-    for part, source in ((train, data), (test, data if val is None else val)):
-        if isinstance(part, ImageDataset) and not part.classes:
-            raise ValueError(
-                f"The images of {describe_data(source)} have no labels: an evaluation "
-                "needs one folder per class."
-            )
-    return train, test
-
-
-def _read_labels(images: Dataset[Any], num_workers: int | None) -> Tensor:
-    """Returns the labels of images that are not encoded."""
-    if isinstance(images, ImageDataset):
-        return torch.tensor(images.targets)
-    loader = KeyedLoader(images, 64, training=False, num_workers=num_workers)
-    return torch.cat([check_labels(batch[1]) for batch in loader])
-
-
-def _class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
-    """Returns the names of the classes, numbers if the data does not tell."""
-    names: list[str] = list(getattr(train, "classes", []))
-    largest = max(int(part.max()) for part in labels)
-    if not names and largest == 0:
-        raise ValueError(
-            "The images have no labels: all are of class 0, and the data set names no "
-            "classes. Give a data set of (image, label, filename)."
-        )
-    if names and largest >= len(names):
-        raise ValueError(
-            f"The labels go up to {largest}, but the data set names {len(names)} "
-            f"classes: {', '.join(names)}."
-        )
-    return names or [str(number) for number in range(largest + 1)]

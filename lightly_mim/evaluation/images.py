@@ -1,0 +1,188 @@
+"""The labelled images of an evaluation: training images, and those that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import Dataset
+
+from lightly_mim.data import (
+    ImageDataset,
+    KeyedLoader,
+    TransformedDataset,
+    open_data,
+    seed_from,
+)
+from lightly_mim.data.sources import Data, is_image
+from lightly_mim.evaluation.features import check_labels
+from lightly_mim.evaluation.preparation import spread_over_classes
+from lightly_mim.evaluation.protocol import LabelledImages
+from lightly_mim.evaluation.record import describe_data
+
+
+class EvaluationImages:
+    """Opens training and test images, and makes sure that there are both, with labels.
+
+    A data set in Python may have labels without naming classes; `class_names` sees to
+    that once the labels have been read.
+
+    Attributes:
+        train:
+            Training images: data set of (image, label, filename).
+        test:
+            The images that are scored: the test images, or training images that are
+            held out.
+
+    Args:
+        data:
+            See `lightly_mim.data.open_data`.
+        val:
+            See `lightly_mim.data.open_data`.
+        transform:
+            Transform of the evaluation.
+        in_chans:
+            Number of image channels.
+        holdout:
+            Share of the training images, in (0, 1), that is scored in place of the
+            test images, drawn class by class. None for the test images.
+        seed:
+            Decides which training images are held out.
+        num_workers:
+            Number of processes that read labels, None for the loader's choice.
+
+    Raises:
+        ValueError: If an argument is out of range, or if the data has no labels or no
+            test images.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+
+    def __init__(
+        self,
+        data: Data,
+        val: Data | None,
+        transform: Callable[[Any], Any],
+        in_chans: int,
+        holdout: float | None = None,
+        seed: int = 0,
+        num_workers: int | None = None,
+    ) -> None:
+        if holdout is not None and not 0 < holdout < 1:
+            raise ValueError(
+                "holdout is the share of the training images that is scored in place "
+                f"of the test images, in (0, 1), got {holdout}."
+            )
+        self._data, self._val, self._in_chans = data, val, in_chans
+        self._kept: list[int] | None = None
+        train, test = self._open(transform)
+        _check_classes(train, data)
+        if holdout is not None:
+            labels = read_labels(train, num_workers)
+            draw = seed_from(seed, "evaluation", "holdout")
+            held_out = _hold_out(labels, holdout, draw)
+            self._kept = (~held_out).nonzero().flatten().tolist()
+            self.train = train.take(self._kept)
+            self.test = train.take(held_out.nonzero().flatten().tolist())
+            return
+        if test is None:
+            raise ValueError(
+                f"There are no test images for {describe_data(data)}. Give a folder "
+                "that holds train/ and val/, or the test images as val, or hold out "
+                "training images, such as holdout=0.2."
+            )
+        _check_classes(test, data if val is None else val)
+        self.train, self.test = train, test
+
+    def _open(self, transform: Callable[[Any], Any]) -> Any:
+        return open_data(
+            self._data, self._val, transform=transform, in_chans=self._in_chans
+        )
+
+    def labelled(self) -> LabelledImages:
+        """Returns the images for protocols that read them with their own transform."""
+        return LabelledImages(self._reopen, self.test)
+
+    def _reopen(self, transform: Callable[[Any], Any]) -> Dataset[Any]:
+        train, _ = self._open(transform)
+        if isinstance(train, TransformedDataset):
+            sample = train.dataset[0]
+            sample = sample[0] if isinstance(sample, tuple) else sample
+            if not is_image(sample):
+                raise ValueError(
+                    f"{describe_data(self._data)} has a transform of its own, and this "
+                    "protocol trains on images that it augments itself. Give a data "
+                    "set of PIL images or uint8 tensors."
+                )
+        taken: Dataset[Any] = train if self._kept is None else train.take(self._kept)
+        return taken
+
+
+def _check_classes(images: Dataset[Any], source: Data) -> None:
+    if isinstance(images, ImageDataset) and not images.classes:
+        raise ValueError(
+            f"The images of {describe_data(source)} have no labels: an evaluation "
+            "needs one folder per class."
+        )
+
+
+def _hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Returns a boolean tensor: which images are held out, evenly from each class."""
+    order = spread_over_classes(labels, Generator().manual_seed(seed))
+    steps = (torch.arange(len(labels) + 1).double() * share).floor()
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[order] = steps.diff() > 0
+    if not held_out.any() or held_out.all():
+        raise ValueError(
+            f"holdout={share} of {len(labels)} training image(s) leaves none on one "
+            "side. Give more images, or another share."
+        )
+    return held_out
+
+
+def read_labels(images: Dataset[Any], num_workers: int | None) -> Tensor:
+    """Returns the labels of images that are not encoded.
+
+    Args:
+        images:
+            Data set of (image, label, filename).
+        num_workers:
+            Number of processes that read, None for the loader's choice.
+
+    Returns:
+        int64 tensor with shape (num_images,).
+    """
+    if isinstance(images, ImageDataset):
+        return torch.tensor(images.targets)
+    loader = KeyedLoader(images, 64, training=False, num_workers=num_workers)
+    return torch.cat([check_labels(batch[1]) for batch in loader])
+
+
+def class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
+    """Returns the names of the classes, numbers if the data does not tell.
+
+    Args:
+        train:
+            The training images.
+        labels:
+            Labels of the training and of the test images.
+
+    Raises:
+        ValueError: If there is nothing but class 0, or a label beyond the names.
+    """
+    names: list[str] = list(getattr(train, "classes", []))
+    largest = max(int(part.max()) for part in labels)
+    if not names and largest == 0:
+        raise ValueError(
+            "The images have no labels: all are of class 0, and the data set names no "
+            "classes. Give a data set of (image, label, filename)."
+        )
+    if names and largest >= len(names):
+        raise ValueError(
+            f"The labels go up to {largest}, but the data set names {len(names)} "
+            f"classes: {', '.join(names)}."
+        )
+    return names or [str(number) for number in range(largest + 1)]

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightly_mim.data import ImageDataset
+from lightly_mim.evaluation.fingerprints import data_fingerprint
+from lightly_mim.evaluation.images import EvaluationImages
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 training images of class a, 10 of class b, all of different grey; 2 others."""
+    root = tmp_path_factory.mktemp("images")
+    grey = 0
+    for part, counts in (("train", {"a": 30, "b": 10}), ("val", {"a": 1, "b": 1})):
+        for name, count in counts.items():
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("L", (4, 4), grey)
+                image.save(root / part / name / f"{number:02}.png")
+                grey += 1
+    return root
+
+
+class Greys(Dataset[Any]):
+    classes = ("a", "b")
+    fingerprint: Any = None
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("L", (4, 4), index), int(index >= 30)
+
+
+def grey(image: Image.Image) -> int:
+    return int(image.getpixel((0, 0)))  # type: ignore[arg-type]
+
+
+def contents(images: Dataset[Any]) -> list[tuple[int, int]]:
+    count = len(images)  # type: ignore[arg-type]
+    return [images[index][:2] for index in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+def test_holdout__cuts_the_training_images_in_two(folder: Path, share: float) -> None:
+    images = EvaluationImages(folder, None, grey, 1, share)
+    train, test = contents(images.train), contents(images.test)
+    assert len(test) == 40 * share
+    # Every training image once, with its label, and no test image.
+    assert sorted(train + test) == [(n, int(n >= 30)) for n in range(40)]
+    assert abs(sum(label for _, label in test) - 10 * share) < 1
+    # Protocols that augment read the same ones.
+    again = images.labelled().train(lambda image: grey(image) + 100)
+    assert contents(again) == [(n + 100, label) for n, label in train]
+
+
+def test_holdout__is_a_function_of_the_seed(folder: Path) -> None:
+    first, same, other = (
+        contents(EvaluationImages(folder, None, grey, 1, 0.2, seed).test)
+        for seed in (0, 0, 1)
+    )
+    assert first == same != other
+
+
+def test_holdout__data_sets(folder: Path) -> None:
+    tensor = pil_to_tensor  # labels of a data set are read with its images
+    images = EvaluationImages(Greys(), None, tensor, 1, 0.25, num_workers=0)
+    ours = EvaluationImages(folder, None, grey, 1, 0.25)
+    held_out = [(int(image[0, 0, 0]), label) for image, label, _ in images.test]  # type: ignore[attr-defined]
+    assert held_out == contents(ours.test)
+    assert images.train.classes == ["a", "b"]  # type: ignore[attr-defined]
+    assert len(contents(images.labelled().train(grey))) == 30
+    # A folder without val/ is enough.
+    alone = EvaluationImages(folder / "train", None, grey, 1, 0.25)
+    assert contents(alone.test) == contents(ours.test)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_holdout__out_of_range(folder: Path, share: float) -> None:
+    with pytest.raises(ValueError, match=r"in \(0, 1\), got"):
+        EvaluationImages(folder, None, grey, 1, share)
+
+
+def test_holdout__leaves_none(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"holdout=0.02 of 40 .* none on one side"):
+        EvaluationImages(folder, None, grey, 1, 0.02)
+
+
+def test_data_fingerprint__parts(folder: Path) -> None:
+    whole = ImageDataset(folder / "train", in_chans=1)
+    assert data_fingerprint(whole.take(range(40))) == data_fingerprint(whole)
+    assert data_fingerprint(whole.take([1, 2])) != data_fingerprint(whole.take([2, 1]))
+    assert data_fingerprint(Subset(Greys(), [0])) is None
+    known = Greys()
+    known.fingerprint = 1
+    found = [data_fingerprint(Subset(known, part)) for part in ([0], [0], [1], [0, 1])]
+    assert found[0] == found[1]
+    assert len({str(each) for each in found}) == 3
