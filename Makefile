@@ -22,12 +22,9 @@ test: $(READY)  ## the tests, one process per core
 test-slow: $(READY)  ## the long tests
 	$(BIN)/python -m pytest -m "slow and not slurm"
 
-# Which of them: "slurm and not slow" leaves out killed nodes and controllers.
-SLURM_TESTS ?= slurm
-
 slurm-test: $(READY)  ## the tests on a private SLURM; installs it as root on Debian
 	$(BIN)/python tests/slurm/cluster.py install
-	REQUIRE_SLURM=1 $(BIN)/python -m pytest -m "$(SLURM_TESTS)"
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest -m slurm
 
 check: $(READY)  ## all that CI checks
 	$(BIN)/ruff format --check .
@@ -36,7 +33,7 @@ check: $(READY)  ## all that CI checks
 	$(BIN)/lint-imports
 	$(MAKE) test
 	$(MAKE) test-slow
-	$(MAKE) slurm-test SLURM_TESTS="slurm and not slow"
+	$(MAKE) slurm-test
 	$(BIN)/python benchmarks/solar_cells.py --quick --out runs/quick --overwrite
 
 format: $(READY)  ## format the code

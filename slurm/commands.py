@@ -1,6 +1,6 @@
 """What a study may run: checked with the command's own parser before it is sent.
 
-A command is a script of `benchmarks/`, or `lightly-mim pretrain` or `evaluate`.
+A command is a script of `benchmarks/`, or one of those of `lightly-mim`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Script(Command):
 
 
 class Program(Command):
-    """`lightly-mim pretrain` or `lightly-mim evaluate`.
+    """A command of `lightly-mim`.
 
     Args:
         words:
@@ -229,8 +229,8 @@ def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
         command = Script([str(ROOT / words[0]), *words[1:]])
     else:
         raise ValueError(
-            f"There is no command {words[0]!r}. There are {PROGRAM} pretrain, "
-            f"{PROGRAM} evaluate, and the scripts of {ROOT / 'benchmarks'}: "
+            f"There is no command {words[0]!r}. There are {PROGRAM} with pretrain, "
+            f"evaluate or evaluate-dense, and the scripts of {ROOT / 'benchmarks'}: "
             f"{', '.join(scripts)}."
         )
     if evaluation and command.name != "pretrain":

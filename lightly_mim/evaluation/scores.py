@@ -1,9 +1,10 @@
 """What predictions are worth: accuracies, their intervals, and the confusion matrix.
 
 Every interval is the percentile bootstrap over test images. It covers the draw of the
-test images, but not that of training images or seeds. Where all images are right, or
-all wrong, every resample says the same and the bootstrap has nothing to say: there, and
-only there, Wilson's score gives the interval.
+test images, but not that of training images or seeds. Where every resample says the
+same (all images are right, or all are wrong; for the mean over classes, those of each
+class; over draws, each image as often as the others) the bootstrap has nothing to say:
+there, and only there, Wilson's score of as many images gives the interval.
 
 - [0]: Efron, 1979, https://doi.org/10.1214/aos/1176344552
 - [1]: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953

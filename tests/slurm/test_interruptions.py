@@ -364,7 +364,6 @@ def test_requeued_again_before_it_has_begun(
     study.check_finished(finished[True])
 
 
-@pytest.mark.slow
 def test_controller_restarts(
     submit: Submit, cluster: Cluster, finished: dict[bool, dict[str, Tensor]]
 ) -> None:
@@ -396,7 +395,6 @@ def task_process(cluster: Cluster, job: str) -> int:
     return min(found)
 
 
-@pytest.mark.slow
 def test_killed_step_is_listed_and_goes_on(
     submit: Submit, cluster: Cluster, finished: dict[bool, dict[str, Tensor]]
 ) -> None:
@@ -416,7 +414,6 @@ def test_killed_step_is_listed_and_goes_on(
     assert study.continued() == [STEPS]
 
 
-@pytest.mark.slow
 def test_lost_node(
     submit: Submit, cluster: Cluster, finished: dict[bool, dict[str, Tensor]]
 ) -> None:
@@ -438,7 +435,6 @@ def test_lost_node(
         cluster.wait_for_nodes()
 
 
-@pytest.mark.slow
 def test_power_cut_of_a_node(
     submit: Submit, cluster: Cluster, finished: dict[bool, dict[str, Tensor]]
 ) -> None:
@@ -463,7 +459,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [({"FAIL_AT": "10"}, "the lamp went out"), ({"ROOM": "100000"}, "File too large")],
@@ -484,7 +479,6 @@ def test_failure_is_listed_and_not_requeued(
     assert not (study.task / "run" / "finished.json").exists()
 
 
-@pytest.mark.slow
 def test_bound_of_requeues(submit: Submit, cluster: Cluster) -> None:
     study = submit("--max-requeues", "1")
     for restart in (0, 1):
