@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -63,6 +63,9 @@ class Recipe:
         cosine_from_warmup:
             Whether the cosine begins where warm-up ends (MAE) or at the first step,
             hidden by the warm-up (SimMIM, timm).
+        decay_ends:
+            Whether layer-wise decay applies to the rates of warm-up and end (MAE), or
+            to the highest rate alone (SimMIM).
         step_epochs:
             Epochs at which the 'step' schedule steps.
         step_factor:
@@ -100,6 +103,7 @@ class Recipe:
     min_lr: float = 0.0
     schedule: Literal["cosine", "step"] = "cosine"
     cosine_from_warmup: bool = False
+    decay_ends: bool = True
     step_epochs: tuple[float, ...] = ()
     step_factor: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
@@ -156,7 +160,8 @@ def learning_rate_factor(
             Gives warm-up, schedule and the rates.
 
     Returns:
-        Number in [0, 1].
+        Number of 0 or more, at most 1 if the rates of warm-up and end are no higher
+        than the highest.
     """
     warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup_steps:
@@ -234,7 +239,8 @@ def build_schedule(
 
     Args:
         optimizer:
-            The optimiser, with the highest learning rate of each group.
+            The optimiser, with the highest learning rate of each group, and its share
+            of the recipe's as `lr_scale` if there is layer-wise decay.
         recipe:
             Gives warm-up, schedule and the rates.
         steps_per_epoch:
@@ -243,10 +249,22 @@ def build_schedule(
             Optimiser steps in the run.
     """
 
-    def factor(step: int) -> float:
-        return learning_rate_factor(step, steps_per_epoch, total_steps, recipe)
+    def factor(recipe: Recipe) -> Callable[[int], float]:
+        return lambda step: learning_rate_factor(
+            step, steps_per_epoch, total_steps, recipe
+        )
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(
+        optimizer,
+        [
+            factor(recipe)
+            if recipe.decay_ends
+            else factor(
+                dataclasses.replace(recipe, lr=recipe.lr * group.get("lr_scale", 1.0))
+            )
+            for group in optimizer.param_groups
+        ],
+    )
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:

@@ -498,18 +498,7 @@ class MaskedEncoder(MaskedVisionTransformer):
         Raises:
             ValueError: See `embed`.
         """
-        for layer in layers:
-            if not -self.num_layers <= layer < self.num_layers:
-                raise ValueError(
-                    f"The encoder has layers 0 to {self.num_layers - 1} (or "
-                    f"-{self.num_layers} to -1 from the end), got {layer}."
-                )
-        for pool in pools:
-            if "cls" in pool and not self.has_class_token:
-                raise ValueError(
-                    f"The pool '{pool}' takes the class token, and this encoder has "
-                    "none. Use the pool 'mean'."
-                )
+        self.check_features(layers, pools)
         outputs: list[Tensor] = []
         tokens = self.preprocess(images)
         self._transform(tokens, self.input_grid(images), intermediates=outputs)
@@ -523,6 +512,31 @@ class MaskedEncoder(MaskedVisionTransformer):
                     pooled = self._fc_norm(parts).view_as(pooled)
                 features[layer, pool] = pooled
         return features
+
+    def check_features(self, layers: Sequence[int], pools: Sequence[AnyPool]) -> None:
+        """Checks that `embed_layers` can make these features.
+
+        Args:
+            layers:
+                See `embed`.
+            pools:
+                See `pool_tokens`.
+
+        Raises:
+            ValueError: If the encoder has no such layer or no class token.
+        """
+        for layer in layers:
+            if not -self.num_layers <= layer < self.num_layers:
+                raise ValueError(
+                    f"The encoder has layers 0 to {self.num_layers - 1} (or "
+                    f"-{self.num_layers} to -1 from the end), got {layer}."
+                )
+        for pool in pools:
+            if "cls" in pool and not self.has_class_token:
+                raise ValueError(
+                    f"The pool '{pool}' takes the class token, and this encoder has "
+                    "none. Use the pool 'mean'."
+                )
 
     def input_grid(self, images: Tensor) -> tuple[int, int]:
         """Checks images and returns how many patches lie along (height, width).

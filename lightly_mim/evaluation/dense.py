@@ -20,7 +20,6 @@ Shapes: B images, C classes, (H, W) pixels, (h, w) patches, D features, P patche
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -68,6 +67,7 @@ from lightly_mim.evaluation.record import (
     package_versions,
     results_file,
     to_json,
+    to_text,
 )
 from lightly_mim.evaluation.results import RANDOM
 from lightly_mim.files import atomic_write
@@ -267,7 +267,7 @@ def evaluate_dense(
     results = DenseResults(rows, notes, record)
     if file is not None:
         with atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+            temporary.write_text(to_text(results.to_dict()))
     return results
 
 

@@ -134,6 +134,8 @@ _SIMMIM_SWIN = FineTuneRecipe(
     clip_grad=5.0,
     drop_path=0.1,
     layer_decay=0.9,
+    # timm's scheduler takes them as they are for every layer.
+    decay_ends=False,
     min_scale=0.08,
 )
 
@@ -234,7 +236,8 @@ class FineTune:
             Number of passes over the images. Warm-up keeps its share of them.
         batch_size:
             Images per optimiser step. None for the recipe's, or half, a quarter... of
-            it, down to 32, until an epoch has 25 steps: 64 for 2,000 training images.
+            it, down to 32, until an epoch has 25 steps: 64 for 2,000 training images;
+            or all of fewer than 32 images.
         micro_batch_size:
             Most images at a time; a batch is shared out evenly. Each micro-batch is
             mixed by itself.
@@ -321,6 +324,11 @@ class FineTune:
             )
         return notes
 
+    def check_encoder(self, encoder: MaskedEncoder) -> None:
+        """See `ImageProtocol`."""
+        encoder.check_features([-1], [self.pool])
+        self._transform(encoder)
+
     def settings(self, name: str, num_train: int) -> FineTuneRecipe:
         """Returns a published recipe with the values that were asked for.
 
@@ -350,6 +358,7 @@ class FineTune:
                 and num_train // batch_size < _MIN_STEPS_PER_EPOCH
             ):
                 batch_size //= 2
+            batch_size = min(batch_size, max(num_train // 2 * 2, 2))  # mixing pairs
             recipe = dataclasses.replace(recipe, batch_size=batch_size)
         _check_recipe(recipe)
         return recipe
@@ -370,19 +379,10 @@ class FineTune:
         """See `ImageProtocol`."""
         device = torch.device(device)
         name = self.recipe or default_recipe(encoder)
-        published = RECIPES[name]
-        min_scale = published.min_scale if self.min_scale is None else self.min_scale
-        rand_augment = self.rand_augment
-        transform = FineTuneTransform(
-            encoder.img_size,
-            encoder.in_chans,
-            encoder.mean,
-            min_scale,
-            published.rand_augment if rand_augment is None else rand_augment,
-        )
-        train = images.train(transform)
+        train = images.train(self._transform(encoder))
         num_train = len(train)  # type: ignore[arg-type]
         self.check(num_train)
+        self.check_encoder(encoder)
         recipe = self.settings(name, num_train)
         plan = self._plan(num_train, recipe)
         with keyed_random_state(seed, "finetune", "head"):
@@ -444,6 +444,18 @@ class FineTune:
                 rank_classes(logits),
             )
         ]
+
+    def _transform(self, encoder: MaskedEncoder) -> FineTuneTransform:
+        published = RECIPES[self.recipe or default_recipe(encoder)]
+        min_scale = published.min_scale if self.min_scale is None else self.min_scale
+        rand_augment = self.rand_augment
+        return FineTuneTransform(
+            encoder.img_size,
+            encoder.in_chans,
+            encoder.mean,
+            min_scale,
+            published.rand_augment if rand_augment is None else rand_augment,
+        )
 
     def _plan(self, num_train: int, recipe: FineTuneRecipe) -> Any:
         if recipe.batch_size > num_train:

@@ -143,6 +143,10 @@ class LinearMAE:
             )
         return notes
 
+    def check_encoder(self, encoder: MaskedEncoder) -> None:
+        """See `ImageProtocol`."""
+        encoder.check_features([self.layer], [self._pool(encoder)])
+
     def __call__(
         self,
         encoder: MaskedEncoder,
@@ -158,11 +162,12 @@ class LinearMAE:
     ) -> list[Outcome]:
         """See `ImageProtocol`. The encoder computes in bfloat16, the probe does not."""
         device = torch.device(device)
-        pool = self.pool or ("cls" if encoder.has_class_token else "mean")
+        pool = self._pool(encoder)
         transform = MAETransform(encoder.img_size, min_scale=0.08, normalize=None)
         train = images.train(transform)
         num_train = len(train)  # type: ignore[arg-type]
         self.check(num_train)
+        self.check_encoder(encoder)
         recipe = self._recipe(encoder.num_layers)
         plan = plan_batches(num_train, self.batch_size, self.micro_batch_size)
         with keyed_random_state(seed, "linear_mae", "head"):
@@ -217,6 +222,9 @@ class LinearMAE:
                 rank_classes(logits),
             )
         ]
+
+    def _pool(self, encoder: MaskedEncoder) -> Pool:
+        return self.pool or ("cls" if encoder.has_class_token else "mean")
 
     def _recipe(self, depth: int) -> Recipe:
         published = Recipe(

@@ -7,6 +7,7 @@ images and takes the encoder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -65,7 +66,9 @@ class Choice(Protocol):
 
 def merit(choice: Choice) -> tuple[float, float]:
     """Returns what choices are compared by: accuracy, of equals the lower loss."""
-    return choice.accuracy, -getattr(choice, "loss", 0.0)
+    loss = getattr(choice, "loss", 0.0)
+    # A probe that diverged has no loss, and NaN would win over whatever comes after it.
+    return choice.accuracy, -math.inf if math.isnan(loss) else -loss
 
 
 def best_key(choices: Mapping[Key, Choice]) -> Key:
@@ -155,6 +158,17 @@ class ImageProtocol(Protocol):
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
+
+    def check_encoder(self, encoder: MaskedEncoder) -> None:
+        """Checks that the settings fit the encoder, before anything is trained.
+
+        Args:
+            encoder:
+                The encoder.
+
+        Raises:
+            ValueError: If they do not.
+        """
 
     def __call__(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -84,6 +86,27 @@ def to_json(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return str(value)
     return getattr(value, "__qualname__", None) or describe_data(value)
+
+
+def to_text(record: Any) -> str:
+    """Returns JSON of a record, with null for numbers that are not finite.
+
+    Python would write NaN, which is not JSON and which other readers refuse. A probe
+    whose learning rate was too high has such a loss.
+
+    Args:
+        record:
+            Dictionaries, lists, numbers and strings.
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
 
 
 def describe_data(data: Any) -> str:

@@ -9,7 +9,6 @@ there, so an evaluation that was cut goes on with what is missing.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -66,6 +65,7 @@ from lightly_mim.evaluation.record import (
     package_versions,
     results_file,
     to_json,
+    to_text,
 )
 from lightly_mim.evaluation.results import (
     PIXELS,
@@ -277,7 +277,7 @@ def evaluate(
             f"Scored are {_len(test)} held-out training images, not the test images."
         )
     taken = _pools(model, layers, pools, notes)
-    _check_protocols(protocols, model, world)
+    _check_protocols(protocols, settings, model, world)
 
     models: dict[str, FeatureEncoder | None] = {model_name(encoder, model): model}
     if "random" in baselines:
@@ -372,7 +372,7 @@ def evaluate(
     world.wait()  # all have seen that there were no results
     if file is not None and world.rank == 0:
         with atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+            temporary.write_text(to_text(results.to_dict()))
         keeper.clear(list(keys.values()))
     return results
 
@@ -577,7 +577,10 @@ def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _check_protocols(
-    protocols: Sequence[str], model: FeatureEncoder, world: World
+    protocols: Sequence[str],
+    settings: Mapping[str, Any],
+    model: FeatureEncoder,
+    world: World,
 ) -> None:
     """Refuses what cannot train through the encoder."""
     training = [name for name in protocols if name in IMAGE_PROTOCOLS]
@@ -592,6 +595,8 @@ def _check_protocols(
             f"{' and '.join(training)} run in one process, got {world.size}. Leave "
             "them out, or evaluate them by themselves."
         )
+    for name in training:
+        settings[name].check_encoder(model)
 
 
 def _pools(

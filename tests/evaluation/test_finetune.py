@@ -343,9 +343,11 @@ def test_settings__override_the_recipe() -> None:
 def test_settings__small_data_has_small_batches() -> None:
     sizes = {
         num_train: FineTune().settings("mae_vit_base", num_train).batch_size
-        for num_train in (100, 1968, 9469, 25_599, 25_600, 1_281_167)
+        for num_train in (11, 20, 100, 1968, 9469, 25_599, 25_600, 1_281_167)
     }
     assert sizes == {
+        11: 10,
+        20: 20,
         100: 32,
         1968: 64,
         9469: 256,
@@ -389,6 +391,14 @@ def test_settings__small_data_has_small_batches() -> None:
 def test_finetune__refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTune(**settings).check(1000)
+
+
+def test_finetune__refuses_what_does_not_fit_the_encoder() -> None:
+    options: dict[str, Any] = {"img_size": 32, "depth": 1, "embed_dim": 24}
+    five = masked_encoder("vit_tiny_patch16_224", in_chans=5, num_heads=2, **options)
+    with pytest.raises(ValueError, match="have 5 channels: use rand_augment"):
+        FineTune().check_encoder(five)
+    FineTune(rand_augment="", pool="cls").check_encoder(five)
 
 
 def test_finetune__odd_batches_without_mixing() -> None:

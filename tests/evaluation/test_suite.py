@@ -33,6 +33,7 @@ from lightly_mim.evaluation import (
 from lightly_mim.evaluation.attentive import Attentive
 from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.keeper import Keeper
+from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
 
@@ -227,6 +228,12 @@ def test_evaluate__notes(folder: Path) -> None:
         assert "no class token" in text
     with pytest.raises(ValueError, match="this encoder has none"):
         evaluate(plain, folder, ["knn"], pools=["cls"], **FAST)
+    for name, settings in {
+        "linear_mae": LinearMAE(pool="cls"),
+        "finetune": FineTune(pool="cls+mean"),
+    }.items():
+        with pytest.raises(ValueError, match="this encoder has none"):
+            evaluate(plain, folder, [name], **{name: settings}, **FAST)  # type: ignore[list-item, arg-type]
 
 
 def printed(results: Results) -> str:
@@ -310,6 +317,10 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
         ({"linear": Linear(num_folds=1)}, "num_folds=1 for 24"),
         ({"linear": Linear(epochs=0)}, "at least 1"),
         ({"img_size": 64}, "img_size"),
+        (
+            {"protocols": ["knn", "linear_mae"], "linear_mae": LinearMAE(layer=2)},
+            "layers 0 to 1",
+        ),
         ({"distributed": True}, "has not been initialised"),
     ],
 )
@@ -659,6 +670,9 @@ class Training:
 
     def check(self, num_train: int) -> list[str]:
         return []
+
+    def check_encoder(self, encoder: MaskedEncoder) -> None:
+        assert encoder.num_layers == 2
 
     def __call__(
         self, encoder: Any, images: Any, num_classes: int, *, out: Path, **options: Any
