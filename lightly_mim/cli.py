@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import lightly_mim.methods
 from lightly_mim.evaluation import DenseResults, Results, evaluate, evaluate_dense
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
+from lightly_mim.preemption import Preempted
 from lightly_mim.pretraining import pretrain
 
 COMMANDS: dict[str, Any] = {
@@ -43,6 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args:
             The words after the program's name. None for those of the process.
     """
+    words: list[str] = []
     try:
         words = _spell_out(sys.argv[1:] if args is None else args)
         result = auto_cli(COMMANDS, args=words, as_positional=False, prog="lightly-mim")
@@ -51,7 +54,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except (NonFiniteLossError, OSError) as error:
         _fail(1, error)
     except KeyboardInterrupt:
+        _say_interrupted(words)
         sys.exit(130)
+    except Preempted:
+        if "SLURM_JOB_ID" not in os.environ:  # where the job is queued again
+            _say_interrupted(words)
+        raise
     if isinstance(result, Results | DenseResults):
         rich.print(result)
 
@@ -99,6 +107,16 @@ def _split(words: Sequence[str]) -> list[str]:
         for word in words
         for part in (word.split("=", 1) if word.startswith("--") else [word])
     ]
+
+
+def _say_interrupted(words: Sequence[str]) -> None:
+    how = {
+        "pretrain": " Go on with it by --resume.",
+        "evaluate": " The same command goes on with what is missing.",
+    }
+    kept = "--out" in words
+    what = how.get(words[0], "") if words and kept else ""
+    print(f"lightly-mim: interrupted.{what}", file=sys.stderr)
 
 
 def _fail(code: int, error: Exception) -> None:

@@ -44,6 +44,30 @@ def _count(text: str) -> int:
     return int(text)
 
 
+class Gpus(int):
+    """A number of GPUs, perhaps of a type: 8, or a100:8.
+
+    Attributes:
+        type:
+            The type and a colon, or nothing.
+    """
+
+    type = ""
+
+    @classmethod
+    def read(cls, text: str) -> Gpus:
+        """Reads sbatch's words."""
+        match = re.fullmatch(r"([\w.-]+:)?(\d+)", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                "expected a number, or a type and a number such as a100:8, got "
+                f"{text!r}"
+            )
+        gpus = cls(match[2])
+        gpus.type = match[1] or ""
+        return gpus
+
+
 def _natural(text: str) -> int:
     return 0 if text == "0" else _count(text)
 
@@ -80,6 +104,13 @@ def _variable(text: str) -> str:
     return text
 
 
+def _option(text: str) -> tuple[str, str | bool]:
+    name, equals, value = text.removeprefix("--").partition("=")
+    if not re.fullmatch(r"[a-z][a-z-]*", name):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE or NAME, got {text!r}")
+    return name, value if equals else True
+
+
 def add_options(parser: argparse.ArgumentParser) -> set[str]:
     """Adds the options that may also stand in a site's YAML file.
 
@@ -100,9 +131,10 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
     numbers = {
         "nodes": ("nodes per task (default: 1)", _count, 1),
         "gpus-per-node": (
-            "GPUs per node and task, each with a process of its own (default: 0)",
-            _natural,
-            0,
+            "GPUs per node and task, each with a process of its own; with a type: "
+            "a100:8 (default: 0)",
+            Gpus.read,
+            Gpus(0),
         ),
         "tasks-per-node": (
             "processes per node, which the command gets as its devices (default: one "
@@ -156,7 +188,8 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
         nargs="+",
         default=[],
         metavar="LINE",
-        help="lines of shell before the command, such as 'module load cuda'",
+        help="lines of shell before the command, such as 'module load cuda'; if they "
+        "activate a Python, pass --python python",
     )
     group.add_argument(
         "--env",
@@ -164,12 +197,23 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
         type=_variable,
         default=[],
         metavar="NAME=VALUE",
-        help="environment of the jobs",
+        help="environment of the jobs; values are taken as they are, those with "
+        "$VARIABLES belong into a line of --setup: 'export NAME=$VALUE'",
+    )
+    group.add_argument(
+        "--sbatch",
+        nargs="+",
+        type=_option,
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="further options of sbatch for the jobs that compute, such as "
+        "reservation=night exclusive",
     )
     group.add_argument(
         "--python",
         metavar="COMMAND",
-        help="what starts Python in a job, such as 'apptainer exec image.sif python' "
+        help="what starts Python in a job, such as 'apptainer exec --nv "
+        "/shared/image.sif python'; jobs start in the study, so paths are absolute "
         "(default: the Python of this command)",
     )
     added = set(parser._option_string_actions) - before
@@ -215,8 +259,12 @@ def machine(options: argparse.Namespace) -> Machine:
     """
     if options.cpus_per_gpu and options.cpus_per_task:
         raise ValueError("Pass --cpus-per-gpu or --cpus-per-task, not both.")
-    if options.cpus_per_gpu and not options.gpus_per_node:
-        raise ValueError("--cpus-per-gpu needs --gpus-per-node.")
+    shortest = min(options.time, options.evaluation_time or options.time)
+    if options.signal_delay >= 60 * shortest:
+        raise ValueError(
+            f"A job of {shortest} minute(s) is warned --signal-delay seconds before "
+            f"its end, got {options.signal_delay}: it would do nothing but start."
+        )
     devices = options.tasks_per_node or options.gpus_per_node or 1
     if options.gpus_per_node and devices != options.gpus_per_node:
         raise ValueError(
@@ -267,8 +315,11 @@ def parameters(
         "srun_args": ["--kill-on-bad-exit=1"],
         "additional_parameters": {"requeue": True},
     }
+    if stage != "report":
+        found["additional_parameters"] |= dict(options.sbatch)
     if options.gpus_per_node:
-        found["gpus_per_node"] = options.gpus_per_node if training else 1
+        number = int(options.gpus_per_node) if training else 1
+        found["gpus_per_node"] = f"{options.gpus_per_node.type}{number}"
     if stage == "evaluate":
         found["time"] = options.evaluation_time or options.time
     if stage == "report":
@@ -375,7 +426,10 @@ def check_slurm(options: argparse.Namespace) -> None:
         return
     asked = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True)
     if asked.returncode:
-        raise ValueError(f"SLURM does not answer: {asked.stderr.strip()}")
+        raise ValueError(
+            "SLURM does not answer: submit from a login node of the cluster, or pass "
+            f"--cluster local. sinfo says: {asked.stderr.strip()}"
+        )
     known = sorted(set(asked.stdout.split()))
     for option in ("partition", "cpu_partition"):
         for name in (getattr(options, option) or "").split(","):

@@ -6,6 +6,7 @@ A command is a script of `benchmarks/`, or one of those of `lightly-mim`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import itertools
 import re
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from study import ROOT, TaskSpec, label
 
@@ -29,6 +30,9 @@ OWNED = {
     "devices": "it follows from --gpus-per-node or --tasks-per-node",
     "num_nodes": "it follows from --nodes",
 }
+
+# Files of `benchmarks/` that write no runs.
+NO_STUDY = ("common.py", "throughput.py")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class Command:
     def option(self, key: str) -> str | None:
         """Returns the option of a key such as `batch_size`; None if there is none."""
         raise NotImplementedError
+
+    def keys(self) -> list[str]:
+        """Returns the keys that may be swept, as far as they are known beforehand."""
+        return []
 
     def given(self) -> set[str]:
         """Returns the keys that the words have options of."""
@@ -115,6 +123,16 @@ class Script(Command):
         """Returns the option of a key."""
         names = (f"--{key}", f"--{key.replace('_', '-')}")
         return next((name for name in names if name in self._actions), None)
+
+    def keys(self) -> list[str]:
+        """Returns the keys that may be swept."""
+        return sorted(
+            name[2:]
+            for name in self._actions
+            if name.startswith("--")
+            and not self.is_flag(name)
+            and name[2:].replace("-", "_") not in OWNED
+        )
 
     def is_flag(self, option: str) -> bool:
         """Returns whether an option takes no value."""
@@ -218,9 +236,14 @@ def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
     scripts = sorted(
         file.name
         for file in (ROOT / "benchmarks").glob("*.py")
-        if file.name not in ("common.py", "throughput.py")  # these train nothing
+        if file.name not in NO_STUDY
     )
     path = Path(words[0])
+    if path.name in NO_STUDY:
+        raise ValueError(
+            f"{path.name} trains nothing that a study could collect. Scripts that do: "
+            f"{', '.join(scripts)}."
+        )
     if path.name == PROGRAM:
         command: Command = Program([PROGRAM, *words[1:]], evaluation)
     elif path.is_file() and path.resolve().parent == ROOT / "benchmarks":
@@ -343,14 +366,12 @@ def _sweep_option(command: Command, key: str) -> str:
         raise ValueError(f"{key!r} cannot be swept: {OWNED[plain]}.")
     option = command.option(key)
     if option is None:
-        known: Any = sorted(
-            name[2:]
-            for name in getattr(command, "_actions", ())
-            if name.startswith("--") and name[2:].replace("-", "_") not in OWNED
-        )
+        known = command.keys()
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"{Path(command.words[0]).name} does not take the sweep key {key!r}. It "
-            f"takes: {', '.join(known)}."
+            f"{Path(command.words[0]).name} does not take the sweep key {key!r}.{hint} "
+            f"It takes: {', '.join(known)}."
         )
     if isinstance(command, Script) and command.is_flag(option):
         raise ValueError(f"{option} takes no value, so it cannot be swept.")

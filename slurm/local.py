@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,26 @@ class _Slot:
 
     gpus: list[int]
     job: submitit.Job[Any] | None = None
+    running: tuple[TaskSpec, str] | None = None
     rest: list[tuple[TaskSpec, str]] | None = None  # stages that follow
+
+
+@contextmanager
+def alone(study: Study) -> Iterator[None]:
+    """Keeps others from running the study on this machine at the same time.
+
+    Raises:
+        ValueError: If somebody does.
+    """
+    with (study.path / ".local").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"Another submit.py runs {study.path} on this machine: wait for its "
+                "end, or interrupt it by Ctrl-C."
+            ) from error
+        yield
 
 
 def run_local(
@@ -61,6 +81,7 @@ def run_local(
             for slot in slots:
                 if slot.job is not None and slot.job.done():
                     slot.job = None
+                    print(_ended(study, slot.running), flush=True)
                 if slot.job is not None:
                     continue
                 if not slot.rest and waiting:
@@ -72,13 +93,27 @@ def run_local(
                         slot.rest = None  # the stage before it failed
                         continue
                     slot.job = _start(study, options, task, stage, slot.gpus)
+                    slot.running = (task, stage)
             time.sleep(0.2)
     except KeyboardInterrupt:
         _stop([slot.job for slot in slots if slot.job is not None])
         print(f"\nInterrupted. Go on with: {study.resume_command()}")
         return INTERRUPTED
+    with suppress(OSError):
+        (study.jobs / "%j").rmdir()  # submitit makes it, with nothing in it
     print(write_report(study))
     return int(any(study.open_stages(task) for task in study.tasks))
+
+
+def _ended(study: Study, ran: tuple[TaskSpec, str] | None) -> str:
+    """Says how a stage of a task has ended."""
+    assert ran is not None
+    task, stage = ran
+    if stage not in study.open_stages(task):
+        return f"{task.name}, {stage}: done"
+    error = study.state(task).get("error") or {}
+    reason = error.get("line", "its process ended without a word")
+    return f"{task.name}, {stage}: failed, {reason}"
 
 
 def _check_gpus(needed: int) -> None:

@@ -23,10 +23,19 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from study import DONE, FAILED, REQUEUED, RUNNING, Study, TaskSpec, run_directories
+from study import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REQUEUED,
+    RUNNING,
+    Study,
+    TaskSpec,
+    run_directories,
+)
 
 _COLOURS = {"done": "green", "failed": "red", "lost": "red", "running": "cyan"}
-ENDED = ("done", "failed", "lost", "not begun")
+ENDED = ("done", "failed", "interrupted", "lost", "not begun")
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class Row:
             The task.
         state:
             `queued`, `starting`, `running`, `requeued`, `trained`, `done`, `failed`,
-            `lost` (its job ended without a word) or `not begun`.
+            `interrupted` (by Ctrl-C), `lost` (its job ended without a word) or `not
+            begun`.
         stage:
             The stage that it is at.
         detail:
@@ -129,8 +139,9 @@ def _state(
         if status == FAILED:
             return "failed", _error(recorded)
         return "running", "" if slurm == "RUNNING" else slurm
-    if status == FAILED:
-        return "failed", _error(recorded)
+    # Of a job that was sent since, nothing is known yet.
+    if status in (FAILED, INTERRUPTED) and (attempts or job is None):
+        return status, _error(recorded)
     if cluster == "slurm" and queued is None:
         told = "SLURM cannot be asked here"
         return ("running" if status == RUNNING else reached), told
@@ -282,8 +293,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130)
     study, listed = found
-    if any(row.state in ("failed", "lost") for row in listed):
-        console.print(f"\nRerun what failed: {study.resume_command()}", soft_wrap=True)
+    if any(row.state in ("failed", "interrupted", "lost") for row in listed):
+        text = f"\nGo on with what has not ended: {study.resume_command()}"
+        console.print(text, soft_wrap=True)
         parser.exit(1)
 
 

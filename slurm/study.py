@@ -31,6 +31,7 @@ STATE_FILE = "state.json"
 
 # Statuses of state.json. A task without one has not begun.
 RUNNING, REQUEUED, DONE, FAILED = "running", "requeued", "done", "failed"
+INTERRUPTED = "interrupted"  # by Ctrl-C
 
 
 @dataclass(frozen=True)

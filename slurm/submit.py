@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import submitit
+try:
+    import submitit
+except ModuleNotFoundError:
+    sys.exit(
+        "submit.py needs the packages of this project: start it by the Python of its "
+        ".venv, or install them with: pip install '.[benchmarks,slurm]'"
+    )
 from cluster import (
     add_options,
     cancel,
@@ -28,7 +34,7 @@ from cluster import (
 from commands import read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
-from status import queue
+from status import queue, rows
 from study import Study, TaskSpec, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from task import Report
@@ -146,32 +152,52 @@ def _main(
         options = made.parse_args([*config, *own])
         words = [*config, *_site_words(own, site)]
         study = _plan(options, command, words)
-    if options.dry_run:
-        _show(study, options)
-        return
+    if options.cpus_per_gpu and not options.gpus_per_node:
+        # A site's file has it for all studies.
+        print("--cpus-per-gpu is left out: no --gpus-per-node.", file=sys.stderr)
+        options.cpus_per_gpu = None
     new = not first.resume
+    if options.dry_run:
+        _show(study, options, new)
+        return
     if options.cluster == "slurm":
         check_slurm(options)
     if new:
         _create(study)
-    pending = _pending(study, options.cluster == "slurm")
+    if options.cluster != "slurm":
+        from local import alone
+
+        with alone(study):
+            sys.exit(_run_here(study, options))
+    pending = _pending(study, in_slurm=True)
     if not pending:
         print(f"Every task of {study.path} is finished or in the queue.")
         return
-    if options.cluster == "slurm":
-        try:
-            _submit(study, options, pending)
-        except BaseException:
-            if new:  # nothing was submitted: leave nothing behind
-                shutil.rmtree(study.path)
-            raise
-        status = shlex.join(["python", "slurm/status.py", str(study.path), "--watch"])
-        print(f"Watch it with: {status}")
-        return
+    try:
+        _submit(study, options, pending)
+    except BaseException:
+        if new:  # nothing was submitted: leave nothing behind
+            shutil.rmtree(study.path)
+        raise
+    print(_watch(study))
+
+
+def _watch(study: Study) -> str:
+    words = ["python", "slurm/status.py", str(study.path), "--watch"]
+    return f"Watch it with: {shlex.join(words)}"
+
+
+def _run_here(study: Study, options: argparse.Namespace) -> int:
+    """Runs what is left of a study on this machine, and returns the exit code."""
     from local import run_debug, run_local
 
+    pending = _pending(study, in_slurm=False)
+    if not pending:
+        print(f"Every task of {study.path} is finished or running.")
+        return 0
+    print(f"The study: {study.path}\n{_watch(study)}", flush=True)
     run = run_local if options.cluster == "local" else run_debug
-    sys.exit(run(study, options, pending))
+    return run(study, options, pending)
 
 
 def _site_words(own: Sequence[str], site: set[str]) -> list[str]:
@@ -244,15 +270,22 @@ def _pending(study: Study, in_slurm: bool) -> list[TaskSpec]:
                 "run twice: try again when SLURM answers."
             )
         queued = {}
+    # Processes of this machine, also those whose submit.py was killed.
+    running = {
+        row.task.name
+        for row in rows(study, queued)
+        if not in_slurm and row.state in ("starting", "running")
+    }
+    left = [task for task in study.tasks if study.open_stages(task)]
     pending = [
         task
-        for task in study.tasks
-        if study.open_stages(task)
+        for task in left
+        if task.name not in running
         and not any(study.job(task, stage) in queued for stage in task.stages)
     ]
-    left = [task for task in study.tasks if study.open_stages(task)]
     if len(left) > len(pending):
-        print(f"{len(left) - len(pending)} task(s) are in the queue and stay there.")
+        where = "in the queue" if in_slurm else "running"
+        print(f"{len(left) - len(pending)} task(s) are {where} and stay there.")
     return pending
 
 
@@ -333,7 +366,7 @@ def wait_for(array: Any, before: Sequence[submitit.Job[Any]]) -> None:
     )
 
 
-def _show(study: Study, options: argparse.Namespace) -> None:
+def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
     """Prints the scripts and the tasks."""
     pending = [task for task in study.tasks if study.open_stages(task)]
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -361,8 +394,16 @@ def _show(study: Study, options: argparse.Namespace) -> None:
             table.add_row(str(index), *values, str(where))
     console.print(table)
     for stage, words in (pending or study.tasks)[0].stages.items():
-        print(f"\n{stage} of the first task:\n  {shlex.join(words)}")
-    print(f"\nNothing was written or submitted. The study would be {study.path}.")
+        out = str(study.run((pending or study.tasks)[0]))
+        shown = [word.replace("{out}", out) for word in words]
+        print(f"\n{stage} of the first task:\n  {shlex.join(shown)}")
+    what = (
+        f"The study would be {study.path}."
+        if new
+        else f"Of {len(study.tasks)} task(s) of {study.path}, {len(pending)} are not "
+        "finished; those in the queue would stay there."
+    )
+    print(f"\nNothing was written or submitted. {what}")
 
 
 if __name__ == "__main__":

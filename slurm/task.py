@@ -70,7 +70,7 @@ class Task(Checkpointable):
         env = submitit.JobEnvironment()
         if env.cluster == "local" and env.num_tasks > 1:
             _export_ranks()  # before Lightning is imported, which looks for its rank
-        from study import DONE, FAILED, RUNNING, run_directories
+        from study import DONE, FAILED, INTERRUPTED, RUNNING, run_directories
 
         from lightly_mim.runs import RunDirectory
 
@@ -102,7 +102,8 @@ class Task(Checkpointable):
             self._run(study, task, env)
         except Exception as error:
             if main and study.state(task)["status"] != FAILED:
-                self._fail(error)
+                interrupted = isinstance(error, CommandInterrupted)
+                self._fail(error, status=INTERRUPTED if interrupted else FAILED)
             raise
         if not main:
             return
@@ -220,12 +221,15 @@ class Task(Checkpointable):
             attempts[-1] |= {"ended": time.time(), "outcome": status}
         study.update_state(task, status=status, attempts=attempts, **changes)
 
-    def _fail(self, error: BaseException, stage: str | None = None) -> None:
-        from study import FAILED
-
+    def _fail(
+        self,
+        error: BaseException,
+        stage: str | None = None,
+        status: str = "failed",
+    ) -> None:
         lines = traceback.format_exception(error)
         self._end(
-            FAILED,
+            status,
             error={
                 "stage": stage or self.stage,
                 "line": traceback.format_exception_only(error)[-1].strip(),
@@ -271,6 +275,10 @@ class CommandError(RuntimeError):
     """The command ended with an exit code and without an exception."""
 
 
+class CommandInterrupted(CommandError):
+    """Somebody pressed Ctrl-C."""
+
+
 def _call(words: list[str], study: Study) -> None:
     """Runs the snapshot's command in this process, where signals reach it.
 
@@ -305,10 +313,11 @@ def _call(words: list[str], study: Study) -> None:
         cause = error.__context__
         if isinstance(cause, Exception):  # what the command made a message of
             raise cause from None
-        ended = f"ended with exit code {error.code}; its log says why"
+        name = Path(words[0]).name
         if error.code == 130:
-            ended = "was interrupted"
-        raise CommandError(f"{Path(words[0]).name} {ended}") from error
+            raise CommandInterrupted(f"{name} was interrupted") from error
+        ended = f"ended with exit code {error.code}; its log says why"
+        raise CommandError(f"{name} {ended}") from error
     finally:
         sys.argv = argv
         sys.path[:] = path

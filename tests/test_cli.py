@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import lightly_mim
 from lightly_mim import cli
 from lightly_mim.cli import main
+from lightly_mim.preemption import Preempted
 
 VIT = [
     *("--method", "SimMIM", "--method.encoder", "vit_tiny_patch16_224"),
@@ -133,3 +135,31 @@ def test_module_runs() -> None:
     )
     assert "pretrain" in done.stdout
     assert "evaluate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "code", "said"),
+    [
+        (["pretrain", "--out", "x"], KeyboardInterrupt(), 130, "go on with it by"),
+        (["evaluate", "--out=x"], KeyboardInterrupt(), 130, "the same command goes"),
+        (["evaluate", "--out", "x"], Preempted(signal.SIGTERM), 143, "the same comm"),
+        (["evaluate", "--data", "x"], KeyboardInterrupt(), 130, "interrupted.\n"),
+    ],
+)
+def test_main__interrupted(
+    words: list[str],
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "auto_cli", fail)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == code
+    assert said in capsys.readouterr().err.lower()

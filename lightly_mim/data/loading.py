@@ -145,7 +145,9 @@ class GlobalBatches(Sampler[list[Key]]):
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}.")
-        if batch_size < 1 or batch_size % world_size:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+        if batch_size % world_size:
             raise ValueError(
                 f"batch_size must be a multiple of the number of processes, "
                 f"{world_size}, got {batch_size}."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from lightly.models.modules.masked_vision_transformer_timm import (
     MaskedVisionTransformerTIMM,
 )
@@ -211,7 +212,7 @@ def _build_timm(
             name, img_size=img_size, in_chans=in_chans, pretrained=pretrained
         )
     except UnsupportedModelError as error:
-        return TimmEncoder(error.model, name, img_size)
+        return _check_size(TimmEncoder(error.model, name, img_size))
     except ValueError as error:
         # Models that take images of any size have no such argument.
         if img_size is None or not isinstance(error.__cause__, TypeError):
@@ -219,8 +220,26 @@ def _build_timm(
         try:
             masked_encoder(name, in_chans=in_chans, pretrained=pretrained)
         except UnsupportedModelError as other:
-            return TimmEncoder(other.model, name, img_size)
+            return _check_size(TimmEncoder(other.model, name, img_size))
         raise
+
+
+@torch.no_grad()
+def _check_size(encoder: TimmEncoder) -> TimmEncoder:
+    """Tries an image: families differ in which sizes they take."""
+    images = torch.zeros(1, encoder.in_chans, *encoder.img_size)
+    training = encoder.model.training
+    try:
+        encoder.model.eval()(images)
+    except (AssertionError, RuntimeError) as error:
+        height, width = encoder.img_size
+        raise ValueError(
+            f"timm's '{encoder.name}' does not take images of {height} x {width} "
+            f"pixels with {encoder.in_chans} channel(s): {error} Pass another img_size."
+        ) from error
+    finally:
+        encoder.model.train(training)
+    return encoder
 
 
 def _load_saved(path: Path) -> MaskedEncoder:

@@ -120,7 +120,8 @@ class Results:
         record:
             What it takes to run it again: `command` (of the process), `arguments` (of
             `evaluate`), `encoder` (see `lightly_mim.evaluation.describe_encoder`),
-            `data` (names of the classes, numbers of images) and `versions`.
+            `data` (names of the classes, numbers of images) and `versions`. In
+            `results.json` these stand beside `rows`.
         measures:
             Label-free measures of the training images' features, one dictionary per
             model, layer and pooling, see `lightly_mim.evaluation.rank.label_free`.

@@ -359,6 +359,11 @@ def evaluate(
     classes = found[tasks[0]]["classes"]
     if len(classes) == 1:
         notes.append("All images are of one class, so every accuracy is 1.")
+    if unseen := found[tasks[0]]["unseen"]:
+        notes.append(
+            f"There are test images, but no training images, of {', '.join(unseen)}: "
+            "no probe can be right about them."
+        )
     if any(len(row.draws or ()) > 1 for row in rows):
         notes.append("± is the standard deviation over draws of the training images.")
     record = {
@@ -484,7 +489,12 @@ class _Runner:
 
     def run(self, task: Task, key: str | None) -> dict[str, Any]:
         """Runs a protocol for a model, and returns its rows."""
-        made: dict[str, Any] = {"classes": self.classes, "rows": [], "measures": []}
+        made: dict[str, Any] = {
+            "classes": self.classes,
+            "unseen": _without_training_images(self.classes, self.labels),
+            "rows": [],
+            "measures": [],
+        }
         start = time.perf_counter()
         if task.protocol == LABEL_FREE:
             measured = measure_features(self._features(task, tokens=False)[0])
@@ -568,6 +578,15 @@ class _Runner:
 
 def _len(data: Dataset[Any]) -> int:
     return len(data)  # type: ignore[arg-type]
+
+
+def _without_training_images(
+    classes: Sequence[str], labels: Sequence[Tensor]
+) -> list[str]:
+    """Returns the classes that only test images have."""
+    train, test = (part.bincount(minlength=len(classes)) for part in labels)
+    missing = ((train == 0) & (test > 0)).nonzero().flatten()
+    return [classes[number] for number in missing.tolist()]
 
 
 def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:

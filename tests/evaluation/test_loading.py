@@ -55,6 +55,11 @@ def test_load_encoder__timm_name() -> None:
     assert encoder.in_chans == 1
 
 
+def test_load_encoder__timm_name_and_a_size_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="does not take images of 50 x 50 pixels"):
+        load_encoder("test_vit", img_size=50, pretrained=False)
+
+
 def test_load_encoder__modules() -> None:
     encoder = small_encoder()
     assert load_encoder(encoder) is encoder

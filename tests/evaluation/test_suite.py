@@ -253,6 +253,13 @@ def test_evaluate__one_class(encoder: MaskedEncoder) -> None:
     assert "one class" in results.notes[-1]
 
 
+def test_evaluate__class_without_training_images(encoder: MaskedEncoder) -> None:
+    train, test = noise(10, 1), noise(6, 3, seed=1)
+    results = evaluate(encoder, train, ["knn"], val=test, **FAST)
+    assert "no training images, of 1, 2: no probe" in results.notes[-1]
+    assert results.rows[0].top1 == pytest.approx(1 / 3)
+
+
 def test_evaluate__refuses_to_overwrite(
     folder: Path, encoder: MaskedEncoder, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ FAILED = {
         (TRAINING, None, "running", "SLURM cannot be asked here"),
         ({}, {}, "lost", "There is no log"),
         (FAILED, {}, "failed", "ValueError: no"),
+        (FAILED | {"status": "interrupted"}, {}, "interrupted", "ValueError: no"),
         (FAILED, None, "failed", "ValueError: no"),
         ({"status": "done", "done": ["train"]}, {"8_0": ("PENDING", "Dependency")},
          "trained", "Dependency"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -104,9 +105,29 @@ def test_dry_run(
     ):
         assert f"tasks/{number:02d}-method={method}-seed={seed}/run" in output
     assert (
-        "benchmarks/solar_cells.py --method SimMIM --seed 0 --epochs 3 --out '{out}' "
+        "benchmarks/solar_cells.py --method SimMIM --seed 0 --epochs 3 --out "
+        f"{tmp_path}/s/tasks/00-method=SimMIM-seed=0/run "
         "--devices 4 --num-nodes 2 --resume --stage train\n" in output
     )
+
+
+def test_dry_run__what_sites_ask_for(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--gpus-per-node a100:2 --sbatch reservation=night exclusive"
+    submit.main(shlex.split(f"--dry-run {words} {SOLAR}"))
+    found = scripts(capsys.readouterr().out)
+    for line in ("#SBATCH --reservation=night\n", "#SBATCH --exclusive\n"):
+        assert line in found["train"] and line in found["evaluate"]
+        assert line not in found["report"]
+    assert "#SBATCH --gpus-per-node=a100:2\n#" in found["train"]
+    assert "--ntasks-per-node=2\n" in found["train"]
+    assert "#SBATCH --gpus-per-node=a100:1\n" in found["evaluate"]
+    # A site's file has the CPUs of each GPU, also for a study without any.
+    submit.main(shlex.split(f"--dry-run --cpus-per-gpu 8 {SOLAR}"))
+    captured = capsys.readouterr()
+    assert "--cpus-per-gpu is left out" in captured.err
+    assert "cpus-per" not in captured.out
 
 
 def test_dry_run__one_task_is_no_array(
@@ -119,22 +140,23 @@ def test_dry_run__one_task_is_no_array(
 
 
 def test_dry_run__pretrain(
-    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     command = "-- lightly-mim pretrain --data photos --method.encoder x --epochs 3"
     words = "--dry-run --sweep method=SimMIM,MAE epochs=1,2 --evaluate '--data photos'"
     with pytest.raises(SystemExit):  # epochs twice
         submit.main(shlex.split(f"{words} {command}"))
     capsys.readouterr()
-    words = "--dry-run --sweep method=SimMIM,MAE --evaluate '--data photos'"
+    words = "--dry-run --study s --sweep method=SimMIM,MAE --evaluate '--data photos'"
     submit.main(shlex.split(f"{words} {command}"))
     output = capsys.readouterr().out
+    out = f"{tmp_path}/s/tasks/00-method=SimMIM/run"
     assert (
         "lightly-mim pretrain --method SimMIM --data photos --method.encoder x "
-        "--epochs 3 --out '{out}' --devices 1 --num_nodes 1 --resume\n" in output
+        f"--epochs 3 --out {out} --devices 1 --num_nodes 1 --resume\n" in output
     )
     assert (
-        "lightly-mim evaluate --encoder '{out}' --out '{out}' --overwrite "
+        f"lightly-mim evaluate --encoder {out} --out {out} --overwrite "
         "--data photos\n" in output
     )
     submit.main(shlex.split(f"--dry-run {PRETRAIN} --epochs 3"))
@@ -150,7 +172,8 @@ def test_dry_run__pretrain(
         ("", "Say what to run behind --"),
         ("-- benchmarks/nothing.py", "There is no command 'benchmarks/nothing.py'"),
         ("-- rm -rf x", "There is no command 'rm'"),
-        ("-- benchmarks/common.py", "has no parser()"),
+        ("-- benchmarks/common.py", "trains nothing that a study could collect"),
+        ("-- benchmarks/throughput.py mae", "trains nothing"),
         ("-- lightly-mim train", "has the commands pretrain, evaluate"),
         (f"{SOLAR} --epoch 3", "unrecognized arguments: --epoch 3"),
         (f"{SOLAR} --epochs 0", "from 1, got '0'"),
@@ -164,6 +187,7 @@ def test_dry_run__pretrain(
         (f"--evaluate '--laiers 3' {PRETRAIN}", "laiers"),
         (f"--evaluate '--data x' {SOLAR}", "goes with lightly-mim pretrain alone"),
         (f"--sweep colour=red {SOLAR}", "does not take the sweep key 'colour'"),
+        (f"--sweep sed=0,1 {SOLAR}", "Did you mean 'seed'?"),
         (f"--sweep colour=red {PRETRAIN}", "with colour=red refuses"),
         (f"--sweep method=SimMIM,DINO {SOLAR}", "choose from"),
         (f"--sweep seed=0,x {SOLAR}", "with seed=x refuses its words"),
@@ -175,7 +199,10 @@ def test_dry_run__pretrain(
         (f"--sweep out=a,b {SOLAR}", "'out' cannot be swept"),
         (f"--sweep num-nodes=1,2 {SOLAR}", "'num-nodes' cannot be swept"),
         (f"--sweep seed=0,1 {SOLAR} --seeds 1", "say it once"),
-        (f"--cpus-per-gpu 2 {SOLAR}", "needs --gpus-per-node"),
+        (f"--time 10 --signal-delay 600 {SOLAR}", "it would do nothing but start"),
+        (f"--gpus-per-node a100: {SOLAR}", "a type and a number such as a100:8"),
+        (f"--gpus-per-node :2 {SOLAR}", "a type and a number such as a100:8"),
+        (f"--sbatch 'x y' {SOLAR}", "expected NAME=VALUE or NAME"),
         (f"--gpus-per-node 2 --tasks-per-node 3 {SOLAR}", "process of its own"),
         (f"--cluster local --nodes 2 {SOLAR}", "has one node"),
         (f"--time 1:2:3:4 {SOLAR}", "minutes:seconds"),
@@ -351,6 +378,10 @@ def test_local_study__failure_is_listed_and_rerun_alone(
         submit.main([*words, *tiny(photos)])
     assert exit_.value.code == 1
     output = capsys.readouterr().out
+    assert f"status.py {tmp_path / 's'} --watch" in output
+    for line in (r"^00-\S+, train: done$", r"^01-\S+, train: failed, ValueError: "):
+        assert re.search(line, output, flags=re.MULTILINE)
+    assert not (tmp_path / "s" / "jobs" / "%j").exists()
     study = submit.Study.load("s")
     good, bad = study.tasks
     assert study.open_stages(good) == []
@@ -369,6 +400,14 @@ def test_local_study__failure_is_listed_and_rerun_alone(
     assert attempt["host"] and attempt["versions"]["torch"] and attempt["job"]
     log = tmp_path / "s" / "jobs" / attempt["job"] / f"{attempt['job']}_0_log.out"
     assert f"{tmp_path}/s/code" in log.read_text() or "train:" in log.read_text()
+
+    local = importlib.import_module("local")
+    with local.alone(study), pytest.raises(SystemExit) as exit_:
+        submit.main(["--resume", "s"])
+    assert exit_.value.code == 2
+    assert "Another submit.py runs" in capsys.readouterr().err
+    submit.main(["--resume", "s", "--dry-run"])
+    assert "Of 2 task(s)" in capsys.readouterr().out
 
     marker = study.run(good) / "SimMIM-seed0" / "finished.json"
     before = marker.stat().st_mtime_ns
