@@ -63,9 +63,6 @@ class Recipe:
         cosine_from_warmup:
             Whether the cosine begins where warm-up ends (MAE) or at the first step,
             hidden by the warm-up (SimMIM, timm).
-        decay_ends:
-            Whether layer-wise decay applies to the rates of warm-up and end (MAE), or
-            to the highest rate alone (SimMIM).
         step_epochs:
             Epochs at which the 'step' schedule steps.
         step_factor:
@@ -103,7 +100,6 @@ class Recipe:
     min_lr: float = 0.0
     schedule: Literal["cosine", "step"] = "cosine"
     cosine_from_warmup: bool = False
-    decay_ends: bool = True
     step_epochs: tuple[float, ...] = ()
     step_factor: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
@@ -185,6 +181,7 @@ def build_optimizer(
     no_weight_decay: Collection[str] = (),
     fused: bool = True,
     layer_decay: float | None = None,
+    decay_ends: bool = True,
 ) -> tuple[Optimizer, LambdaLR]:
     """Makes the optimiser of a recipe and its schedule, which steps with it.
 
@@ -210,6 +207,8 @@ def build_optimizer(
             are those of the module's `group_matcher`, timm's word for a function from
             the name of a parameter to the number of its layer, see `layer_ids`. None
             gives all layers the same rate.
+        decay_ends:
+            Whether that factor applies to the rates of warm-up and end, too.
 
     Returns:
         (AdamW optimiser, learning rate scheduler).
@@ -229,11 +228,18 @@ def build_optimizer(
         for group in groups:
             group["lr"] = lr * group["lr_scale"]
     optimizer = AdamW(groups, lr=lr, betas=recipe.betas, fused=fused)
-    return optimizer, build_schedule(optimizer, recipe, steps_per_epoch, total_steps)
+    schedule = build_schedule(
+        optimizer, recipe, steps_per_epoch, total_steps, decay_ends
+    )
+    return optimizer, schedule
 
 
 def build_schedule(
-    optimizer: Optimizer, recipe: Recipe, steps_per_epoch: float, total_steps: int
+    optimizer: Optimizer,
+    recipe: Recipe,
+    steps_per_epoch: float,
+    total_steps: int,
+    decay_ends: bool = True,
 ) -> LambdaLR:
     """Makes the schedule of a recipe, which multiplies the rate of every group.
 
@@ -247,6 +253,8 @@ def build_schedule(
             Optimiser steps in an epoch.
         total_steps:
             Optimiser steps in the run.
+        decay_ends:
+            Whether `lr_scale` applies to the rates of warm-up and end, too.
     """
 
     def factor(recipe: Recipe) -> Callable[[int], float]:
@@ -258,7 +266,7 @@ def build_schedule(
         optimizer,
         [
             factor(recipe)
-            if recipe.decay_ends
+            if decay_ends
             else factor(
                 dataclasses.replace(recipe, lr=recipe.lr * group.get("lr_scale", 1.0))
             )

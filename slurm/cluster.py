@@ -34,6 +34,14 @@ _PASSED = {
     "dependency": "what the first jobs wait for, such as afterok:123",
     "mail-user": "address for messages about ends, failures and requeues",
 }
+# What --sbatch may not set: it would replace what the study has chosen.
+_NOT_PASSED = {
+    *_PASSED,
+    *("array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "export"),
+    *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mail-type", "mem"),
+    *("no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"),
+    *("requeue", "signal", "time", "wckey", "wrap"),
+}
 _ALL_STAGES = ("partition", "account", "qos", "constraint", "exclude", "comment")
 _MAIL = "END,FAIL,REQUEUE"
 
@@ -108,6 +116,10 @@ def _option(text: str) -> tuple[str, str | bool]:
     name, equals, value = text.removeprefix("--").partition("=")
     if not re.fullmatch(r"[a-z][a-z-]*", name):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE or NAME, got {text!r}")
+    if name in _NOT_PASSED:
+        raise argparse.ArgumentTypeError(
+            f"{name} is an option of its own here, or the study's to choose"
+        )
     return name, value if equals else True
 
 
@@ -245,7 +257,10 @@ def read_config(path: Path, known: set[str]) -> list[str]:
                 f"--config {path}: put quotes around the value of {key!r}."
             )
         if isinstance(value, dict):
-            value = [f"{name}={text}" for name, text in value.items()]
+            value = [
+                name if text is True or text is None else f"{name}={text}"
+                for name, text in value.items()
+            ]
         values = value if isinstance(value, list) else [value]
         words += [f"--{option}", *map(str, values)]
     return words
@@ -260,7 +275,7 @@ def machine(options: argparse.Namespace) -> Machine:
     if options.cpus_per_gpu and options.cpus_per_task:
         raise ValueError("Pass --cpus-per-gpu or --cpus-per-task, not both.")
     shortest = min(options.time, options.evaluation_time or options.time)
-    if options.signal_delay >= 60 * shortest:
+    if options.cluster == "slurm" and options.signal_delay >= 60 * shortest:
         raise ValueError(
             f"A job of {shortest} minute(s) is warned --signal-delay seconds before "
             f"its end, got {options.signal_delay}: it would do nothing but start."
@@ -326,6 +341,7 @@ def parameters(
         found.pop("gpus_per_node", None)
         found["partition"] = options.cpu_partition or options.partition
         found |= {"time": 30, "cpus_per_task": None, "mem": None}
+        found["signal_delay_s"] = 60  # it has nothing to save
         if options.cpu_partition:
             found["constraint"] = None
     if options.mail_user:

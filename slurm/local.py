@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,24 +29,6 @@ class _Slot:
     job: submitit.Job[Any] | None = None
     running: tuple[TaskSpec, str] | None = None
     rest: list[tuple[TaskSpec, str]] | None = None  # stages that follow
-
-
-@contextmanager
-def alone(study: Study) -> Iterator[None]:
-    """Keeps others from running the study on this machine at the same time.
-
-    Raises:
-        ValueError: If somebody does.
-    """
-    with (study.path / ".local").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"Another submit.py runs {study.path} on this machine: wait for its "
-                "end, or interrupt it by Ctrl-C."
-            ) from error
-        yield
 
 
 def run_local(
@@ -80,8 +61,8 @@ def run_local(
         while waiting or any(slot.job for slot in slots):
             for slot in slots:
                 if slot.job is not None and slot.job.done():
+                    print(_ended(study, slot), flush=True)
                     slot.job = None
-                    print(_ended(study, slot.running), flush=True)
                 if slot.job is not None:
                     continue
                 if not slot.rest and waiting:
@@ -105,13 +86,16 @@ def run_local(
     return int(any(study.open_stages(task) for task in study.tasks))
 
 
-def _ended(study: Study, ran: tuple[TaskSpec, str] | None) -> str:
-    """Says how a stage of a task has ended."""
-    assert ran is not None
-    task, stage = ran
+def _ended(study: Study, slot: _Slot) -> str:
+    """Says how the job of a slot has ended."""
+    assert slot.running is not None and slot.job is not None
+    task, stage = slot.running
     if stage not in study.open_stages(task):
         return f"{task.name}, {stage}: done"
-    error = study.state(task).get("error") or {}
+    state = study.state(task)
+    jobs = {attempt["job"] for attempt in state.get("attempts", [])}
+    own = str(slot.job.job_id) in jobs  # or the reason is that of a job before
+    error = (state.get("error") if own else None) or {}
     reason = error.get("line", "its process ended without a word")
     return f"{task.name}, {stage}: failed, {reason}"
 

@@ -55,7 +55,7 @@ def _lines(study: Study, row: Row) -> Iterator[dict[str, Any]]:
     numbers = list(_numbers(study.run(row.task))) if row.state == "done" else []
     about = {
         "requeues": row.requeues,
-        "error": row.detail if row.state in ("failed", "lost") else "",
+        "error": row.detail if row.state in ("failed", "interrupted", "lost") else "",
         "host": attempts[-1]["host"] if attempts else "",
         "gpus": json.dumps(attempts[-1]["gpus"] if attempts else []),
         "commit": study.origin["commit"],

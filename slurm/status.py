@@ -136,11 +136,13 @@ def _state(
             return ("requeued" if attempts else reached), reason
         if not attempts or status == REQUEUED:  # the next attempt has not begun
             return "starting", slurm
-        if status == FAILED:
-            return "failed", _error(recorded)
+        if status in (FAILED, INTERRUPTED):
+            return status, _error(recorded)
         return "running", "" if slurm == "RUNNING" else slurm
-    # Of a job that was sent since, nothing is known yet.
-    if status in (FAILED, INTERRUPTED) and (attempts or job is None):
+    ended = status in (FAILED, INTERRUPTED)
+    last = (recorded.get("attempts") or [{}])[-1].get("job")
+    # Of a local job that was started since, nothing is known yet.
+    if ended and (cluster != "local" or job in (None, last) or last == "debug"):
         return status, _error(recorded)
     if cluster == "slurm" and queued is None:
         told = "SLURM cannot be asked here"
@@ -203,6 +205,20 @@ def _is_alive(host: str, pid: int) -> bool:
     except OSError:
         return False
     return not Path("/proc/self").exists()
+
+
+def is_running_here(study: Study, task: TaskSpec) -> bool:
+    """Returns whether the last process of a task is alive on this machine."""
+    recorded = study.state(task)
+    attempts = recorded.get("attempts") or []
+    if recorded.get("status") != RUNNING or not attempts:
+        return False
+    host, pid = attempts[-1]["host"], attempts[-1]["pid"]
+    if host != platform.node() or not _is_alive(host, pid):
+        return False
+    command = Path(f"/proc/{pid}/cmdline")
+    # A number may have come to another process since.
+    return not command.exists() or b"submitit" in command.read_bytes()
 
 
 def progress(run: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ study.csv  study.md   every number, and one page; written by report.py
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import platform
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,24 @@ def run_directories(run: Path) -> Iterator[Path]:
     """
     for config in sorted([*run.glob("config.yaml"), *run.glob("*/config.yaml")]):
         yield config.parent
+
+
+@contextmanager
+def alone(study: Study) -> Iterator[None]:
+    """Keeps other submit.py of this machine from the study.
+
+    Raises:
+        ValueError: If one is at work.
+    """
+    with (study.path / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"Another submit.py is at work on {study.path}: wait for its end, or "
+                "interrupt it by Ctrl-C."
+            ) from error
+        yield
 
 
 def snapshot(destination: Path) -> None:

@@ -34,8 +34,8 @@ from cluster import (
 from commands import read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
-from status import queue, rows
-from study import Study, TaskSpec, origin, snapshot
+from status import is_running_here, queue
+from study import Study, TaskSpec, alone, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from task import Report
 
@@ -146,16 +146,12 @@ def _main(
             )
         study = Study.load(first.resume)
         stored = [str(word) for word in study.cluster["words"]]
-        options = made.parse_args([*stored, *config, *own])
+        options = _applicable(made.parse_args([*stored, *config, *own]))
         _check_same_machine(study, options)
     else:
-        options = made.parse_args([*config, *own])
+        options = _applicable(made.parse_args([*config, *own]))
         words = [*config, *_site_words(own, site)]
         study = _plan(options, command, words)
-    if options.cpus_per_gpu and not options.gpus_per_node:
-        # A site's file has it for all studies.
-        print("--cpus-per-gpu is left out: no --gpus-per-node.", file=sys.stderr)
-        options.cpus_per_gpu = None
     new = not first.resume
     if options.dry_run:
         _show(study, options, new)
@@ -164,11 +160,16 @@ def _main(
         check_slurm(options)
     if new:
         _create(study)
-    if options.cluster != "slurm":
-        from local import alone
-
-        with alone(study):
+    with alone(study):
+        # As it is now: another submit.py may have added its jobs a moment ago.
+        study = Study.load(study.path)
+        if options.cluster != "slurm":
             sys.exit(_run_here(study, options))
+        _send(study, options, new)
+
+
+def _send(study: Study, options: argparse.Namespace, new: bool) -> None:
+    """Sends what is left of a study to SLURM."""
     pending = _pending(study, in_slurm=True)
     if not pending:
         print(f"Every task of {study.path} is finished or in the queue.")
@@ -180,6 +181,14 @@ def _main(
             shutil.rmtree(study.path)
         raise
     print(_watch(study))
+
+
+def _applicable(options: argparse.Namespace) -> argparse.Namespace:
+    """Leaves out what a site's file has for all studies, and this one cannot use."""
+    if options.cpus_per_gpu and not options.gpus_per_node:
+        print("--cpus-per-gpu is left out: no --gpus-per-node.", file=sys.stderr)
+        options.cpus_per_gpu = None
+    return options
 
 
 def _watch(study: Study) -> str:
@@ -270,22 +279,17 @@ def _pending(study: Study, in_slurm: bool) -> list[TaskSpec]:
                 "run twice: try again when SLURM answers."
             )
         queued = {}
-    # Processes of this machine, also those whose submit.py was killed.
-    running = {
-        row.task.name
-        for row in rows(study, queued)
-        if not in_slurm and row.state in ("starting", "running")
-    }
     left = [task for task in study.tasks if study.open_stages(task)]
     pending = [
         task
         for task in left
-        if task.name not in running
+        # Processes of this machine outlive a submit.py that is killed.
+        if not is_running_here(study, task)
         and not any(study.job(task, stage) in queued for stage in task.stages)
     ]
     if len(left) > len(pending):
-        where = "in the queue" if in_slurm else "running"
-        print(f"{len(left) - len(pending)} task(s) are {where} and stay there.")
+        count = len(left) - len(pending)
+        print(f"{count} task(s) are running or in the queue and stay there.")
     return pending
 
 

@@ -14,7 +14,6 @@ from lightly_mim.evaluation.finetune import FineTuned
 from lightly_mim.optim import (
     Recipe,
     build_optimizer,
-    build_schedule,
     layer_ids,
     learning_rate_factor,
 )
@@ -303,27 +302,23 @@ def test_build_optimizer__decays_the_rate_from_layer_to_layer(name: str) -> None
 
 def test_build_optimizer__ends_that_do_not_decay_equal_timms() -> None:
     # As SimMIM's fine-tuning has it: timm takes the ends as they are for every group.
-    recipe = dataclasses.replace(RECIPE, decay_ends=False)
-    module = nn.ModuleDict({"blocks": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
-    groups = [
-        {"params": [nn.Parameter(torch.zeros(1))], "lr": RECIPE.lr * scale}
-        for scale in (1.0, 0.25)
-    ]
+    encoder, options = MODELS["vit"]
+    module = FineTuned(masked_encoder(encoder, **options), 3, "mean", head_std=0.02)
+    optimizer, ours = build_optimizer(
+        module, RECIPE, 512, STEPS_PER_EPOCH, STEPS, layer_decay=0.5, decay_ends=False
+    )
+    highest = ours.base_lrs
+    assert len(set(highest)) > 3
     theirs = CosineLRScheduler(
-        torch.optim.SGD(groups),
+        torch.optim.SGD(
+            [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in highest]
+        ),
         t_initial=STEPS,
         lr_min=RECIPE.min_lr,
         warmup_lr_init=RECIPE.warmup_lr,
         warmup_t=4 * STEPS_PER_EPOCH,
         t_in_epochs=False,
     )
-    optimizer = torch.optim.SGD(
-        [
-            {"params": part.parameters(), "lr": RECIPE.lr * scale, "lr_scale": scale}
-            for part, scale in zip(module.values(), (1.0, 0.25), strict=True)
-        ]
-    )
-    ours = build_schedule(optimizer, recipe, STEPS_PER_EPOCH, STEPS)
     for step in range(STEPS):
         theirs.step_update(step)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(

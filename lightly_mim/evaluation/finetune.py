@@ -62,6 +62,9 @@ class FineTuneRecipe(Recipe):
         layer_decay:
             Factor on the learning rate from each layer to the one below it, see
             `lightly_mim.optim.layer_ids`.
+        decay_ends:
+            Whether that factor applies to the rates of warm-up and end (MAE), or to the
+            highest rate alone (SimMIM).
         head_std:
             Standard deviation of the head's initial weights, a truncated normal. Its
             bias begins at zero.
@@ -79,6 +82,7 @@ class FineTuneRecipe(Recipe):
     """
 
     layer_decay: float = 1.0
+    decay_ends: bool = True
     head_std: float = 0.02
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -399,6 +403,7 @@ class FineTune:
             plan.steps_per_epoch * recipe.epochs,
             model.no_weight_decay(),
             layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None,
+            decay_ends=recipe.decay_ends,
         )
         logits = train_and_score(
             Classification(

@@ -42,18 +42,26 @@ def data_fingerprint(data: Dataset[Any]) -> dict[str, Any] | None:
     Returns:
         A dictionary that can be written as JSON, None if there is no telling.
     """
-    if isinstance(data, TransformedDataset):
-        data = data.dataset
+    if isinstance(data, ImageDataset):  # that we have opened, with a transform we know
+        return _files(data)
+    return _given(data.dataset if isinstance(data, TransformedDataset) else data)
+
+
+def _given(data: Any) -> dict[str, Any] | None:
+    """Returns the fingerprint of a data set that somebody else has made."""
     fingerprint = getattr(data, "fingerprint", None)
     if fingerprint is not None:
-        length = len(data)  # type: ignore[arg-type]
-        return {"fingerprint": str(fingerprint), "num_images": length}
-    if isinstance(data, Subset):
-        whole = data_fingerprint(data.dataset)
+        return {"fingerprint": str(fingerprint), "num_images": len(data)}
+    if type(data) is Subset:
+        whole = _given(data.dataset)
         indices = hash_key({"indices": [int(index) for index in data.indices]})
         return None if whole is None else {"whole": whole, "indices": indices}
-    if not isinstance(data, ImageDataset):
-        return None
+    if isinstance(data, ImageDataset) and data.transform is None:
+        return _files(data)
+    return None
+
+
+def _files(data: ImageDataset) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, path, target in zip(
         data.filenames, data.paths, data.targets, strict=True

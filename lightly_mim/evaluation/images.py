@@ -130,11 +130,23 @@ def _check_classes(images: Dataset[Any], source: Data) -> None:
 
 
 def _hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Returns a boolean tensor: which images are held out, evenly from each class."""
-    order = spread_over_classes(labels, Generator().manual_seed(seed))
-    steps = (torch.arange(len(labels) + 1).double() * share).floor()
+    """Returns a boolean tensor: which images are held out, evenly from each class.
+
+    Where a class has a fraction of an image to give, the seed decides. Its last image
+    is kept for training.
+    """
+    generator = Generator().manual_seed(seed)
+    # Every so many images of the classes in random order, from a random one on.
+    shuffled = torch.randperm(int(labels.max()) + 1, generator=generator)[labels]
+    order = spread_over_classes(shuffled, generator)
+    first = torch.rand((), generator=generator, dtype=torch.float64)
+    steps = (torch.arange(len(labels) + 1).double() * share + first).floor()
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     held_out[order] = steps.diff() > 0
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().flatten()
+        if len(members) and held_out[members].all():
+            held_out[members[0]] = False
     if not held_out.any() or held_out.all():
         raise ValueError(
             f"holdout={share} of {len(labels)} training image(s) leaves none on one "

@@ -31,6 +31,9 @@ from lightly_mim.evaluation.fingerprints import (
 from lightly_mim.evaluation.results import SCHEMA_VERSION
 from lightly_mim.files import atomic_write
 
+# Of what a kept row holds, and of protocols whose numbers changed.
+_ROWS_VERSION = 2
+
 
 class Task(NamedTuple):
     """One protocol for one model.
@@ -135,6 +138,7 @@ class Keeper:
         if self.out is None:
             return None
         key = {
+            "rows_version": _ROWS_VERSION,
             "schema_version": SCHEMA_VERSION,
             "features_version": FEATURES_VERSION,
             "name": task.model,

@@ -340,6 +340,11 @@ def test_settings__override_the_recipe() -> None:
     assert (recipe.rand_augment, recipe.batch_size) == ("", 1024)
 
 
+def test_recipes__only_maes_code_scales_the_ends_with_the_layers() -> None:
+    scaled = {name for name, recipe in RECIPES.items() if recipe.decay_ends}
+    assert scaled == {"mae_vit_base", "mae_vit_large", "mae_vit_huge"}
+
+
 def test_settings__small_data_has_small_batches() -> None:
     sizes = {
         num_train: FineTune().settings("mae_vit_base", num_train).batch_size

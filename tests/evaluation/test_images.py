@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightly_mim.data import ImageDataset
+from lightly_mim.data import ImageDataset, TransformedDataset
 from lightly_mim.evaluation.fingerprints import data_fingerprint
-from lightly_mim.evaluation.images import EvaluationImages
+from lightly_mim.evaluation.images import EvaluationImages, _hold_out
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def contents(images: Dataset[Any]) -> list[tuple[int, int]]:
     return [images[index][:2] for index in range(count)]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
 def test_holdout__cuts_the_training_images_in_two(folder: Path, share: float) -> None:
     images = EvaluationImages(folder, None, grey, 1, share)
     train, test = contents(images.train), contents(images.test)
@@ -59,6 +60,17 @@ def test_holdout__cuts_the_training_images_in_two(folder: Path, share: float) ->
     # Protocols that augment read the same ones.
     again = images.labelled().train(lambda image: grey(image) + 100)
     assert contents(again) == [(n + 100, label) for n, label in train]
+
+
+def test_holdout__small_classes_take_turns() -> None:
+    labels = torch.arange(100) % 20  # 5 images each, of which a tenth is half an image
+    drawn = [set(labels[_hold_out(labels, 0.1, seed)].tolist()) for seed in range(40)]
+    assert all(len(classes) == 10 for classes in drawn)
+    assert set.union(*drawn) == set(range(20))
+    alone = torch.tensor([0] * 9 + [1])
+    held_out = [_hold_out(alone, 0.2, seed) for seed in range(20)]
+    assert not any(each[9] for each in held_out)
+    assert {int(each.sum()) for each in held_out} <= {1, 2}
 
 
 def test_holdout__is_a_function_of_the_seed(folder: Path) -> None:
@@ -89,8 +101,8 @@ def test_holdout__out_of_range(folder: Path, share: float) -> None:
 
 
 def test_holdout__leaves_none(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"holdout=0.02 of 40 .* none on one side"):
-        EvaluationImages(folder, None, grey, 1, 0.02)
+    with pytest.raises(ValueError, match=r"holdout=0.0001 of 40 .* none on one side"):
+        EvaluationImages(folder, None, grey, 1, 0.0001)
 
 
 def test_data_fingerprint__parts(folder: Path) -> None:
@@ -100,6 +112,15 @@ def test_data_fingerprint__parts(folder: Path) -> None:
     assert data_fingerprint(Subset(Greys(), [0])) is None
     known = Greys()
     known.fingerprint = 1
+    # How a transform or a subclass changes the images, nobody can tell.
+    files = ImageDataset(folder / "train", grey, in_chans=1)
+    assert data_fingerprint(TransformedDataset(files, None)) is None
+    assert data_fingerprint(Subset(files, [0])) is None
+
+    class Relabelled(Subset[Any]):
+        pass
+
+    assert data_fingerprint(Relabelled(known, [0])) is None
     found = [data_fingerprint(Subset(known, part)) for part in ([0], [0], [1], [0, 1])]
     assert found[0] == found[1]
     assert len({str(each) for each in found}) == 3

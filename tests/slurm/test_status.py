@@ -232,3 +232,22 @@ def test_report__lists_what_failed(status: ModuleType, study: Any) -> None:
     assert study.resume_command() in (study.path / "study.md").read_text()
     with (study.path / "study.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["error"] == "ValueError: no"
+
+
+def test_is_running_here(status: ModuleType, study: Any) -> None:
+    task = study.tasks[0]
+    assert not status.is_running_here(study, task)
+    words = [sys.executable, "-c", "import time; time.sleep(60)  # submitit"]
+    with subprocess.Popen(words) as process:
+        for host, expected in ((platform.node(), True), ("elsewhere", False)):
+            ran = attempt("train", "7_0") | {"host": host, "pid": process.pid}
+            study.update_state(task, attempts=[ran], status="running")
+            assert status.is_running_here(study, task) == expected
+        process.kill()
+    ran["host"] = platform.node()
+    study.update_state(task, attempts=[ran], status="running")
+    assert not status.is_running_here(study, task)
+    # The number belongs to another program now: to this one.
+    study.update_state(task, attempts=[ran | {"pid": os.getppid()}])
+    if Path("/proc").exists():
+        assert not status.is_running_here(study, task)

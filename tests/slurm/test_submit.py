@@ -124,10 +124,10 @@ def test_dry_run__what_sites_ask_for(
     assert "--ntasks-per-node=2\n" in found["train"]
     assert "#SBATCH --gpus-per-node=a100:1\n" in found["evaluate"]
     # A site's file has the CPUs of each GPU, also for a study without any.
-    submit.main(shlex.split(f"--dry-run --cpus-per-gpu 8 {SOLAR}"))
+    submit.main(shlex.split(f"--dry-run --cpus-per-gpu 8 --cpus-per-task 3 {SOLAR}"))
     captured = capsys.readouterr()
     assert "--cpus-per-gpu is left out" in captured.err
-    assert "cpus-per" not in captured.out
+    assert captured.out.count("#SBATCH --cpus-per-task=3\n") == 2
 
 
 def test_dry_run__one_task_is_no_array(
@@ -203,6 +203,7 @@ def test_dry_run__pretrain(
         (f"--gpus-per-node a100: {SOLAR}", "a type and a number such as a100:8"),
         (f"--gpus-per-node :2 {SOLAR}", "a type and a number such as a100:8"),
         (f"--sbatch 'x y' {SOLAR}", "expected NAME=VALUE or NAME"),
+        (f"--sbatch dependency=afterok:5 {SOLAR}", "the study's to choose"),
         (f"--gpus-per-node 2 --tasks-per-node 3 {SOLAR}", "process of its own"),
         (f"--cluster local --nodes 2 {SOLAR}", "has one node"),
         (f"--time 1:2:3:4 {SOLAR}", "minutes:seconds"),
@@ -272,11 +273,13 @@ def test_config__command_line_wins(
     (tmp_path / "site.yaml").write_text(
         "partition: gpu\naccount: me\ntime: '2:00:00'\nsetup:\n- module load a\n"
         "- module load b\nenv: {A: 1, B: x y}\ngpus_per_node: 2\n"
+        "sbatch: {exclusive: true, reservation: night}\n"
     )
     submit.main(shlex.split(f"--dry-run --config site.yaml --partition cpu {SOLAR}"))
     script = scripts(capsys.readouterr().out)["train"]
     assert "--partition=cpu\n" in script and "--account=me\n" in script
     assert "--time=120\n" in script and "--gpus-per-node=2\n" in script
+    assert "--exclusive\n" in script and "--reservation=night\n" in script
     assert "export A=1\nexport B='x y'\nmodule load a\nmodule load b\n" in script
 
 
@@ -401,11 +404,10 @@ def test_local_study__failure_is_listed_and_rerun_alone(
     log = tmp_path / "s" / "jobs" / attempt["job"] / f"{attempt['job']}_0_log.out"
     assert f"{tmp_path}/s/code" in log.read_text() or "train:" in log.read_text()
 
-    local = importlib.import_module("local")
-    with local.alone(study), pytest.raises(SystemExit) as exit_:
+    with submit.alone(study), pytest.raises(SystemExit) as exit_:
         submit.main(["--resume", "s"])
     assert exit_.value.code == 2
-    assert "Another submit.py runs" in capsys.readouterr().err
+    assert "Another submit.py is at work" in capsys.readouterr().err
     submit.main(["--resume", "s", "--dry-run"])
     assert "Of 2 task(s)" in capsys.readouterr().out
 

@@ -101,6 +101,15 @@ def test_failure(
     assert state["attempts"][-1]["outcome"] == "failed"
 
 
+def test_interrupted(task: ModuleType, tmp_path: Path) -> None:
+    study = make_study(tmp_path, "raise SystemExit(130)")  # as after Ctrl-C
+    with pytest.raises(RuntimeError, match="was interrupted"):
+        run(task, study)
+    state = study.state(study.tasks[0])
+    assert (state["status"], state["done"]) == ("interrupted", [])
+    assert state["attempts"][-1]["outcome"] == "interrupted"
+
+
 def test_requeues_are_bounded(task: ModuleType, tmp_path: Path) -> None:
     study = make_study(tmp_path, "1 / 0")
     spec = study.tasks[0]
