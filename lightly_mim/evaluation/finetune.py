@@ -228,10 +228,11 @@ class FineTune:
     share becomes one of each block. The weights after the last epoch count: the test
     images are scored once.
 
-    None takes the recipe's value. The recipes are made for ImageNet. On the 1,968
-    solar-cell images, 10 epochs of MAE's took a small SimMIM encoder to 60 % where its
-    linear probe has 78 %, and 5 epochs with `lr=4e-3`, `layer_decay=0.75`, a
-    `min_scale` of 0.67 and none of the further augmentations to 76 %.
+    None takes the recipe's value. The recipes are made for ImageNet. With few images
+    try others on a part of the training images (`evaluate(holdout=0.2)`): of the solar
+    cells, 15 epochs with `lr=4e-3`, `layer_decay=0.75` and MAE's augmentations got 65 %
+    of the held-out images right, and 80 % with a `min_scale` of 0.67 and neither
+    mixup, cutmix, RandAugment, random erasing nor drop path.
 
     Attributes:
         recipe:
