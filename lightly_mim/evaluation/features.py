@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightly_mim.data.loading import KeyedLoader
 from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
-from lightly_mim.evaluation.adaptors import FeatureEncoder
+from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
 from lightly_mim.patches import Size, to_pair
 
 Precision = Literal["32", "bf16"]
@@ -156,6 +156,43 @@ class PixelFeatures:
     def only(self, keys: Collection[Key]) -> FeatureFunction:
         """Returns itself: there is but one feature."""
         return self
+
+
+class FunctionFeatures:
+    """The features of a module with a feature function.
+
+    Attributes:
+        keys:
+            The (None, name) of each feature. Images of zeros tell them, when they
+            are asked for: the module must be in evaluation mode by then.
+
+    Args:
+        encoder:
+            The module and its function.
+        device:
+            Where it computes.
+    """
+
+    def __init__(self, encoder: FunctionEncoder, device: torch.device) -> None:
+        self.encoder = encoder
+        self.device = device
+
+    @functools.cached_property
+    def keys(self) -> list[Key]:
+        """See the class."""
+        shape = (2, self.encoder.in_chans, *self.encoder.img_size)
+        with torch.no_grad():
+            return list(self.encoder.features(torch.zeros(shape, device=self.device)))
+
+    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
+        """Returns the features of normalised images."""
+        return self.encoder.features(images)
+
+    def only(self, keys: Collection[Key]) -> FeatureFunction:
+        """Returns a function that returns only the features of some keys."""
+        return lambda images: {
+            key: value for key, value in self(images).items() if key in keys
+        }
 
 
 def extract_features(

@@ -42,6 +42,7 @@ from lightly_mim.evaluation.cache import World, cached_features
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
+    FunctionFeatures,
     PixelFeatures,
     Precision,
     collect_features,
@@ -208,7 +209,8 @@ def evaluate(
         feature_function:
             For a module: function from normalised images to features with shape
             (batch_size, dim), or to a dictionary of them. `layers` and `pools` do not
-            apply then. See `load_encoder`.
+            apply then. See `load_encoder`. Features and rows are kept on disk if it has
+            a `fingerprint`, a string or number that changes with what it does.
         knn:
             Settings of kNN.
         linear:
@@ -442,7 +444,7 @@ class _Runner:
         if encoder is None:
             return PixelFeatures(self.pixel_size)
         if isinstance(encoder, FunctionEncoder):
-            return encoder.features
+            return FunctionFeatures(encoder, self.device)
         pools: list[AnyPool] = [*self.pools] if False in tokens else []
         if True in tokens:
             pools.append("tokens")
@@ -459,8 +461,7 @@ class _Runner:
             name: self.keeper.store(name, part, _len(images)) for name in functions
         }
         kept = {name: store for name, store in stores.items() if store is not None}
-        named = any(isinstance(each, FunctionEncoder) for each in self.models.values())
-        if kept and not named:
+        if kept:
             return cached_features(
                 functions,
                 kept,

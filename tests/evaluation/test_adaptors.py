@@ -162,6 +162,42 @@ def test_load_encoder__module_with_a_function(photos: Path) -> None:
     assert accuracies[0] == accuracies[1]  # no dropout; cosine similarity
 
 
+def test_evaluate__keeps_features_of_a_function_with_a_fingerprint(
+    photos: Path, tmp_path: Path
+) -> None:
+    module = Module()
+    seen: list[int] = []
+
+    def function(images: Tensor) -> dict[str, Tensor]:
+        seen.append(len(images))
+        return {"mine": module.describe(images), "tokens": images.flatten(2).mT}
+
+    function.fingerprint = 1  # type: ignore[attr-defined]
+
+    def rows(out: str) -> list[Any]:
+        seen.clear()
+        results = evaluate(
+            module,
+            str(photos),
+            ["knn"],
+            feature_function=function,
+            img_size=16,
+            out=tmp_path / out,
+            cache=tmp_path / "cache",
+            device="cpu",
+            num_workers=0,
+        )
+        return [(row.top1, row.selection) for row in results.rows]
+
+    first = rows("a")
+    assert sum(seen) == 32 + 12 + 2  # and two images of zeros
+    assert rows("b") == first
+    assert sum(seen) == 2
+    function.fingerprint = 2  # type: ignore[attr-defined]
+    assert rows("c") == first
+    assert sum(seen) == 32 + 12 + 2
+
+
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
