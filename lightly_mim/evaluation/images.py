@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,17 +77,18 @@ class EvaluationImages:
                 "holdout is the share of the training images that is scored in place "
                 f"of the test images, in (0, 1), got {holdout}."
             )
-        self._data, self._val, self._in_chans = data, val, in_chans
-        self._kept: list[int] | None = None
-        train, test = self._open(transform)
+        self._data = data
+        train: Any
+        train, test = open_data(data, val, transform=transform, in_chans=in_chans)
         _check_classes(train, data)
         if holdout is not None:
             labels = read_labels(train, num_workers)
             draw = seed_from(seed, "evaluation", "holdout")
             held_out = _hold_out(labels, holdout, draw)
-            self._kept = (~held_out).nonzero().flatten().tolist()
-            self.train = train.take(self._kept)
-            self.test = train.take(held_out.nonzero().flatten().tolist())
+            self.train, self.test = (
+                train.take(part.nonzero().flatten().tolist())
+                for part in (~held_out, held_out)
+            )
             return
         if test is None:
             raise ValueError(
@@ -97,17 +99,14 @@ class EvaluationImages:
         _check_classes(test, data if val is None else val)
         self.train, self.test = train, test
 
-    def _open(self, transform: Callable[[Any], Any]) -> Any:
-        return open_data(
-            self._data, self._val, transform=transform, in_chans=self._in_chans
-        )
-
     def labelled(self) -> LabelledImages:
         """Returns the images for protocols that read them with their own transform."""
-        return LabelledImages(self._reopen, self.test)
+        return LabelledImages(self._transformed, self.test)
 
-    def _reopen(self, transform: Callable[[Any], Any]) -> Dataset[Any]:
-        train, _ = self._open(transform)
+    def _transformed(self, transform: Callable[[Any], Any]) -> Dataset[Any]:
+        """Returns the same training images with another transform."""
+        train: Any = copy.copy(self.train)
+        train.transform = transform
         if isinstance(train, TransformedDataset):
             sample = train.dataset[0]
             sample = sample[0] if isinstance(sample, tuple) else sample
@@ -117,8 +116,7 @@ class EvaluationImages:
                     "protocol trains on images that it augments itself. Give a data "
                     "set of PIL images or uint8 tensors."
                 )
-        taken: Dataset[Any] = train if self._kept is None else train.take(self._kept)
-        return taken
+        return train  # type: ignore[no-any-return]
 
 
 def _check_classes(images: Dataset[Any], source: Data) -> None:
