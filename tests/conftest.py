@@ -20,6 +20,19 @@ TINY_VIT: dict[str, Any] = {
     "mask_patch_size": 8,
 }
 
+# A run of 3 epochs of 4 steps of 8 images, for the photographs below.
+SHORT_RUN: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 8,
+    "lr": 0.1,
+    "precision": "32-true",
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_workers": 0,
+    "tensorboard": False,
+    "log_every": 2,
+}
+
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:

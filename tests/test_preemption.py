@@ -29,7 +29,7 @@ from lightly_mim.preemption import (
 from lightly_mim.pretraining import pretrain
 from lightly_mim.runs import RunDirectory, TakenOverError
 
-from .conftest import TINY_VIT
+from .conftest import SHORT_RUN, TINY_VIT
 
 
 @pytest.fixture(autouse=True)
@@ -167,19 +167,7 @@ class Send(Callback):
 
 
 def run(out: Path, data: Path, callback: Send, **options: Any) -> Any:
-    """A run of 3 epochs of 4 steps of 8 images."""
-    defaults: dict[str, Any] = {
-        "epochs": 3,
-        "batch_size": 8,
-        "lr": 0.1,
-        "precision": "32-true",
-        "accelerator": "cpu",
-        "devices": 1,
-        "num_workers": 0,
-        "tensorboard": False,
-        "log_every": 2,
-        "save_every_minutes": 0,
-    }
+    defaults = SHORT_RUN | {"save_every_minutes": 0}
     return pretrain(out, data, build, callbacks=[callback], **(defaults | options))
 
 

@@ -31,7 +31,7 @@ from lightly_mim.pretraining import (
 )
 from lightly_mim.transforms import SimMIMTransform
 
-from .conftest import TINY_VIT
+from .conftest import SHORT_RUN, TINY_VIT
 
 DROPPING = TINY_VIT | {"drop_path_rate": 0.3}
 
@@ -41,20 +41,7 @@ def build() -> SimMIM:
 
 
 def run(out: Path, data: Path, **options: Any) -> Any:
-    """A run of 3 epochs of 4 steps of 8 images."""
-    defaults = {
-        "method": build,
-        "epochs": 3,
-        "batch_size": 8,
-        "lr": 0.1,
-        "precision": "32-true",
-        "accelerator": "cpu",
-        "devices": 1,
-        "num_workers": 0,
-        "tensorboard": False,
-        "log_every": 2,
-    }
-    return pretrain(out, data, **(defaults | options))
+    return pretrain(out, data, **(SHORT_RUN | {"method": build} | options))
 
 
 def weights(path: Path) -> dict[str, Tensor]:
