@@ -114,8 +114,7 @@ def _say_interrupted(words: Sequence[str]) -> None:
         "pretrain": " Go on with it by --resume.",
         "evaluate": " The same command goes on with what is missing.",
     }
-    kept = "--out" in words
-    what = how.get(words[0], "") if words and kept else ""
+    what = how.get(words[0], "") if "--out" in words else ""
     print(f"lightly-mim: interrupted.{what}", file=sys.stderr)
 
 

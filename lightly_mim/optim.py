@@ -257,22 +257,16 @@ def build_schedule(
             Whether `lr_scale` applies to the rates of warm-up and end, too.
     """
 
-    def factor(recipe: Recipe) -> Callable[[int], float]:
+    def factor(lr_scale: float) -> Callable[[int], float]:
+        own = recipe
+        if not decay_ends:
+            own = dataclasses.replace(recipe, lr=recipe.lr * lr_scale)
         return lambda step: learning_rate_factor(
-            step, steps_per_epoch, total_steps, recipe
+            step, steps_per_epoch, total_steps, own
         )
 
-    return LambdaLR(
-        optimizer,
-        [
-            factor(recipe)
-            if decay_ends
-            else factor(
-                dataclasses.replace(recipe, lr=recipe.lr * group.get("lr_scale", 1.0))
-            )
-            for group in optimizer.param_groups
-        ],
-    )
+    groups = optimizer.param_groups
+    return LambdaLR(optimizer, [factor(group.get("lr_scale", 1.0)) for group in groups])
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:

@@ -103,7 +103,7 @@ class Task(Checkpointable):
         except Exception as error:
             if main and study.state(task)["status"] != FAILED:
                 interrupted = isinstance(error, CommandInterrupted)
-                self._fail(error, status=INTERRUPTED if interrupted else FAILED)
+                self._fail(error, status=INTERRUPTED if interrupted else None)
             raise
         if not main:
             return
@@ -225,11 +225,13 @@ class Task(Checkpointable):
         self,
         error: BaseException,
         stage: str | None = None,
-        status: str = "failed",
+        status: str | None = None,
     ) -> None:
+        from study import FAILED
+
         lines = traceback.format_exception(error)
         self._end(
-            status,
+            status or FAILED,
             error={
                 "stage": stage or self.stage,
                 "line": traceback.format_exception_only(error)[-1].strip(),

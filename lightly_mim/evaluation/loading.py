@@ -32,6 +32,7 @@ from lightly_mim.evaluation.adaptors import (
     TimmEncoder,
     TorchvisionEncoder,
 )
+from lightly_mim.evaluation.features import evaluating
 from lightly_mim.patches import Size
 
 
@@ -224,21 +225,18 @@ def _build_timm(
         raise
 
 
-@torch.no_grad()
 def _check_size(encoder: TimmEncoder) -> TimmEncoder:
     """Tries an image: families differ in which sizes they take."""
     images = torch.zeros(1, encoder.in_chans, *encoder.img_size)
-    training = encoder.model.training
     try:
-        encoder.model.eval()(images)
+        with evaluating(encoder.model, "cpu"), torch.no_grad():
+            encoder.model(images)
     except (AssertionError, RuntimeError) as error:
         height, width = encoder.img_size
         raise ValueError(
             f"timm's '{encoder.name}' does not take images of {height} x {width} "
             f"pixels with {encoder.in_chans} channel(s): {error} Pass another img_size."
         ) from error
-    finally:
-        encoder.model.train(training)
     return encoder
 
 

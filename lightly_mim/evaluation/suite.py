@@ -156,7 +156,8 @@ def evaluate(
             The test images, if they do not come with `data`.
         holdout:
             Share of the training images, in (0, 1), that is scored in place of the test
-            images, which are not read; drawn class by class, by the seed. For settings
+            images, which are not read; drawn class by class, by the seed. A data set
+            from elsewhere is read once more for its labels. For settings
             that a protocol does not choose itself, such as those of "linear_mae" and
             "finetune": try them on held-out images first, and score the test images
             once.

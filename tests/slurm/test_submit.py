@@ -166,6 +166,13 @@ def test_dry_run__pretrain(
 # What is refused.
 
 
+def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("")
+    commands = importlib.import_module("commands")
+    with pytest.raises(ValueError, match=r"own\.py is not a script .* no parser\(\)"):
+        commands.Script([str(tmp_path / "own.py")])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
