@@ -45,7 +45,7 @@ def test_gpus_and_tasks(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_two_clusters_do_not_disturb_each_other(cluster: Cluster) -> None:
-    job = submit(cluster, "--wrap=srun sleep 60")
+    job = submit(cluster, "--wrap=srun sleep 600")
     wait_for(cluster, job, "RUNNING")
     with Cluster(nodes=1, gpus=0) as other:
         theirs = submit(other, "--wrap=true")

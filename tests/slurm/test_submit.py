@@ -447,14 +447,14 @@ def test_slurm__unknown_partition(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    before = on_cluster.jobs()
+    before = set(on_cluster.jobs())  # by number: those of earlier tests still end
     for option in ("--partition", "--cpu-partition"):
         with pytest.raises(SystemExit) as exit_:
             submit.main(shlex.split(f"{option} gpus {SOLAR}"))
         assert exit_.value.code == 2
         said = capsys.readouterr().err
         assert "There is no partition 'gpus'. There are: main, prio." in said
-    assert on_cluster.jobs() == before and not list(tmp_path.iterdir())
+    assert set(on_cluster.jobs()) == before and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slurm
@@ -464,12 +464,12 @@ def test_slurm__what_sbatch_refuses_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    before = on_cluster.jobs()
+    before = set(on_cluster.jobs())  # by number: those of earlier tests still end
     with pytest.raises(SystemExit) as exit_:
         submit.main(shlex.split(f"--constraint none-such --study s {SWEEP} {SOLAR}"))
     assert exit_.value.code == 2
     assert "Invalid feature" in capsys.readouterr().err
-    assert on_cluster.jobs() == before and not list(tmp_path.iterdir())
+    assert set(on_cluster.jobs()) == before and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slurm
