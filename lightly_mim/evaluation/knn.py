@@ -13,6 +13,7 @@ Shapes: Q queries, N images in the bank, D features, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -302,14 +303,32 @@ def _nearest(
 def _largest(similarity: Tensor, k: int) -> Tensor:
     """Returns where the k largest of each row are, in any order.
 
-    On a CPU with few columns per neighbour NumPy's vectorised quickselect is three
-    times as fast as topk: 6.4 ms against 21 for 200 of 9,469 in 256 rows. With many
-    columns topk is faster: 68 ms against 93 for 200 of 100,000.
+    On a CPU the columns are dealt out to groups. The k groups with the largest maxima
+    hold the k largest: outside of them nothing is above the least of these maxima. So
+    one pass finds the maxima, and only a few columns are partitioned, by NumPy's
+    vectorised quickselect: 3.5 ms for 200 of 9,469 in 256 rows, where topk takes 18,
+    and 20 against 66 for 200 of 100,000.
     """
-    columns = similarity.shape[1]
-    if similarity.device.type != "cpu" or columns >= 64 * k:
+    if similarity.device.type != "cpu":
         return similarity.topk(k, dim=1).indices
-    index = np.argpartition(similarity.numpy(), columns - k, axis=1)
+    rows, columns = similarity.shape
+    # Twice as many groups as columns in k of them: going through groups is the cheaper.
+    size = math.isqrt(columns // (2 * k))
+    if size < 2:
+        return _partition(similarity, k)
+    groups = columns // size
+    grouped = similarity[:, : groups * size].view(rows, size, groups)
+    best = _partition(grouped.amax(dim=1), k)
+    index = (best[:, None] + groups * torch.arange(size)[:, None]).flatten(1)
+    rest = torch.arange(groups * size, columns).expand(rows, -1)
+    index = torch.cat([index, rest], dim=1)
+    return index.gather(1, _partition(similarity.gather(1, index), k))
+
+
+def _partition(values: Tensor, k: int) -> Tensor:
+    """Returns where the k largest of each row are, in any order."""
+    columns = values.shape[1]
+    index = np.argpartition(values.numpy(), columns - k, axis=1)
     return torch.from_numpy(index[:, columns - k :])
 
 

@@ -65,7 +65,8 @@ def test_knn_predict_grid__ranks_equal_lightly() -> None:
 @pytest.mark.parametrize("k", [1, 7, 50])
 @pytest.mark.parametrize("temperature", [0.05, 0.2])
 def test_knn_predict_grid__equals_scikit_learn(k: int, temperature: float) -> None:
-    bank, labels = clusters(120)
+    # The columns of 1,003 images fall into groups, with some over.
+    bank, labels = clusters(1003)
     queries, _ = clusters(60, seed=1)
     reference = KNeighborsClassifier(
         k,
@@ -76,20 +77,41 @@ def test_knn_predict_grid__equals_scikit_learn(k: int, temperature: float) -> No
     assert ranked.flatten().tolist() == reference.predict(queries.numpy()).tolist()
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    columns=st.integers(1, 700),
+    part=st.floats(0, 1),
+    values=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 9),
+)
+def test_largest__equals_topk(
+    columns: int, part: float, values: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(values, (5, columns), generator=generator).float()
+    rows[0, : columns // 2] = -torch.inf
+    k = max(1, round(part**3 * columns))  # small ones more often, as in use
+    index = knn._largest(rows, k)
+    assert all(len(set(row)) == k for row in index.tolist())
+    found = rows.gather(1, index).sort(dim=1, descending=True).values
+    assert torch.equal(found, rows.topk(k, dim=1).values)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     chunk_size=st.integers(1, 40),
+    num_images=st.integers(30, 120),
     k=st.integers(1, 29),
     values=st.integers(1, 3),
     leave_one_out=st.booleans(),
 )
 def test_knn_predict_grid__ties(
-    chunk_size: int, k: int, values: int, leave_one_out: bool
+    chunk_size: int, num_images: int, k: int, values: int, leave_one_out: bool
 ) -> None:
     # One-hot features: similarities are exactly 0 or 1, so nearly all of them are tied.
     generator = torch.Generator().manual_seed(7)
-    bank = torch.eye(3)[torch.randint(values, (30,), generator=generator)]
-    labels = torch.randint(3, (30,), generator=generator)
+    bank = torch.eye(3)[torch.randint(values, (num_images,), generator=generator)]
+    labels = torch.randint(3, (num_images,), generator=generator)
     queries = bank if leave_one_out else torch.eye(3)
     ranked = knn.knn_predict_grid(
         None if leave_one_out else queries,
@@ -102,7 +124,7 @@ def test_knn_predict_grid__ties(
         chunk_size=chunk_size,
     )
     for query, prediction in enumerate(ranked[0, 0].tolist()):
-        others = [n for n in range(30) if not (leave_one_out and n == query)]
+        others = [n for n in range(num_images) if not (leave_one_out and n == query)]
         near = [float(queries[query] @ bank[n]) for n in others]
         order = sorted(range(len(others)), key=lambda n: (-near[n], others[n]))[:k]
         votes = [0.0, 0.0, 0.0]
