@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import timm
@@ -26,7 +27,7 @@ from lightly_mim.encoders.beit import MaskedBeit
 from lightly_mim.encoders.eva import MaskedEva
 from lightly_mim.encoders.swin import MaskedSwin
 from lightly_mim.encoders.vit import MaskedViT
-from lightly_mim.patches import Size, sincos_positions, to_pair
+from lightly_mim.patches import Size, grid_size, sincos_positions, to_pair
 
 __all__ = [
     "Encoder",
@@ -36,6 +37,7 @@ __all__ = [
     "choose_attention",
     "masked_encoder",
     "pool_tokens",
+    "resize_encoder",
 ]
 
 if TYPE_CHECKING:
@@ -128,6 +130,57 @@ def masked_encoder(
     if pos_embed is not None:
         _set_positions(wrapped, pos_embed)
     return wrapped
+
+
+def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
+    """Makes an encoder take images of another size, with the weights that it has.
+
+    What fine-tuning at a higher resolution than pretraining needs. timm resamples what
+    depends on the size: absolute positions (bicubic), tables of relative positions,
+    and the windows of a Swin in proportion to its grid (window 6 at 192 pixels is 7 at
+    224). A SwinV2 keeps the windows that it was trained with as the unit of its
+    log-spaced coordinates (SwinV2, section 3.3; `pretrained_window_sizes` in timm).
+
+    Args:
+        encoder:
+            The encoder. Its timm model is changed: do not use it any more.
+        img_size:
+            Height and width of the images in pixels, one number for squares.
+
+    Returns:
+        An encoder of that size, on the same device. `options` has what rebuilds it.
+
+    Raises:
+        ValueError: If patches or windows do not tile such images.
+    """
+    size = to_pair(img_size, "img_size")
+    if size == encoder.img_size:
+        return encoder
+    grid_size(size, encoder.patch_size)  # timm would cut the rest of the image off
+    vit, options = encoder.vit, dict(encoder.options)
+    family = type(vit)
+    if family is SwinTransformerV2:
+        for stage in vit.layers:
+            for block in stage.blocks:
+                if block.attn.pretrained_window_size == (0, 0):
+                    block.attn.pretrained_window_size = block.attn.window_size
+        options["pretrained_window_sizes"] = [
+            list(stage.blocks[0].attn.pretrained_window_size) for stage in vit.layers
+        ]
+    with warnings.catch_warnings():
+        # How timm's interpolation indexes tables, PyTorch warns of.
+        warnings.filterwarnings("ignore", module="timm.layers.interpolate")
+        vit.set_input_size(size)
+    if family in (SwinTransformer, SwinTransformerV2):
+        options["window_size"] = [
+            list(stage.blocks[0].window_size) for stage in vit.layers
+        ]
+    resized = type(encoder)(vit)
+    resized.mask_token = encoder.mask_token
+    resized.name, resized.options = encoder.name, options
+    resized.pos_embed = encoder.pos_embed
+    resized.mean, resized.std = encoder.mean, encoder.std
+    return resized
 
 
 def _build(

@@ -153,8 +153,9 @@ def evaluate_dense(
         precision:
             "32", or "bf16" to encode in bfloat16 autocast.
         img_size:
-            For the name of a timm model: size of the images in pixels, one number or
-            height and width. By default the size that the model was made for.
+            For a run and the name of a timm model: size of the images in pixels, one
+            number or height and width. By default the size that the model was made for.
+            The encoder of a run is resized.
         in_chans:
             For the name of a timm model: number of image channels.
         pretrained:

@@ -163,6 +163,8 @@ RECIPES: dict[str, FineTuneRecipe] = {
     "simmim_swin_base_800ep": dataclasses.replace(
         _SIMMIM_SWIN,
         source="microsoft/SimMIM, configs/swin_base__800ep",
+        encoder_options={"window_size": 7},
+        img_size=224,
         layer_decay=0.8,
     ),
     "simmim_swin_large": dataclasses.replace(
@@ -178,7 +180,11 @@ RECIPES: dict[str, FineTuneRecipe] = {
         _SIMMIM_SWIN,
         source="microsoft/Swin-Transformer, configs/simmim: swinv2_base",
         encoder="swinv2_base_window12_192",
-        encoder_options={},
+        encoder_options={
+            "window_size": 14,
+            "pretrained_window_sizes": [12, 12, 12, 6],
+        },
+        img_size=224,
         layer_decay=0.75,
     ),
 }
@@ -227,6 +233,9 @@ class FineTune:
     positions are trained, and a table of relative positions that the blocks of a Beit
     share becomes one of each block. The weights after the last epoch count: the test
     images are scored once.
+
+    Images have the encoder's size. The recipes of Swin of 800 epochs, Swin-L and
+    SwinV2 have 224 pixels after 192 in pretraining: `evaluate(run, img_size=224)`.
 
     None takes the recipe's value. The recipes are made for ImageNet. With few images
     try others on a part of the training images (`evaluate(holdout=0.2)`): of the solar

@@ -23,6 +23,7 @@ from lightly_mim.encoders import (
     MaskedEncoder,
     UnsupportedModelError,
     masked_encoder,
+    resize_encoder,
 )
 from lightly_mim.evaluation.adaptors import (
     AdaptedEncoder,
@@ -59,9 +60,10 @@ def load_encoder(
             - one of our encoders, which is returned as it is
             - any module, with a `feature_function`
         img_size:
-            For the name of a timm model, for a timm model that takes any size, and for
-            a module with a feature function: height and width of the images in pixels.
-            By default those that the model was made for.
+            For a run, the name of a timm model, a timm model that takes any size, and a
+            module with a feature function: height and width of the images in pixels.
+            By default those that the model was made for. The encoder of a run is
+            resized, see `lightly_mim.encoders.resize_encoder`.
         in_chans:
             For the name of a timm model and for a module with a feature function:
             number of image channels.
@@ -85,6 +87,8 @@ def load_encoder(
         return _with_function(encoder, feature_function, img_size, in_chans)
     if not isinstance(encoder, nn.Module) and Path(encoder).exists():
         encoder = _load_saved(Path(encoder))
+        if img_size is not None:
+            encoder = resize_encoder(encoder, img_size)
     if isinstance(encoder, nn.Module):
         return _adapt(encoder, img_size, in_chans)
     name = str(encoder)

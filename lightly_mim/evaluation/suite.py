@@ -200,11 +200,13 @@ def evaluate(
         pixel_size:
             Side that images are resized to for the baseline "pixels".
         img_size:
-            For the name of a timm model and for a module with `feature_function`: size
-            of the images in pixels, one number or height and width. By default the size
-            that the model was made for.
+            For a run, the name of a timm model and a module with `feature_function`:
+            size of the images in pixels, one number or height and width. By default the
+            size that the model was made for. The encoder of a run is resized, as for
+            fine-tuning at a higher resolution than pretraining.
         in_chans:
-            For the same: number of image channels.
+            For the name of a timm model and a module with `feature_function`: number of
+            image channels.
         pretrained:
             For the name of a timm model: load timm's pretrained weights.
         feature_function:

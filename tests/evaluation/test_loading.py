@@ -40,11 +40,45 @@ def test_load_encoder__run_directory_and_file(tmp_path: Path) -> None:
         assert not loaded.vit.pos_embed.requires_grad
 
 
-def test_load_encoder__run_of_another_size(tmp_path: Path) -> None:
+def test_load_encoder__run_at_another_size(tmp_path: Path) -> None:
     save_encoder(small_encoder(), tmp_path / "encoder.safetensors")
     assert load_encoder(tmp_path, img_size=(32, 48)).img_size == (32, 48)
+    encoder = load_encoder(tmp_path, img_size=64)
+    assert isinstance(encoder, MaskedEncoder)
+    assert encoder.img_size == (64, 64)
+    assert (encoder.mean, encoder.std) == ((0.25,), (0.125,))
+    assert not encoder.vit.pos_embed.requires_grad
+    assert encoder(torch.randn(2, 1, 64, 64)).shape == (2, 24)
+    other = at_random(encoder, 0)
+    assert isinstance(other, MaskedEncoder)
+    assert other.img_size == (64, 64)
+    assert other.vit.pos_embed.shape == encoder.vit.pos_embed.shape
+    with pytest.raises(ValueError, match="does not divide into patch_size 16 x 16"):
+        load_encoder(tmp_path, img_size=50)
+
+
+def test_load_encoder__module_of_another_size() -> None:
     with pytest.raises(ValueError, match=r"built with img_size=\(32, 48\)"):
-        load_encoder(tmp_path, img_size=64)
+        load_encoder(small_encoder(), img_size=64)
+
+
+def test_load_encoder__swin_at_another_size(tmp_path: Path) -> None:
+    encoder = masked_encoder(
+        "swin_tiny_patch4_window7_224",
+        img_size=96,
+        window_size=6,
+        depths=[1, 1],
+        embed_dim=16,
+        num_heads=[1, 1],
+    )
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    larger = load_encoder(tmp_path, img_size=128)
+    assert isinstance(larger, MaskedEncoder)
+    assert larger.options["window_size"] == [[8, 8], [8, 8]]
+    images = torch.randn(2, 3, 128, 128)
+    assert larger(images).shape == at_random(larger, 0)(images).shape == (2, 32)
+    with pytest.raises(ValueError, match="windows of 6 x 6 do not tile"):
+        load_encoder(tmp_path, img_size=104)
 
 
 def test_load_encoder__timm_name() -> None:
