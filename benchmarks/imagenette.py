@@ -102,6 +102,19 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
+    """Returns how to build and train each method, by its name.
+
+    Args:
+        arguments:
+            What `parser` has read.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    return {name: _plan(name, arguments) for name in arguments.method}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script.
 
@@ -113,12 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: argparse.Namespace, command: str) -> None:
-    plans = {name: _plan(name, arguments) for name in arguments.method}
+    planned = plans(arguments)  # before a download
     data, num_train, num_test = _find_images(arguments)
     run_study(
         arguments,
         str(data),
-        plans,
+        planned,
         last_layers=LAST_LAYERS,
         evaluation={},
         title=f"{data.resolve().name}: {num_train} training and {num_test} test images",

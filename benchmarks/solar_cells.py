@@ -127,6 +127,19 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
+    """Returns how to build and train each method, by its name.
+
+    Args:
+        arguments:
+            What `parser` has read.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    return {name: _plan(name, arguments) for name in arguments.method}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script.
 
@@ -142,7 +155,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
     runs = run_study(
         arguments,
         DATA,
-        {name: _plan(name, arguments) for name in arguments.method},
+        plans(arguments),
         last_layers=LAST_LAYERS,
         evaluation={
             "crop_ratio": CROP_RATIO,

@@ -27,7 +27,7 @@ from lightly_mim.evaluation import DenseResults, Results, evaluate, evaluate_den
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.preemption import Preempted
-from lightly_mim.pretraining import pretrain
+from lightly_mim.pretraining import check_pretraining, pretrain
 
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
@@ -65,26 +65,28 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def check(args: Sequence[str]) -> None:
-    """Parses the words of a command without running it.
+    """Finds what is wrong with the words of a command without running it.
 
     Args:
         args:
             The words after the program's name.
 
     Raises:
-        ValueError: If the parser refuses them. What only the data or the machine can
-            tell is found when the command runs.
+        ValueError: If the parser refuses them, or `check_pretraining`. What only the
+            data or the machine can tell is found when the command runs.
     """
     parser = auto_parser(COMMANDS, as_positional=False, prog="lightly-mim")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            parser.parse_args(_spell_out(args))
+            found = parser.instantiate(parser.parse_args(_spell_out(args)))
     except SystemExit as error:
         if error.code:
             text = message.getvalue().strip()  # the usage, and error: what is wrong
             raise ValueError(text.partition("error: ")[2] or text) from error
         raise
+    if found.subcommand == "pretrain":
+        check_pretraining(found.pretrain.as_dict())
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -494,14 +495,7 @@ def pretrain(
         Preempted: If a signal told the process to stop, when the run is saved.
     """
     arguments = dict(locals())
-    _check_numbers(arguments)
-    if isinstance(method, type) or not (
-        isinstance(method, MaskedImageModel) or callable(method)
-    ):
-        raise ValueError(
-            "method is a method or a function that makes one, for example "
-            f'lambda: SimMIM("vit_base_patch16_224"), got {method!r}.'
-        )
+    _check_arguments(arguments)
     for name in ("data", "val"):
         if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
             arguments[name] = str(Path(arguments[name]))  # photos/ is photos
@@ -509,16 +503,7 @@ def pretrain(
         with keyed_random_state(seed, "weights"):
             method = method()
     run = RunDirectory(out)
-    settings = _settings(
-        method,
-        recipe,
-        epochs,
-        batch_size=batch_size,
-        lr=lr,
-        warmup_epochs=warmup_epochs,
-        weight_decay=weight_decay,
-        min_scale=min_scale,
-    )
+    settings = _settings(method, arguments)
     if recipe is None:
         settings = dataclasses.replace(settings, drop_path=None)
     precision = precision or default_precision(accelerator)
@@ -632,6 +617,42 @@ def pretrain(
                     flush=True,
                 )
     return method
+
+
+def check_pretraining(arguments: Mapping[str, Any]) -> None:
+    """Finds what `pretrain` would refuse, without images, weights or files.
+
+    The method is built on PyTorch's device "meta", which takes milliseconds and no
+    memory, and without pretrained weights. One that cannot be built there, as it reads
+    its weights while it is built, is left to `pretrain`.
+
+    Args:
+        arguments:
+            Arguments of `pretrain` by their names. Of those that are missing, the
+            defaults are taken.
+
+    Raises:
+        ValueError: If an argument is out of range, or if the method, its encoder, its
+            mask or its recipe cannot be made of them.
+    """
+    parameters = inspect.signature(pretrain).parameters.values()
+    arguments = {p.name: p.default for p in parameters} | dict(arguments)
+    _check_arguments(arguments)
+    method = arguments["method"]
+    if isinstance(method, partial) and method.keywords.get("pretrained"):
+        method = partial(method, pretrained=False)
+    if not isinstance(method, MaskedImageModel):
+        try:
+            with torch.device("meta"):
+                method = method()
+        except (NotImplementedError, RuntimeError):
+            return
+        except TypeError as error:
+            raise ValueError(
+                f"The method cannot be built like that: {error}"
+            ) from error
+    _settings(method, arguments)
+    method.num_masked(torch.empty(1, 1, *method.encoder.img_size))
 
 
 def _fit(
@@ -830,8 +851,16 @@ def _trainer(**options: Any) -> pl.Trainer:
         ) from error
 
 
-def _check_numbers(arguments: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a number that makes no sense."""
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError for what is wrong at first sight."""
+    method = arguments["method"]
+    if isinstance(method, type) or not (
+        isinstance(method, MaskedImageModel) or callable(method)
+    ):
+        raise ValueError(
+            "method is a method or a function that makes one, for example "
+            f'lambda: SimMIM("vit_base_patch16_224"), got {method!r}.'
+        )
     whole = {
         **dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1),
         **dict.fromkeys(("num_nodes",), 1),
@@ -858,19 +887,16 @@ def _rank() -> int:
     return getattr(rank_zero_only, "rank", None) or 0
 
 
-def _settings(
-    method: MaskedImageModel,
-    recipe: str | Recipe | None,
-    epochs: int | None,
-    **changes: float | None,
-) -> Recipe:
+def _settings(method: MaskedImageModel, arguments: Mapping[str, Any]) -> Recipe:
     """Returns the recipe with the caller's own values in it."""
+    recipe: str | Recipe | None = arguments["recipe"]
     if not isinstance(recipe, Recipe):
         recipe = method.recipe(recipe)
-    if epochs is not None:
-        recipe = recipe.for_epochs(epochs)
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(recipe, **given)  # type: ignore[arg-type]
+    if arguments["epochs"] is not None:
+        recipe = recipe.for_epochs(arguments["epochs"])
+    names = ("batch_size", "lr", "warmup_epochs", "weight_decay", "min_scale")
+    given = {name: arguments[name] for name in names if arguments[name] is not None}
+    return dataclasses.replace(recipe, **given)
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:

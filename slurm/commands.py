@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from study import ROOT, TaskSpec, label
@@ -105,19 +106,31 @@ class Command:
 
 
 class Script(Command):
-    """A script of `benchmarks/`, which exposes its parser as `parser()`."""
+    """A script of `benchmarks/`.
+
+    It exposes its parser as `parser()`, and as `plans(arguments)` how it builds and
+    trains each method.
+    """
 
     def __init__(self, words: Sequence[str]) -> None:
         path = Path(words[0])
         self.words = list(words)
         self.name = path.stem
         self._program = f"benchmarks/{path.name}"
-        self._parser = _load_parser(path)
+        self._script = _load_script(path)
+        self._parser = _parser(self._script, self._program)
         self._actions = self._parser._option_string_actions
+        self._tried: set[str] = set()
 
     def check(self, words: Sequence[str]) -> None:
-        """Parses the words after the script."""
-        self._parser.parse_args(list(words))
+        """Parses the words after the script, and tries to build what they ask for."""
+        from lightly_mim.pretraining import check_pretraining
+
+        for name, plan in self._script.plans(self._parser.parse_args(words)).items():
+            # Seeds and the like have the same plan.
+            if (tried := repr((name, plan))) not in self._tried:
+                check_pretraining({"method": plan.build, **plan.pretraining})
+                self._tried.add(tried)
 
     def option(self, key: str) -> str | None:
         """Returns the option of a key."""
@@ -266,8 +279,8 @@ def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
     return command
 
 
-def _load_parser(path: Path) -> argparse.ArgumentParser:
-    """Returns a script's own parser, which raises a ValueError instead of exiting."""
+def _load_script(path: Path) -> ModuleType:
+    """Imports a script by its path."""
     for folder in (ROOT, path.resolve().parent):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -275,14 +288,20 @@ def _load_parser(path: Path) -> argparse.ArgumentParser:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "parser"):
-        raise ValueError(
-            f"{path} is not a script that a study can run: it has no parser()."
-        )
-    parser: argparse.ArgumentParser = module.parser()
+    for name in ("parser", "plans"):
+        if not hasattr(module, name):
+            raise ValueError(
+                f"{path} is not a script that a study can run: it has no {name}()."
+            )
+    return module
+
+
+def _parser(script: ModuleType, name: str) -> argparse.ArgumentParser:
+    """Returns a script's own parser, which raises a ValueError instead of exiting."""
+    parser: argparse.ArgumentParser = script.parser()
 
     def error(message: str) -> NoReturn:
-        raise ValueError(f"benchmarks/{path.name}: {message}")
+        raise ValueError(f"{name}: {message}")
 
     parser.error = error  # type: ignore[method-assign]
     return parser

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch.utils.data import DataLoader
 
 from lightly_mim.checkpoints import read_encoder
 from lightly_mim.data import BrokenImageError
-from lightly_mim.methods import SimMIM
+from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
 from lightly_mim.pretraining import (
     NonFiniteLossError,
     Pretraining,
+    check_pretraining,
     default_precision,
     pretrain,
 )
@@ -377,6 +379,46 @@ def test_pretrain__refuses(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "recipe"), [(m, recipe) for m in (SimMIM, MAE) for recipe in m.recipes]
+)
+def test_check_pretraining__published_recipes(
+    method: type[MaskedImageModel], recipe: str
+) -> None:
+    # ViT-H, too, at once: without memory for weights.
+    before = torch.get_rng_state()
+    build = partial(method.from_recipe, recipe, pretrained=True)
+    check_pretraining({"method": build, "recipe": recipe})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": SimMIM}, "method is a method or a function"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"recipe": "best"}, "no recipe 'best'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"method": lambda: SimMIM(**DROPPING, mask_ratio=2)}, "mask ratio lies"),
+        ({"method": lambda: SimMIM(**DROPPING, colour="red")}, "colour"),
+        ({"method": partial(build, "x")}, "cannot be built like that"),
+    ],
+)
+def test_check_pretraining__refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pretraining({"method": build} | arguments)
+
+
+def test_check_pretraining__leaves_what_reads_its_weights() -> None:
+    def reads() -> SimMIM:
+        method = build()
+        assert method.encoder.vit.norm.weight.sum().item() == 32
+        return method
+
+    reads()
+    check_pretraining({"method": reads})
+
+
 def test_pretrain__refuses_to_write_among_the_images(photos: Path) -> None:
     with pytest.raises(ValueError, match="lies in the folder of the images"):
         run(photos / "train" / "run", photos)
@@ -560,7 +602,7 @@ def test_pretrain__broken_files_are_replaced_and_reported(
 DDP_SCRIPT = """
 import sys
 from pathlib import Path
-from lightly_mim.methods import SimMIM
+from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
 from lightly_mim.pretraining import pretrain
 
 def build():

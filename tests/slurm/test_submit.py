@@ -19,7 +19,10 @@ from .cluster import Cluster
 ROOT = Path(__file__).parents[2]
 SWEEP = "--sweep method=SimMIM,MAE seed=0,1,2"
 SOLAR = "-- benchmarks/solar_cells.py"
-PRETRAIN = "-- lightly-mim pretrain --data x --method SimMIM --method.encoder v"
+PRETRAIN = (
+    "-- lightly-mim pretrain --data x "
+    "--method SimMIM --method.encoder vit_tiny_patch16_224"
+)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
@@ -142,7 +145,8 @@ def test_dry_run__one_task_is_no_array(
 def test_dry_run__pretrain(
     submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    command = "-- lightly-mim pretrain --data photos --method.encoder x --epochs 3"
+    vit = "--method.encoder vit_tiny_patch16_224"
+    command = f"-- lightly-mim pretrain --data photos {vit} --epochs 3"
     words = "--dry-run --sweep method=SimMIM,MAE epochs=1,2 --evaluate '--data photos'"
     with pytest.raises(SystemExit):  # epochs twice
         submit.main(shlex.split(f"{words} {command}"))
@@ -152,7 +156,7 @@ def test_dry_run__pretrain(
     output = capsys.readouterr().out
     out = f"{tmp_path}/s/tasks/00-method=SimMIM/run"
     assert (
-        "lightly-mim pretrain --method SimMIM --data photos --method.encoder x "
+        f"lightly-mim pretrain --method SimMIM --data photos {vit} "
         f"--epochs 3 --out {out} --devices 1 --num_nodes 1 --resume\n" in output
     )
     assert (
@@ -191,6 +195,17 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"{PRETRAIN} --num_nodes 2", "Leave --num-nodes to the study"),
         (f"{PRETRAIN} --colour red", "--colour"),
         (f"{PRETRAIN} --epochs three", '"epochs"'),
+        (f"{PRETRAIN} --epochs 0", "epochs=0"),
+        (f"{PRETRAIN} --recipe best", "no recipe 'best'"),
+        (f"{PRETRAIN} --method.mask_ratio 2", "mask ratio lies strictly between"),
+        (f"{SOLAR} --method-option mask_ratio=2", "mask ratio lies strictly between"),
+        (
+            f"{SOLAR} --method-option mask_ratio=half",
+            "lies strictly between 0 and 1, got half",
+        ),
+        (f"{SOLAR} --encoder vit_smal_patch16_224", "Did you mean vit_small"),
+        (f"--sweep img-size=64,65 {SOLAR}", "with img-size=65 refuses its words"),
+        ("-- benchmarks/imagenette.py --recipe best", "no recipe 'best'"),
         (f"--evaluate '--laiers 3' {PRETRAIN}", "laiers"),
         (f"--evaluate '--data x' {SOLAR}", "goes with lightly-mim pretrain alone"),
         (f"--sweep colour=red {SOLAR}", "does not take the sweep key 'colour'"),
