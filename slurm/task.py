@@ -143,6 +143,7 @@ class Task(Checkpointable):
         out = str(study.run(task))
         words = [word.replace("{out}", out) for word in task.stages[self.stage]]
         print(f"{task.name}, {self.stage}: {' '.join(words)}", flush=True)
+        _check_gpus(words)
         if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
             _call(words, study)
             return
@@ -279,6 +280,30 @@ class CommandError(RuntimeError):
 
 class CommandInterrupted(CommandError):
     """Somebody pressed Ctrl-C."""
+
+
+def _check_gpus(words: list[str]) -> None:
+    """Keeps a job that has GPUs from training on CPUs, for days and without a word.
+
+    Raises:
+        RuntimeError: If PyTorch sees none of them, and the command asks for no CPU.
+    """
+    import torch
+
+    number = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if number == "0" or torch.cuda.is_available():
+        return
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    options = [tuple(w.split("=", 1)) if "=" in w else (w, v) for w, v in pairs]
+    where = [value for name, value in options if name in ("--accelerator", "--device")]
+    if where[-1:] != ["cpu"]:
+        raise RuntimeError(
+            f"The job has {number} GPU(s) on {platform.node()} and PyTorch "
+            f"{torch.__version__} sees none: a build without CUDA, a driver that is "
+            "too old for it, or a lost device. Mend the environment (--setup, "
+            "--python) or leave the node out (--exclude), then --resume; to run "
+            "without GPUs, ask for none and say --accelerator cpu."
+        )
 
 
 def _call(words: list[str], study: Study) -> None:

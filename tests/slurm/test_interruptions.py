@@ -479,6 +479,16 @@ def test_failure_is_listed_and_not_requeued(
     assert not (study.task / "run" / "finished.json").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are real GPUs")
+def test_gpus_that_pytorch_does_not_see(submit: Submit) -> None:
+    options = ("--accelerator", "auto")
+    study = submit("--gpus-per-node", "2", command=options, slow=False)
+    assert study.end() == "FAILED"
+    assert "The job has 2 GPU(s)" in study.state["error"]["line"]
+    assert len(study.state["attempts"]) == 1
+    assert not (study.task / "run").exists()
+
+
 def test_bound_of_requeues(submit: Submit, cluster: Cluster) -> None:
     study = submit("--max-requeues", "1")
     for restart in (0, 1):

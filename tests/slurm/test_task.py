@@ -101,6 +101,46 @@ def test_failure(
     assert state["attempts"][-1]["outcome"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "words", "seen", "refused"),
+    [
+        ("2", [], False, True),
+        ("2", ["--accelerator", "auto", "--device"], False, True),
+        ("2", ["--accelerator", "cpu", "--accelerator=gpu"], False, True),
+        ("2", ["--accelerator=cpu"], False, False),
+        ("2", ["--device", "cpu", "--epochs", "3"], False, False),
+        ("2", [], True, False),
+        ("0", [], False, False),
+        (None, [], False, False),
+    ],
+)
+def test_gpus_that_pytorch_does_not_see(
+    task: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: str | None,
+    words: list[str],
+    seen: bool,
+    refused: bool,
+) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if gpus is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: seen)
+    study = make_study(tmp_path, FINISH)
+    study.tasks[0].stages["train"].extend(words)
+    study.save()
+    if not refused:
+        run(task, study)
+        assert study.state(study.tasks[0])["done"] == ["train"]
+        return
+    with pytest.raises(RuntimeError, match=r"has 2 GPU\(s\) on .* sees none"):
+        run(task, study)
+    state = study.state(study.tasks[0])
+    assert state["status"] == "failed" and "sees none" in state["error"]["line"]
+    assert not study.run(study.tasks[0]).exists()
+
+
 def test_interrupted(task: ModuleType, tmp_path: Path) -> None:
     study = make_study(tmp_path, "raise SystemExit(130)")  # as after Ctrl-C
     with pytest.raises(RuntimeError, match="was interrupted"):
