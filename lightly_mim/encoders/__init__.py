@@ -136,10 +136,10 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     """Makes an encoder take images of another size, with the weights that it has.
 
     What fine-tuning at a higher resolution than pretraining needs. timm resamples what
-    depends on the size: absolute positions (bicubic), tables of relative positions,
-    and the windows of a Swin in proportion to its grid (window 6 at 192 pixels is 7 at
-    224). A SwinV2 keeps the windows that it was trained with as the unit of its
-    log-spaced coordinates (SwinV2, section 3.3; `pretrained_window_sizes` in timm).
+    depends on the size: absolute positions (bicubic) and tables of relative positions.
+    The windows of a Swin follow, see `MaskedSwin.windows_at`; those that a SwinV2 was
+    trained with stay the unit of its log-spaced coordinates (SwinV2, section 3.3;
+    `pretrained_window_sizes` in timm).
 
     Args:
         encoder:
@@ -159,6 +159,9 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     grid_size(size, encoder.patch_size)  # timm would cut the rest of the image off
     vit, options = encoder.vit, dict(encoder.options)
     family = type(vit)
+    windows: dict[str, Any] = {}
+    if isinstance(encoder, MaskedSwin):
+        windows["window_size"] = encoder.windows_at(size)
     if family is SwinTransformerV2:
         for stage in vit.layers:
             for block in stage.blocks:
@@ -170,8 +173,8 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     with warnings.catch_warnings():
         # How timm's interpolation indexes tables, PyTorch warns of.
         warnings.filterwarnings("ignore", module="timm.layers.interpolate")
-        vit.set_input_size(size)
-    if family in (SwinTransformer, SwinTransformerV2):
+        vit.set_input_size(size, **windows)
+    if windows:
         options["window_size"] = [
             list(stage.blocks[0].window_size) for stage in vit.layers
         ]

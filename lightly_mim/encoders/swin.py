@@ -116,6 +116,26 @@ class MaskedSwin(MaskedEncoder):
         """Raises a ValueError: Swin cannot leave patches out. Use `encode_masked`."""
         raise ValueError(f"encode_visible does not work here: {_NEEDS_GRID}")
 
+    def windows_at(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Returns the (height, width) of each stage's windows for another image size.
+
+        They grow and shrink with the grid, as in fine-tuning after [0] and [1] (6 at
+        192 pixels, 7 at 224). Where that gives no whole numbers they stay as they are,
+        and may or may not tile the grid (7 at 448 pixels, 7 at 224).
+
+        Args:
+            size:
+                (height, width) of the images in pixels.
+
+        Raises:
+            ValueError: If patches do not tile such images.
+        """
+        (old_h, old_w), (new_h, new_w) = self.grid, grid_size(size, self.patch_size)
+        windows = [tuple(stage.blocks[0].window_size) for stage in self.vit.layers]
+        if any(h * new_h % old_h or w * new_w % old_w for h, w in windows):
+            return windows
+        return [(h * new_h // old_h, w * new_w // old_w) for h, w in windows]
+
     def _blocks(self) -> list[nn.Module]:
         return [block for stage in self.vit.layers for block in stage.blocks]
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
 from lightly_mim.evaluation.features import Precision
-from lightly_mim.evaluation.fingerprints import hash_weights
+from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised import (
     Classification,
@@ -201,7 +201,7 @@ class LinearMAE:
             identity={
                 **dataclasses.asdict(self),
                 "protocol": "linear_mae",
-                "encoder": hash_weights(encoder),
+                "encoder": encoder_fingerprint(encoder),
                 "num_classes": num_classes,
             },
             out=out,

@@ -104,6 +104,25 @@ def test_resize_encoder__windows_of_the_papers() -> None:
     assert again.options["pretrained_window_sizes"] == [[12, 12]] * 3 + [[6, 6]]
 
 
+@pytest.mark.parametrize(
+    ("old", "window", "new", "windows"),
+    [
+        (448, 7, 224, [7, 7, 7, 7]),  # in proportion 3.5
+        (224, 7, 448, [14, 14, 14, 14]),
+        (192, 12, 384, [24, 24, 24, 12]),
+        (384, 12, 192, [6, 6, 6, 6]),
+    ],
+)
+def test_resize_encoder__windows(
+    old: int, window: int, new: int, windows: list[int]
+) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    encoder = build(name, old, **STAGES, window_size=window)
+    resized = resize_encoder(encoder, new)
+    assert resized.options["window_size"] == [[n, n] for n in windows]
+    assert resized(torch.randn(1, 3, new, new)).shape == (1, 128)
+
+
 def test_resize_encoder__bad_sizes() -> None:
     encoder = build("vit_tiny_patch16_224", 32, **SMALL)
     with pytest.raises(ValueError, match="does not divide into patch_size 16 x 16"):

@@ -51,7 +51,7 @@ def test_load_encoder__run_at_another_size(tmp_path: Path) -> None:
     assert encoder(torch.randn(2, 1, 64, 64)).shape == (2, 24)
     other = at_random(encoder, 0)
     assert isinstance(other, MaskedEncoder)
-    assert other.img_size == (64, 64)
+    assert (other.img_size, other.pos_embed) == ((64, 64), "sincos")
     assert other.vit.pos_embed.shape == encoder.vit.pos_embed.shape
     with pytest.raises(ValueError, match="does not divide into patch_size 16 x 16"):
         load_encoder(tmp_path, img_size=50)
@@ -77,7 +77,11 @@ def test_load_encoder__swin_at_another_size(tmp_path: Path) -> None:
     assert larger.options["window_size"] == [[8, 8], [8, 8]]
     images = torch.randn(2, 3, 128, 128)
     assert larger(images).shape == at_random(larger, 0)(images).shape == (2, 32)
-    with pytest.raises(ValueError, match="windows of 6 x 6 do not tile"):
+    # A quarter of the size would have windows of 1.5.
+    smaller = load_encoder(tmp_path, img_size=24)
+    assert isinstance(smaller, MaskedEncoder)
+    assert smaller.options["window_size"] == [[6, 6], [3, 3]]
+    with pytest.raises(ValueError, match="do not tile. Use another img_size"):
         load_encoder(tmp_path, img_size=104)
 
 
