@@ -358,14 +358,16 @@ def tasks(
     found = []
     for number, values in enumerate(itertools.product(*sweep.values())):
         own = dict(zip(sweep, values, strict=True))
-        swept = []
+        words = command.words[1:]
         for key, value in own.items():
             option = options[key]
             dash = value.startswith("-")  # a separate word would be an option
-            swept += [f"{option}={value}"] if dash else [option, value]
-        # First of all options: --method stands before --method.encoder.
-        head = command.words[1 : command.head]
-        words = [*head, *swept, *command.words[command.head :]]
+            swept = [f"{option}={value}"] if dash else [option, value]
+            # At the end, where it wins over a --config; but --method stands before
+            # --method.encoder.
+            own_options = (i for i, w in enumerate(words) if w.startswith(f"{option}."))
+            place = next(own_options, len(words))
+            words[place:place] = swept
         try:
             command.check(words)
         except ValueError as error:
