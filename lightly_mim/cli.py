@@ -79,14 +79,18 @@ def check(args: Sequence[str]) -> None:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            found = parser.instantiate(parser.parse_args(_spell_out(args)))
+            found = parser.parse_args(_spell_out(args))
     except SystemExit as error:
         if error.code:
             text = message.getvalue().strip()  # the usage, and error: what is wrong
             raise ValueError(text.partition("error: ")[2] or text) from error
         raise
     if found.subcommand == "pretrain":
-        check_pretraining(found.pretrain.as_dict())
+        # Only the method is made: loggers begin experiments, and callbacks and images
+        # may need what the nodes alone have.
+        for name in ("data", "val", "loggers", "callbacks"):
+            found.pretrain[name] = None
+        check_pretraining(parser.instantiate(found).pretrain.as_dict())
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:

@@ -425,8 +425,14 @@ def executor(
 
 def work(study: Study, options: argparse.Namespace, task: TaskSpec, stage: str) -> Task:
     """Returns what a job runs."""
+    gpus = int(options.gpus_per_node) if stage in ("train", "run") else 1
     return Task(
-        str(study.path), task.name, stage, options.max_requeues, options.signal_delay
+        str(study.path),
+        task.name,
+        stage,
+        options.max_requeues,
+        options.signal_delay,
+        gpus if options.gpus_per_node else 0,
     )
 
 

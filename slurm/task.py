@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import signal
 import subprocess
@@ -53,6 +54,8 @@ class Task(Checkpointable):
             How often its job may be requeued.
         patience:
             Seconds in which a requeue has to succeed.
+        gpus:
+            Number of GPUs per node that the job asks for.
     """
 
     study: str
@@ -60,6 +63,7 @@ class Task(Checkpointable):
     stage: str
     max_requeues: int
     patience: int
+    gpus: int = 0
 
     def __call__(self) -> None:
         """Runs the stage, or what is left of it.
@@ -143,7 +147,7 @@ class Task(Checkpointable):
         out = str(study.run(task))
         words = [word.replace("{out}", out) for word in task.stages[self.stage]]
         print(f"{task.name}, {self.stage}: {' '.join(words)}", flush=True)
-        _check_gpus(words)
+        self._check_gpus(task)
         if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
             _call(words, study)
             return
@@ -161,6 +165,28 @@ class Task(Checkpointable):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 while True:  # until SLURM ends the step
                     time.sleep(1)
+
+    def _check_gpus(self, task: TaskSpec) -> None:
+        """Keeps a job that asked for GPUs from running on CPUs without a word.
+
+        Raises:
+            RuntimeError: If PyTorch sees none, and the task names no CPU.
+        """
+        import torch
+
+        if not self.gpus or torch.accelerator.is_available():
+            return
+        for words in task.stages.values():
+            named = " ".join(words).replace("=", " ").lower()
+            if re.search(r" --(accelerator|device) cpu", named):
+                return
+        raise RuntimeError(
+            f"The job asked for {self.gpus} GPU(s) and PyTorch {torch.__version__} on "
+            f"{platform.node()} sees none: a build without CUDA, a driver that is too "
+            "old for it, or a lost device. Mend the environment (setup, python) or "
+            "leave the node out (--exclude), then --resume. To run without GPUs, ask "
+            "for none, or say --accelerator cpu."
+        )
 
     def _requeue(self, submitit_handler: Any) -> NoReturn:
         """Has submitit requeue the job, also while the controller restarts."""
@@ -280,30 +306,6 @@ class CommandError(RuntimeError):
 
 class CommandInterrupted(CommandError):
     """Somebody pressed Ctrl-C."""
-
-
-def _check_gpus(words: list[str]) -> None:
-    """Keeps a job that has GPUs from training on CPUs, for days and without a word.
-
-    Raises:
-        RuntimeError: If PyTorch sees none of them, and the command asks for no CPU.
-    """
-    import torch
-
-    number = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if number == "0" or torch.cuda.is_available():
-        return
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    options = [tuple(w.split("=", 1)) if "=" in w else (w, v) for w, v in pairs]
-    where = [value for name, value in options if name in ("--accelerator", "--device")]
-    if where[-1:] != ["cpu"]:
-        raise RuntimeError(
-            f"The job has {number} GPU(s) on {platform.node()} and PyTorch "
-            f"{torch.__version__} sees none: a build without CUDA, a driver that is "
-            "too old for it, or a lost device. Mend the environment (--setup, "
-            "--python) or leave the node out (--exclude), then --resume; to run "
-            "without GPUs, ask for none and say --accelerator cpu."
-        )
 
 
 def _call(words: list[str], study: Study) -> None:

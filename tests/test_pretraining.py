@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -402,6 +403,10 @@ def test_check_pretraining__published_recipes(
         ({"method": lambda: SimMIM(**DROPPING, mask_ratio=2)}, "mask ratio lies"),
         ({"method": lambda: SimMIM(**DROPPING, colour="red")}, "colour"),
         ({"method": partial(build, "x")}, "cannot be built like that"),
+        (
+            {"method": lambda: SimMIM(**DROPPING | {"mask_patch_size": 32})},
+            "masks 1 of 1 block",
+        ),
     ],
 )
 def test_check_pretraining__refuses(arguments: dict[str, Any], message: str) -> None:
@@ -409,14 +414,24 @@ def test_check_pretraining__refuses(arguments: dict[str, Any], message: str) -> 
         check_pretraining({"method": build} | arguments)
 
 
-def test_check_pretraining__leaves_what_reads_its_weights() -> None:
-    def reads() -> SimMIM:
-        method = build()
+def test_check_pretraining__leaves_what_looks_at_weights_or_files() -> None:
+    def item(method: SimMIM) -> None:
         assert method.encoder.vit.norm.weight.sum().item() == 32
-        return method
 
-    reads()
-    check_pretraining({"method": reads})
+    def array(method: SimMIM) -> None:
+        np.asarray(method.encoder.vit.norm.weight.detach())
+
+    def device(method: SimMIM) -> None:
+        assert method.encoder.vit.norm.weight.device.type == "cpu"
+
+    for look in (item, array, device):
+        look(build())
+        check_pretraining({"method": lambda look=look: (m := build(), look(m))[0]})
+
+    def missing() -> SimMIM:
+        return torch.load("/on/the/nodes/alone.pt")
+
+    check_pretraining({"method": missing})
 
 
 def test_pretrain__refuses_to_write_among_the_images(photos: Path) -> None:
@@ -602,7 +617,7 @@ def test_pretrain__broken_files_are_replaced_and_reported(
 DDP_SCRIPT = """
 import sys
 from pathlib import Path
-from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
+from lightly_mim.methods import SimMIM
 from lightly_mim.pretraining import pretrain
 
 def build():

@@ -479,12 +479,12 @@ def test_failure_is_listed_and_not_requeued(
     assert not (study.task / "run" / "finished.json").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are real GPUs")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there are real GPUs")
 def test_gpus_that_pytorch_does_not_see(submit: Submit) -> None:
     options = ("--accelerator", "auto")
     study = submit("--gpus-per-node", "2", command=options, slow=False)
     assert study.end() == "FAILED"
-    assert "The job has 2 GPU(s)" in study.state["error"]["line"]
+    assert "The job asked for 2 GPU(s)" in study.state["error"]["line"]
     assert len(study.state["attempts"]) == 1
     assert not (study.task / "run").exists()
 

@@ -108,7 +108,7 @@ def test_dry_run(
     ):
         assert f"tasks/{number:02d}-method={method}-seed={seed}/run" in output
     assert (
-        "benchmarks/solar_cells.py --method SimMIM --seed 0 --epochs 3 --out "
+        "benchmarks/solar_cells.py --epochs 3 --method SimMIM --seed 0 --out "
         f"{tmp_path}/s/tasks/00-method=SimMIM-seed=0/run "
         "--devices 4 --num-nodes 2 --resume --stage train\n" in output
     )
@@ -156,7 +156,7 @@ def test_dry_run__pretrain(
     output = capsys.readouterr().out
     out = f"{tmp_path}/s/tasks/00-method=SimMIM/run"
     assert (
-        f"lightly-mim pretrain --method SimMIM --data photos {vit} "
+        f"lightly-mim pretrain --data photos --method SimMIM {vit} "
         f"--epochs 3 --out {out} --devices 1 --num_nodes 1 --resume\n" in output
     )
     assert (
@@ -165,6 +165,62 @@ def test_dry_run__pretrain(
     )
     submit.main(shlex.split(f"--dry-run {PRETRAIN} --epochs 3"))
     assert list(scripts(capsys.readouterr().out)) == ["train", "report"]
+
+
+def test_dry_run__swept_words_win(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text("epochs: 5\nlr: 0.5\n")
+    sweep = "--sweep epochs=1,2 method.img_size=64,96 weight_decay=-0.0"
+    submit.main(shlex.split(f"--dry-run {sweep} {PRETRAIN} --config c.yaml"))
+    output = capsys.readouterr().out
+    words = "--config c.yaml --epochs 2 --method.img_size 64 --weight_decay=-0.0 --out"
+    assert words in output
+    cli = importlib.import_module("lightly_mim.cli")
+    line = next(line for line in output.splitlines() if words in line)
+    parser = cli.auto_parser(cli.COMMANDS, as_positional=False)
+    read = parser.parse_args(cli._spell_out(shlex.split(line)[1:])).pretrain
+    assert (read.epochs, read.lr, read.method.init_args.img_size) == (2, 0.5, 64)
+
+
+def test_dry_run__makes_nothing_but_the_method(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = "--sweep seed=0,1 -- lightly-mim pretrain --data x --method mine.Reads "
+    words += "--method.encoder vit_tiny_patch16_224 --callbacks+=mine.Writes"
+    submit.main(shlex.split(f"--dry-run {words}"))
+    assert "mine.Writes" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+    with pytest.raises(SystemExit):
+        submit.main(shlex.split(f"--dry-run {words} --method.mask_ratio 2"))
+    assert "mask ratio lies strictly between" in capsys.readouterr().err
+
+
+OWN = """
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.callbacks import Callback
+
+from lightly_mim.methods import SimMIM
+
+
+class Reads(SimMIM):
+    # What may be looked at where the weights are.
+    def __init__(self, encoder: str, **options: Any) -> None:
+        super().__init__(encoder, **options)
+        self.encoder.vit.norm.weight.detach().numpy()
+
+
+class Writes(Callback):
+    def __init__(self) -> None:
+        Path("made").mkdir()
+"""
 
 
 # What is refused.

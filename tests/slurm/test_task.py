@@ -104,38 +104,36 @@ def test_failure(
 @pytest.mark.parametrize(
     ("gpus", "words", "seen", "refused"),
     [
-        ("2", [], False, True),
-        ("2", ["--accelerator", "auto", "--device"], False, True),
-        ("2", ["--accelerator", "cpu", "--accelerator=gpu"], False, True),
-        ("2", ["--accelerator=cpu"], False, False),
-        ("2", ["--device", "cpu", "--epochs", "3"], False, False),
-        ("2", [], True, False),
-        ("0", [], False, False),
-        (None, [], False, False),
+        (2, [], False, True),
+        (2, ["--accelerator", "auto", "--device", "cuda"], False, True),
+        (2, ["--accelerator=CPU"], False, False),
+        (2, ["--device", "cpu:0", "--epochs", "3"], False, False),
+        (2, [], True, False),
+        (0, [], False, False),
     ],
 )
 def test_gpus_that_pytorch_does_not_see(
     task: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    gpus: str | None,
+    gpus: int,
     words: list[str],
     seen: bool,
     refused: bool,
 ) -> None:
-    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
-    if gpus is not None:
-        monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: seen)
+    # A shell within a job of somebody's own has it, too.
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: seen)
     study = make_study(tmp_path, FINISH)
     study.tasks[0].stages["train"].extend(words)
     study.save()
+    work = task.Task(str(study.path), "00", "train", 2, 1, gpus)
     if not refused:
-        run(task, study)
+        work()
         assert study.state(study.tasks[0])["done"] == ["train"]
         return
-    with pytest.raises(RuntimeError, match=r"has 2 GPU\(s\) on .* sees none"):
-        run(task, study)
+    with pytest.raises(RuntimeError, match=r"asked for 2 GPU\(s\) .* sees none"):
+        work()
     state = study.state(study.tasks[0])
     assert state["status"] == "failed" and "sees none" in state["error"]["line"]
     assert not study.run(study.tasks[0]).exists()
