@@ -171,7 +171,7 @@ def test_dry_run__swept_words_win(
     submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "c.yaml").write_text("epochs: 5\nlr: 0.5\n")
-    sweep = "--sweep epochs=1,2 method.img_size=64,96 weight_decay=-0.0"
+    sweep = "--sweep epochs=2,1 method.img_size=64,96 weight_decay=-0.0"
     submit.main(shlex.split(f"--dry-run {sweep} {PRETRAIN} --config c.yaml"))
     output = capsys.readouterr().out
     words = "--config c.yaml --epochs 2 --method.img_size 64 --weight_decay=-0.0 --out"
