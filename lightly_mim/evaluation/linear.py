@@ -414,6 +414,7 @@ def _train(
     rows, targets = features.flatten(0, 1), labels.flatten()
     first = torch.arange(num_problems, device=features.device)[:, None] * num_images
     minus_one = features.new_tensor(-1.0)
+    smallest = torch.finfo(features.dtype).tiny
     generator = Generator().manual_seed(seed)
     step = 0
     for _ in range(epochs):
@@ -429,6 +430,10 @@ def _train(
             logits = torch.baddbmm(bias, weight, batch.mT)
             # Gradient of the cross-entropy: probabilities minus one-hot labels.
             error = logits.view(num_problems, len(probes), num_classes, size).softmax(2)
+            # Classes that are all but ruled out. If a hundredth of the probabilities
+            # are subnormal, the product below takes three times as long on an Intel
+            # Xeon, if a tenth is, 23 times.
+            functional.threshold(error, smallest, 0.0, inplace=True)
             target = target.expand(-1, len(probes), -1, -1)
             error.scatter_add_(2, target, minus_one.expand_as(target))
             error = error.view(num_problems, len(rates), size)
