@@ -92,9 +92,9 @@ def decode_image(
         raise
     except Exception as error:  # PIL lets nearly any kind through on damaged files
         reason = str(error) or type(error).__name__
-        if name not in reason:
-            reason = f"{name}: {reason}"
-        raise BrokenImageError(f"Cannot read the image {reason}", name) from error
+        where = "" if name in reason else f" {name}"
+        message = f"Cannot read the image{where}: {reason}"
+        raise BrokenImageError(message, name) from error
 
 
 def _decode_picture(
