@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +40,7 @@ def run_local(
     It has no arrays: this function starts a task when another one has ended.
 
     Returns:
-        The exit code: 0, 1 if a task failed, 130 after Ctrl-C.
+        The exit code: 0, 1 if a task failed, 130 after Ctrl-C or SIGTERM.
 
     Raises:
         ValueError: If there are fewer GPUs than `--parallel` tasks need.
@@ -57,6 +58,8 @@ def run_local(
     study.submissions.append(
         {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), "cluster": "local", "jobs": {}}
     )
+    # `kill` ends the jobs, too, which would run on unseen.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or any(slot.job for slot in slots):
             for slot in slots:
@@ -80,6 +83,8 @@ def run_local(
         _stop([slot.job for slot in slots if slot.job is not None])
         print(f"\nInterrupted. Go on with: {study.resume_command()}")
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     with suppress(OSError):
         (study.jobs / "%j").rmdir()  # submitit makes it, with nothing in it
     print(write_report(study))
