@@ -23,7 +23,14 @@ import rich
 from jsonargparse import auto_cli, auto_parser
 
 import lightly_mim.methods
-from lightly_mim.evaluation import DenseResults, Results, evaluate, evaluate_dense
+from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.evaluation import (
+    DenseResults,
+    Results,
+    check_evaluation,
+    evaluate,
+    evaluate_dense,
+)
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.preemption import Preempted
@@ -64,16 +71,25 @@ def main(args: Sequence[str] | None = None) -> None:
         rich.print(result)
 
 
-def check(args: Sequence[str]) -> None:
+def check(
+    args: Sequence[str], encoder: MaskedEncoder | None = None
+) -> MaskedImageModel | None:
     """Finds what is wrong with the words of a command without running it.
 
     Args:
         args:
             The words after the program's name.
+        encoder:
+            For `evaluate`: what stands for the encoder, which is changed. None checks
+            the words alone.
+
+    Returns:
+        The method of `pretrain`, see `check_pretraining`.
 
     Raises:
-        ValueError: If the parser refuses them, or `check_pretraining`. What only the
-            data or the machine can tell is found when the command runs.
+        ValueError: If the parser refuses them, or `check_pretraining` or
+            `check_evaluation`. What only the data or the machine can tell is found when
+            the command runs.
     """
     parser = auto_parser(COMMANDS, as_positional=False, prog="lightly-mim")
     message = io.StringIO()
@@ -90,7 +106,10 @@ def check(args: Sequence[str]) -> None:
         # may need what the nodes alone have.
         for name in ("data", "val", "loggers", "callbacks"):
             found.pretrain[name] = None
-        check_pretraining(parser.instantiate(found).pretrain.as_dict())
+        return check_pretraining(parser.instantiate(found).pretrain.as_dict())
+    if found.subcommand == "evaluate" and encoder is not None:
+        check_evaluation(encoder, parser.instantiate(found).evaluate.as_dict())
+    return None
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:

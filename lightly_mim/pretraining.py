@@ -619,7 +619,7 @@ def pretrain(
     return method
 
 
-def check_pretraining(arguments: Mapping[str, Any]) -> None:
+def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
     """Finds what `pretrain` would refuse, without images, weights or files.
 
     The method is built on PyTorch's device "meta", in tenths of a second, without
@@ -632,6 +632,9 @@ def check_pretraining(arguments: Mapping[str, Any]) -> None:
             Arguments of `pretrain` by their names. Of those that are missing, the
             defaults are taken.
 
+    Returns:
+        The method, without weights, or None if it cannot be built like that.
+
     Raises:
         ValueError: If an argument is out of range, or if the method, its encoder, its
             mask or its recipe cannot be made of them.
@@ -639,23 +642,32 @@ def check_pretraining(arguments: Mapping[str, Any]) -> None:
     parameters = inspect.signature(pretrain).parameters.values()
     arguments = {p.name: p.default for p in parameters} | dict(arguments)
     _check_arguments(arguments)
-    method = arguments["method"]
-    if isinstance(method, partial) and method.keywords.get("pretrained"):
-        method = partial(method, pretrained=False)
-    if not isinstance(method, MaskedImageModel):
+    build = arguments["method"]
+    if isinstance(build, partial) and build.keywords.get("pretrained"):
+        build = partial(build, pretrained=False)
+    method: MaskedImageModel
+    if isinstance(build, MaskedImageModel):
+        method = build
+    else:
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of weights that are copied nowhere
-                method = method()
+                method = build()
         except ValueError:
             raise
         except Exception as error:
             if isinstance(error, TypeError) and "meta" not in str(error):
                 message = f"The method cannot be built like that: {error}"
                 raise ValueError(message) from error
-            return
-    _settings(method, arguments)
+            return None
+    settings = _settings(method, arguments)
+    devices, nodes = arguments["devices"], arguments["num_nodes"]
+    if isinstance(devices, int) and devices > 0:
+        _check_shares(
+            settings.batch_size, devices * (nodes or 1), arguments["accumulate"]
+        )
     method.num_masked(torch.empty(1, 1, *method.encoder.img_size))
+    return method
 
 
 def _fit(
@@ -729,14 +741,9 @@ class _Images(pl.LightningDataModule):
 
     def check(self, trainer: pl.Trainer) -> None:
         """Raises a ValueError if batch and processes do not fit the images."""
-        parts = trainer.world_size * trainer.accumulate_grad_batches
-        if self.batch_size % parts:
-            raise ValueError(
-                f"batch_size is the number of images per optimiser step, {parts} = "
-                f"{trainer.world_size} device(s) x {trainer.accumulate_grad_batches} "
-                f"accumulated micro-batch(es) share it, and {self.batch_size} does not "
-                "divide by that."
-            )
+        _check_shares(
+            self.batch_size, trainer.world_size, trainer.accumulate_grad_batches
+        )
 
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Returns a few images, normalised, and their masks: the same in every run."""
@@ -883,6 +890,17 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         value = arguments[name]
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is at least 0 and finite, got {name}={value!r}.")
+
+
+def _check_shares(batch_size: int, devices: int, accumulate: int) -> None:
+    """Raises a ValueError if a batch cannot be shared out evenly."""
+    parts = devices * accumulate
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size is the number of images per optimiser step, {parts} = "
+            f"{devices} device(s) x {accumulate} accumulated micro-batch(es) share it, "
+            f"and {batch_size} does not divide by that."
+        )
 
 
 def _rank() -> int:

@@ -67,8 +67,8 @@ class Command:
     words: list[str]
     head = 1
 
-    def check(self, words: Sequence[str]) -> None:
-        """Parses the words after the program and raises a ValueError if wrong."""
+    def check(self, words: Sequence[str], machine: Machine) -> None:
+        """Tries the words after the program and raises a ValueError if wrong."""
         raise NotImplementedError
 
     def option(self, key: str) -> str | None:
@@ -122,14 +122,20 @@ class Script(Command):
         self._actions = self._parser._option_string_actions
         self._tried: set[str] = set()
 
-    def check(self, words: Sequence[str]) -> None:
+    def check(self, words: Sequence[str], machine: Machine) -> None:
         """Parses the words after the script, and tries to build what they ask for."""
         from lightly_mim.pretraining import check_pretraining
 
-        for name, plan in self._script.plans(self._parser.parse_args(words)).items():
+        arguments = self._parser.parse_args(words)
+        shares = {
+            "devices": machine.devices,
+            "num_nodes": machine.nodes,
+            "accumulate": arguments.accumulate,
+        }
+        for plan in self._script.plans(arguments).values():
             # Seeds and the like have the same plan.
-            if (tried := repr((name, plan))) not in self._tried:
-                check_pretraining({"method": plan.build, **plan.pretraining})
+            if (tried := repr((plan, shares))) not in self._tried:
+                check_pretraining({"method": plan.build, **plan.pretraining, **shares})
                 self._tried.add(tried)
 
     def option(self, key: str) -> str | None:
@@ -196,16 +202,18 @@ class Program(Command):
             self.name, ("out",)
         )
 
-    def check(self, words: Sequence[str]) -> None:
-        """Parses the words after the program."""
+    def check(self, words: Sequence[str], machine: Machine) -> None:
+        """Tries the words after the program, and those of the evaluation."""
         from lightly_mim.cli import check
 
-        if self.name == "pretrain":  # out is required, and the study's
-            check([*words, "--out", "run"])
-        else:
+        if self.name != "pretrain":
             check(words)
+            return
+        owned = [] if "{out}" in words else self._owned(machine)
+        method = check([word.replace("{out}", "run") for word in (*words, *owned)])
         if self._evaluation:
-            check(["evaluate", "--encoder", "run", *self._evaluation])
+            encoder = None if method is None else method.encoder
+            check(["evaluate", "--encoder", "run", *self._evaluation], encoder)
 
     def option(self, key: str) -> str | None:
         """Returns the option of a key. What there is, only the parser knows."""
@@ -222,11 +230,22 @@ class Program(Command):
         full = [PROGRAM, *words, *self._owned(machine)]
         if self.name != "pretrain":
             return {"run": [*full, "--overwrite"]}
-        stages = {"train": full}
-        if self._evaluation:
-            where = ["--encoder", "{out}", "--out", "{out}", "--overwrite"]
-            stages["evaluate"] = [PROGRAM, "evaluate", *where, *self._evaluation]
-        return stages
+        return {"train": full} | self.evaluation(full)
+
+    def evaluation(self, words: Sequence[str]) -> dict[str, list[str]]:
+        """Returns the stage `evaluate`, if there is one, of a run with such words.
+
+        It has the run's seed, so that the baseline at random initialisation is another
+        one for each seed.
+        """
+        if not self._evaluation:
+            return {}
+        where = ["--encoder", "{out}", "--out", "{out}", "--overwrite"]
+        seed: list[str] = []
+        if not any(re.match("--seed(=|$)", word) for word in self._evaluation):
+            found = re.findall(r"(?<!\S)--seed[ =](\d+)(?!\S)", " ".join(words))
+            seed = ["--seed", found[-1]] if found else []
+        return {"evaluate": [PROGRAM, "evaluate", *where, *seed, *self._evaluation]}
 
 
 def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
@@ -369,7 +388,7 @@ def tasks(
             place = next(own_options, len(words))
             words[place:place] = swept
         try:
-            command.check(words)
+            command.check(words, machine)
         except ValueError as error:
             having = f" with {label(own)}" if own else ""
             raise ValueError(

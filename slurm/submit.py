@@ -31,7 +31,7 @@ from cluster import (
     read_config,
     work,
 )
-from commands import read, read_sweep, tasks
+from commands import Program, read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
 from status import is_running_here, queue
@@ -87,7 +87,8 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
         default=[],
         metavar="WORDS",
         help="options of lightly-mim evaluate, for the encoders that lightly-mim "
-        "pretrain trains (without: no evaluation; benchmark scripts have their own)",
+        "pretrain trains (without: no evaluation; benchmark scripts have their own); "
+        "with --resume, for those that are not evaluated yet",
     )
     study.add_argument(
         "--study",
@@ -139,15 +140,16 @@ def _main(
     first = made.parse_args(own)
     config = read_config(first.config, site) if first.config else []
     if first.resume:
-        if command or first.sweep or first.study or first.evaluate:
+        if command or first.sweep or first.study:
             raise ValueError(
                 "--resume takes command and sweep from the study: leave out --sweep, "
-                "--study, --evaluate and what is behind --."
+                "--study and what is behind --."
             )
         study = Study.load(first.resume)
         stored = [str(word) for word in study.cluster["words"]]
         options = _applicable(made.parse_args([*stored, *config, *own]))
         _check_same_machine(study, options)
+        _change_evaluation(study, options)
     else:
         options = _applicable(made.parse_args([*config, *own]))
         words = [*config, *_site_words(own, site)]
@@ -163,6 +165,9 @@ def _main(
     with alone(study):
         # As it is now: another submit.py may have added its jobs a moment ago.
         study = Study.load(study.path)
+        if not new and options.evaluate:
+            _change_evaluation(study, options)
+            study.save()
         if options.cluster != "slurm":
             sys.exit(_run_here(study, options))
         _send(study, options, new)
@@ -253,6 +258,31 @@ def _check_same_machine(study: Study, options: argparse.Namespace) -> None:
             f"The study's tasks have {had[0]} node(s) with {had[1]} process(es) each, "
             f"which cannot change half-way; got {got.nodes} and {got.devices}."
         )
+
+
+def _change_evaluation(study: Study, options: argparse.Namespace) -> None:
+    """Gives the tasks that are not evaluated yet the evaluation that was asked for.
+
+    Raises:
+        ValueError: If there is no such task, or if the evaluation does not fit one.
+    """
+    if not options.evaluate:
+        return
+    command = read(study.command, options.evaluate)
+    assert isinstance(command, Program)  # or it was refused
+    left = [
+        task
+        for task in study.tasks
+        if "evaluate" not in study.state(task).get("done", [])
+    ]
+    if not left:
+        raise ValueError(
+            f"Every task of {study.path} is evaluated: leave --evaluate out, and "
+            "evaluate their run directories with lightly-mim evaluate."
+        )
+    for task in left:
+        task.stages.update(command.evaluation(task.stages["train"]))
+        command.check(task.stages["train"][1:], machine(options))
 
 
 def _create(study: Study) -> None:
@@ -370,10 +400,10 @@ def wait_for(array: Any, before: Sequence[submitit.Job[Any]]) -> None:
     )
 
 
-def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
-    """Prints the scripts and the tasks."""
-    pending = [task for task in study.tasks if study.open_stages(task)]
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def _show_scripts(
+    study: Study, options: argparse.Namespace, pending: Sequence[TaskSpec]
+) -> None:
+    """Prints the sbatch scripts."""
     for number, chain in enumerate(waves(study, pending)):
         for position, members in enumerate(chain):
             stage = members[0][1]
@@ -387,6 +417,14 @@ def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
     report.update_parameters(dependency="afterany:<all jobs above>")
     print("### report\n")
     print(report.script(1))
+
+
+def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
+    """Prints the scripts, if there are any, and the tasks."""
+    pending = [task for task in study.tasks if study.open_stages(task)]
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if options.cluster == "slurm":
+        _show_scripts(study, options, pending)
     table = Table(title=f"{len(pending)} task(s)", title_justify="left", box=None)
     keys = list(study.tasks[0].sweep)
     for name in ("array index", *keys, "directory"):

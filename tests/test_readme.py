@@ -68,8 +68,9 @@ def test_python(code: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("code", blocks("bash"))
 def test_bash(code: str, folder: Path) -> None:
-    for line in shortened(code).splitlines():
-        words = shlex.split(line, comments=True)
+    for line in code.splitlines():
+        planned_only = line.startswith("python slurm/submit.py")
+        words = shlex.split(line if planned_only else shortened(line), comments=True)
         if not words:
             continue
         if words[0] == "make":
@@ -81,7 +82,7 @@ def test_bash(code: str, folder: Path) -> None:
             for word in words[2:]:
                 if word.startswith("--"):
                     assert word in help_text
-        elif words[:2] == ["python", "slurm/submit.py"]:
+        elif planned_only:
             split = words.index("--")
             words[split:split] = ["--dry-run"]
             planned = run([words[0], str(ROOT / words[1]), *words[2:]], folder)

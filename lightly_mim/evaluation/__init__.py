@@ -38,7 +38,7 @@ from lightly_mim.evaluation.low_label import LowLabel, draw_per_class
 from lightly_mim.evaluation.rank import alpha_req, label_free, rank_me, uniformity
 from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
 from lightly_mim.evaluation.scores import wilson_interval
-from lightly_mim.evaluation.suite import evaluate
+from lightly_mim.evaluation.suite import check_evaluation, evaluate
 
 __all__ = [
     "KNN",
@@ -67,6 +67,7 @@ __all__ = [
     "alpha_req",
     "at_random",
     "cached_features",
+    "check_evaluation",
     "choose_attentive",
     "choose_knn",
     "choose_linear",

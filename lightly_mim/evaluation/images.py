@@ -72,11 +72,7 @@ class EvaluationImages:
         seed: int = 0,
         num_workers: int | None = None,
     ) -> None:
-        if holdout is not None and not 0 < holdout < 1:
-            raise ValueError(
-                "holdout is the share of the training images that is scored in place "
-                f"of the test images, in (0, 1), got {holdout}."
-            )
+        check_holdout(holdout)
         self._data = data
         train: Any
         train, test = open_data(data, val, transform=transform, in_chans=in_chans)
@@ -196,3 +192,12 @@ def class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
             f"classes: {', '.join(names)}."
         )
     return names or [str(number) for number in range(largest + 1)]
+
+
+def check_holdout(holdout: float | None) -> None:
+    """Raises a ValueError for a share that leaves nothing on one side."""
+    if holdout is not None and not 0 < holdout < 1:
+        raise ValueError(
+            "holdout is the share of the training images that is scored in place of "
+            f"the test images, in (0, 1), got {holdout}."
+        )

@@ -9,6 +9,7 @@ there, so an evaluation that was cut goes on with what is missing.
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 import time
@@ -30,7 +31,13 @@ from lightly_mim.data import (
     seed_from,
 )
 from lightly_mim.data.sources import Data
-from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, choose_attention
+from lightly_mim.encoders import (
+    Encoder,
+    MaskedEncoder,
+    Pool,
+    choose_attention,
+    resize_encoder,
+)
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.adaptors import (
     FeatureEncoder,
@@ -49,7 +56,12 @@ from lightly_mim.evaluation.features import (
     evaluating,
 )
 from lightly_mim.evaluation.finetune import FineTune
-from lightly_mim.evaluation.images import EvaluationImages, class_names, read_labels
+from lightly_mim.evaluation.images import (
+    EvaluationImages,
+    check_holdout,
+    class_names,
+    read_labels,
+)
 from lightly_mim.evaluation.keeper import Keeper, Task
 from lightly_mim.evaluation.knn import KNN
 from lightly_mim.evaluation.linear import Linear
@@ -87,6 +99,10 @@ Baseline = Literal["random", "pixels"]
 
 IMAGE_PROTOCOLS = ("linear_mae", "finetune")
 LABEL_FREE = "label_free"
+
+
+# Images that settings are checked for before there are any.
+_MANY = 1_000_000
 
 
 def evaluate(
@@ -385,6 +401,39 @@ def evaluate(
             temporary.write_text(to_text(results.to_dict()))
         keeper.clear(list(keys.values()))
     return results
+
+
+def check_evaluation(encoder: MaskedEncoder, arguments: Mapping[str, Any]) -> None:
+    """Finds what `evaluate` would refuse of an encoder, without images or weights.
+
+    Args:
+        encoder:
+            What stands for the encoder, for example on PyTorch's device "meta". An
+            `img_size` among the arguments changes it.
+        arguments:
+            Arguments of `evaluate` by their names. Of those that are missing, the
+            defaults are taken. `encoder` and `data` are not looked at.
+
+    Raises:
+        ValueError: If protocols, layers, poolings, image size or settings are out of
+            range or do not fit the encoder.
+    """
+    parameters = inspect.signature(evaluate).parameters.values()
+    given = {p.name: p.default for p in parameters} | dict(arguments)
+    check_choice("protocols", given["protocols"], get_args(ProtocolName))
+    check_choice("baselines", given["baselines"] or ["pixels"], get_args(Baseline))
+    check_holdout(given["holdout"])
+    for name in given["protocols"]:
+        given[name].check(_MANY)
+    if given["img_size"] is not None:
+        try:
+            encoder = resize_encoder(encoder, given["img_size"])
+        except ValueError:
+            raise
+        except Exception:  # tables that timm resamples by NumPy
+            return
+    _pools(encoder, given["layers"], given["pools"], [])
+    _check_protocols(given["protocols"], given, encoder, World())
 
 
 @dataclass

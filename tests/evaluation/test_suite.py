@@ -28,6 +28,7 @@ from lightly_mim.evaluation import (
     Linear,
     Result,
     Results,
+    check_evaluation,
     evaluate,
 )
 from lightly_mim.evaluation.attentive import Attentive
@@ -763,3 +764,33 @@ def test_evaluate__every_protocol_on_features(
     assert [row["pooling"] for row in results.measures] == ["mean", "cls"]
     assert results.measures[0]["model"] == "vit_tiny_patch16_224"
     assert "RankMe" in printed(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "img_size"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32}, 64),
+        ("beit_base_patch16_224", {"img_size": 32, "depth": 2}, 64),
+        ("swin_tiny_patch4_window7_224", {"img_size": 192, "window_size": 6}, 224),
+        ("swinv2_tiny_window8_256", {"img_size": 192, "window_size": 12}, 224),
+    ],
+)
+def test_check_evaluation__without_weights(
+    name: str, options: dict[str, Any], img_size: int
+) -> None:
+    def build() -> MaskedEncoder:
+        with torch.device("meta"):
+            return masked_encoder(name, **options)
+
+    check_evaluation(build(), {})
+    check_evaluation(build(), {"img_size": img_size, "protocols": ["finetune"]})
+    for wrong, message in (
+        ({"layers": [40]}, "layers is one or more of"),
+        ({"protocols": ["knm"]}, "protocols"),
+        ({"baselines": ["noise"]}, "baselines"),
+        ({"holdout": 0.0}, "holdout is the share"),
+        ({"img_size": 50}, "does not divide"),
+        ({"protocols": ["linear"], "linear": Linear(epochs=0)}, "epochs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_evaluation(build(), wrong)

@@ -167,6 +167,52 @@ def test_dry_run__pretrain(
     assert list(scripts(capsys.readouterr().out)) == ["train", "report"]
 
 
+def test_dry_run__evaluation_has_the_seed_of_its_run(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--dry-run --cluster local --evaluate '--data x{}' --sweep seed=7,8"
+    submit.main(shlex.split(f"{words.format('')} {PRETRAIN}"))
+    output = capsys.readouterr().out
+    assert "--overwrite --seed 7 --data x\n" in output
+    assert "#SBATCH" not in output  # there is no sbatch to send it to
+    submit.main(shlex.split(f"{words.format(' --seed 1')} {PRETRAIN}"))
+    assert "--overwrite --data x --seed 1\n" in capsys.readouterr().out
+
+
+def test_resume__with_another_evaluation(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+
+    def send(words: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            submit.main(shlex.split(words))
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, capsys.readouterr().err
+
+    sweep = "--sweep seed=7,8"
+    evaluate = "--evaluate '--data x --protocols {}'"
+    begin = f"--cluster local --study s {sweep} {evaluate.format('knn')} {PRETRAIN}"
+    assert send(begin) == (0, "")
+    study = submit.Study.load("s")
+    first, second = study.tasks
+    before = second.stages["evaluate"]
+    study.update_state(first, done=["train", "evaluate"])
+    code, said = send(f"--resume s {evaluate.format('knn --layers 12')}")
+    assert code == 2 and "0 to 11" in said
+    assert submit.Study.load("s").tasks[1].stages["evaluate"] == before
+    assert send(f"--resume s {evaluate.format('linear')}") == (0, "")
+    first, second = submit.Study.load("s").tasks
+    assert first.stages["evaluate"][-1] == "knn"
+    assert second.stages["evaluate"] == [*before[:-1], "linear"]
+    assert second.stages["evaluate"][-6:-4] == ["--seed", "8"]
+    study.update_state(second, done=["train", "evaluate"])
+    code, said = send(f"--resume s {evaluate.format('knn')}")
+    assert code == 2 and "is evaluated: leave --evaluate out" in said
+
+
 def test_dry_run__swept_words_win(
     submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -263,6 +309,12 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--sweep img-size=64,65 {SOLAR}", "with img-size=65 refuses its words"),
         ("-- benchmarks/imagenette.py --recipe best", "no recipe 'best'"),
         (f"--evaluate '--laiers 3' {PRETRAIN}", "laiers"),
+        (f"--evaluate '--data x --layers 8 12' {PRETRAIN}", "0 to 11"),
+        (f"--evaluate '--data x --holdout 1.5' {PRETRAIN}", "in (0, 1), got 1.5"),
+        (f"--evaluate '--data x --img_size 50' {PRETRAIN}", "does not divide"),
+        (f"--evaluate '--data x --knn.ks 0' {PRETRAIN}", "k lies between 1 and"),
+        (f"--gpus-per-node 8 {PRETRAIN} --batch_size 100", "8 device(s) x 1"),
+        (f"--nodes 3 {SOLAR} --batch-size 64", "3 device(s) x 1"),
         (f"--evaluate '--data x' {SOLAR}", "goes with lightly-mim pretrain alone"),
         (f"--sweep colour=red {SOLAR}", "does not take the sweep key 'colour'"),
         (f"--sweep sed=0,1 {SOLAR}", "Did you mean 'seed'?"),
@@ -460,7 +512,10 @@ def test_local_study__failure_is_listed_and_rerun_alone(
     assert exit_.value.code == 1
     output = capsys.readouterr().out
     assert f"status.py {tmp_path / 's'} --watch" in output
-    for line in (r"^00-\S+, train: done$", r"^01-\S+, train: failed, \S*NonFiniteLossError: "):
+    for line in (
+        r"^00-\S+, train: done$",
+        r"^01-\S+, train: failed, \S*NonFiniteLossError: ",
+    ):
         assert re.search(line, output, flags=re.MULTILINE)
     assert not (tmp_path / "s" / "jobs" / "%j").exists()
     study = submit.Study.load("s")
@@ -499,6 +554,33 @@ def test_local_study__failure_is_listed_and_rerun_alone(
     assert len(study.state(good)["attempts"]) == 2  # train and evaluate, once each
     assert marker.stat().st_mtime_ns == before
     assert list(study.submissions[-1]["jobs"]) == [bad.name]
+
+
+@pytest.mark.slow
+def test_local_study__kill_leaves_nothing_running(photos: Path, tmp_path: Path) -> None:
+    words = ["--cluster", "local", "--study", str(tmp_path / "s"), "--"]
+    words += [*tiny(photos), "--method-option", "mask_patch_size=8"]
+    words[words.index("--epochs") + 1] = "100000"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "slurm" / "submit.py", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # Not a terminal's group, whose every process gets Ctrl-C.
+        start_new_session=True,
+    )
+    metrics = tmp_path / "s/tasks/00-imagenette/run/SimMIM-seed0/metrics.csv"
+    wait(metrics.exists, 120)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Interrupted. Go on with: " in output
+    study = tmp_path.joinpath("s", "tasks", "00-imagenette", "state.json")
+    state = json.loads(study.read_text())
+    assert state["status"] == "interrupted"
+    job = str(state["attempts"][-1]["pid"])
+    found = subprocess.run(["ps", "-o", "stat=", "-p", job], stdout=subprocess.PIPE)
+    assert found.stdout.strip() in (b"", b"Z", b"Zs"), "it runs on"
 
 
 # On a cluster.
