@@ -268,6 +268,7 @@ def _change_evaluation(study: Study, options: argparse.Namespace) -> None:
     """
     if not options.evaluate:
         return
+    sys.path.insert(0, study.cwd)  # where a method of one's own lies
     command = read(study.command, options.evaluate)
     assert isinstance(command, Program)  # or it was refused
     left = [
