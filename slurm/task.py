@@ -178,7 +178,8 @@ class Task(Checkpointable):
             return
         for words in task.stages.values():
             named = " ".join(words).replace("=", " ").lower()
-            if re.search(r" --(accelerator|device) cpu", named):
+            values = re.findall(r" --(?:accelerator|device) (\S+)", named)
+            if values and values[-1].startswith("cpu"):  # the last word counts
                 return
         raise RuntimeError(
             f"The job asked for {self.gpus} GPU(s) and PyTorch {torch.__version__} on "

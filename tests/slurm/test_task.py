@@ -106,6 +106,7 @@ def test_failure(
     [
         (2, [], False, True),
         (2, ["--accelerator", "auto", "--device", "cuda"], False, True),
+        (2, ["--accelerator", "cpu", "--accelerator=auto"], False, True),
         (2, ["--accelerator=CPU"], False, False),
         (2, ["--device", "cpu:0", "--epochs", "3"], False, False),
         (2, [], True, False),
