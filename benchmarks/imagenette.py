@@ -102,19 +102,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
-    """Returns how to build and train each method, by its name.
-
-    Args:
-        arguments:
-            What `parser` has read.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    return {name: _plan(name, arguments) for name in arguments.method}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script.
 
@@ -126,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: argparse.Namespace, command: str) -> None:
-    planned = plans(arguments)  # before a download
+    plans = {name: plan(name, arguments) for name in arguments.method}
     data, num_train, num_test = _find_images(arguments)
     run_study(
         arguments,
         str(data),
-        planned,
+        plans,
         last_layers=LAST_LAYERS,
         evaluation={},
         title=f"{data.resolve().name}: {num_train} training and {num_test} test images",
@@ -159,8 +146,18 @@ def _find_images(arguments: argparse.Namespace) -> tuple[Path, int, int]:
     return train.root.parent, len(train), len(val)
 
 
-def _plan(name: str, arguments: argparse.Namespace) -> Plan:
-    """Returns how to build and train a method: the recipe, and what was given."""
+def plan(name: str, arguments: argparse.Namespace) -> Plan:
+    """Returns how to build and train a method: the recipe, and what was given.
+
+    Args:
+        name:
+            Name of the method, one of `METHODS`.
+        arguments:
+            What `parser` has read.
+
+    Raises:
+        ValueError: If the method has no such recipe.
+    """
     method = METHODS[name]
     recipe_name = arguments.recipe or RECIPES.get(name, next(iter(method.recipes)))
     recipe = method.recipe(recipe_name)

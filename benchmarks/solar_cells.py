@@ -127,19 +127,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
-    """Returns how to build and train each method, by its name.
-
-    Args:
-        arguments:
-            What `parser` has read.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    return {name: _plan(name, arguments) for name in arguments.method}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script.
 
@@ -155,7 +142,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
     runs = run_study(
         arguments,
         DATA,
-        plans(arguments),
+        {name: plan(name, arguments) for name in arguments.method},
         last_layers=LAST_LAYERS,
         evaluation={
             "crop_ratio": CROP_RATIO,
@@ -170,8 +157,15 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         _say_next(arguments, command)
 
 
-def _plan(name: str, arguments: argparse.Namespace) -> Plan:
-    """Returns how to build and train a method, with what the options leave open."""
+def plan(name: str, arguments: argparse.Namespace) -> Plan:
+    """Returns how to build and train a method, with what the options leave open.
+
+    Args:
+        name:
+            Name of the method, one of `METHODS`.
+        arguments:
+            What `parser` has read.
+    """
     quick = arguments.quick
     # A method that the tables above do not know takes SimMIM's.
     img_size = IMG_SIZES.get(name, IMG_SIZES["SimMIM"])

@@ -332,13 +332,11 @@ def parameters(
     }
     if stage != "report":
         found["additional_parameters"] |= dict(options.sbatch)
-    if options.gpus_per_node:
-        number = int(options.gpus_per_node) if training else 1
+    if number := _gpus(options, stage):
         found["gpus_per_node"] = f"{options.gpus_per_node.type}{number}"
     if stage == "evaluate":
         found["time"] = options.evaluation_time or options.time
     if stage == "report":
-        found.pop("gpus_per_node", None)
         found["partition"] = options.cpu_partition or options.partition
         found |= {"time": 30, "cpus_per_task": None, "mem": None}
         found["signal_delay_s"] = 60  # it has nothing to save
@@ -349,6 +347,13 @@ def parameters(
     found = {name: value for name, value in found.items() if value is not None}
     # None: submitit's own key is refused by clusters that track keys.
     return found | {"wckey": None}
+
+
+def _gpus(options: argparse.Namespace, stage: str) -> int:
+    """Returns how many GPUs the jobs of a stage get per node."""
+    if not options.gpus_per_node or stage == "report":
+        return 0
+    return int(options.gpus_per_node) if stage in ("train", "run") else 1
 
 
 def _share(mem: str | None, devices: int) -> str | None:
@@ -425,14 +430,13 @@ def executor(
 
 def work(study: Study, options: argparse.Namespace, task: TaskSpec, stage: str) -> Task:
     """Returns what a job runs."""
-    gpus = int(options.gpus_per_node) if stage in ("train", "run") else 1
     return Task(
         str(study.path),
         task.name,
         stage,
         options.max_requeues,
         options.signal_delay,
-        gpus if options.gpus_per_node else 0,
+        _gpus(options, stage),
     )
 
 

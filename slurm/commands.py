@@ -59,13 +59,10 @@ class Command:
             Short name, for jobs and directories.
         words:
             The command's words, its program first.
-        head:
-            Number of words before the options.
     """
 
     name: str
     words: list[str]
-    head = 1
 
     def check(self, words: Sequence[str], machine: Machine) -> None:
         """Tries the words after the program and raises a ValueError if wrong."""
@@ -108,8 +105,8 @@ class Command:
 class Script(Command):
     """A script of `benchmarks/`.
 
-    It exposes its parser as `parser()`, and as `plans(arguments)` how it builds and
-    trains each method.
+    It exposes its parser as `parser()`, and as `plan(name, arguments)` how it builds
+    and trains a method.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -132,7 +129,8 @@ class Script(Command):
             "num_nodes": machine.nodes,
             "accumulate": arguments.accumulate,
         }
-        for plan in self._script.plans(arguments).values():
+        for name in arguments.method:
+            plan = self._script.plan(name, arguments)
             # Seeds and the like have the same plan.
             if (tried := repr((plan, shares))) not in self._tried:
                 check_pretraining({"method": plan.build, **plan.pretraining, **shares})
@@ -185,8 +183,6 @@ class Program(Command):
             Words of `lightly-mim evaluate` for the encoders that `pretrain` trains.
     """
 
-    head = 2
-
     def __init__(self, words: Sequence[str], evaluation: Sequence[str] = ()) -> None:
         from lightly_mim.cli import COMMANDS
 
@@ -209,8 +205,8 @@ class Program(Command):
         if self.name != "pretrain":
             check(words)
             return
-        owned = [] if "{out}" in words else self._owned(machine)
-        method = check([word.replace("{out}", "run") for word in (*words, *owned)])
+        full = [*words, *self._owned(machine)]
+        method = check([word.replace("{out}", "run") for word in full])
         if self._evaluation:
             encoder = None if method is None else method.encoder
             check(["evaluate", "--encoder", "run", *self._evaluation], encoder)
@@ -307,7 +303,7 @@ def _load_script(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("parser", "plans"):
+    for name in ("parser", "plan"):
         if not hasattr(module, name):
             raise ValueError(
                 f"{path} is not a script that a study can run: it has no {name}()."

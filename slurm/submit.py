@@ -149,13 +149,15 @@ def _main(
         stored = [str(word) for word in study.cluster["words"]]
         options = _applicable(made.parse_args([*stored, *config, *own]))
         _check_same_machine(study, options)
-        _change_evaluation(study, options)
     else:
         options = _applicable(made.parse_args([*config, *own]))
         words = [*config, *_site_words(own, site)]
         study = _plan(options, command, words)
     new = not first.resume
+    another = first.resume and options.evaluate
     if options.dry_run:
+        if another:
+            _change_evaluation(study, options)
         _show(study, options, new)
         return
     if options.cluster == "slurm":
@@ -165,7 +167,7 @@ def _main(
     with alone(study):
         # As it is now: another submit.py may have added its jobs a moment ago.
         study = Study.load(study.path)
-        if not new and options.evaluate:
+        if another:
             _change_evaluation(study, options)
             study.save()
         if options.cluster != "slurm":
@@ -266,8 +268,6 @@ def _change_evaluation(study: Study, options: argparse.Namespace) -> None:
     Raises:
         ValueError: If there is no such task, or if the evaluation does not fit one.
     """
-    if not options.evaluate:
-        return
     sys.path.insert(0, study.cwd)  # where a method of one's own lies
     command = read(study.command, options.evaluate)
     assert isinstance(command, Program)  # or it was refused

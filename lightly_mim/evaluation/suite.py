@@ -264,8 +264,7 @@ def evaluate(
     """
     arguments = {name: to_json(value) for name, value in locals().items()}
     world = World.distributed() if distributed else World()
-    check_choice("protocols", protocols, get_args(ProtocolName))
-    check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
+    _check_names(protocols, baselines)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
     settings: dict[str, Any] = {
         "knn": knn,
@@ -420,20 +419,14 @@ def check_evaluation(encoder: MaskedEncoder, arguments: Mapping[str, Any]) -> No
     """
     parameters = inspect.signature(evaluate).parameters.values()
     given = {p.name: p.default for p in parameters} | dict(arguments)
-    check_choice("protocols", given["protocols"], get_args(ProtocolName))
-    check_choice("baselines", given["baselines"] or ["pixels"], get_args(Baseline))
+    _check_names(given["protocols"], given["baselines"])
     check_holdout(given["holdout"])
     for name in given["protocols"]:
         given[name].check(_MANY)
-    if given["img_size"] is not None:
-        try:
-            encoder = resize_encoder(encoder, given["img_size"])
-        except ValueError:
-            raise
-        except Exception:  # tables that timm resamples by NumPy
-            return
     _pools(encoder, given["layers"], given["pools"], [])
     _check_protocols(given["protocols"], given, encoder, World())
+    if given["img_size"] is not None:
+        resize_encoder(encoder, given["img_size"])
 
 
 @dataclass
@@ -646,6 +639,11 @@ def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:
     if protocol == LABEL_FREE:
         return True
     return protocol not in IMAGE_PROTOCOLS and not settings[protocol].tokens
+
+
+def _check_names(protocols: Sequence[str], baselines: Sequence[str]) -> None:
+    check_choice("protocols", protocols, get_args(ProtocolName))
+    check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
 
 
 def _check_protocols(

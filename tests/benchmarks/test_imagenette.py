@@ -343,7 +343,7 @@ def test_plan__another_encoder_takes_the_recipe_without_its_options(
 ) -> None:
     words = "--encoder vit_tiny_patch16_224 --img-size 64 --encoder-option depth=2"
     arguments = script.parser().parse_args(words.split())
-    plan = script._plan("SimMIM", arguments)
+    plan = script.plan("SimMIM", arguments)
     encoder = plan.build().encoder
     assert encoder.name == "vit_tiny_patch16_224"
     assert encoder.img_size == (64, 64)

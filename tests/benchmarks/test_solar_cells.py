@@ -74,7 +74,7 @@ def test_main__without_the_images(
 
 
 def plan_of(script: ModuleType, *words: str, method: str = "SimMIM") -> Any:
-    return script._plan(method, script.parser().parse_args(list(words)))
+    return script.plan(method, script.parser().parse_args(list(words)))
 
 
 @pytest.mark.parametrize("method", ["SimMIM", "MAE"])
