@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, NoReturn, get_args
@@ -45,6 +45,7 @@ from lightly_mim.methods import MaskedImageModel
 from lightly_mim.pretraining import (
     NonFiniteLossError,
     Precision,
+    check_pretraining,
     default_precision,
     pretrain,
 )
@@ -73,6 +74,9 @@ PRETRAINED = "pretrained"
 _EXISTING = ("--resume", "--overwrite")
 LOG_WIDTH = 120  # columns of the table where there is no terminal
 
+# Columns that are aligned to the right.
+_NUMBERS = ("training", "images/s", "masked %", "AvgDist px", "M params", "GFLOPs")
+
 say = rank_zero_only(print)
 
 Row = Mapping[str, Any]  # a row of results.json
@@ -82,7 +86,11 @@ Row = Mapping[str, Any]  # a row of results.json
 
 
 def build_parser(
-    prog: str, description: str, epilog: str, defaults: Mapping[str, Any]
+    prog: str,
+    description: str,
+    epilog: str,
+    defaults: Mapping[str, Any],
+    methods: bool = True,
 ) -> argparse.ArgumentParser:
     """Makes a parser with the options that all scripts share.
 
@@ -97,6 +105,9 @@ def build_parser(
             The script's default of `out`, and what its help says of those of `encoder`,
             `img_size`, `epochs`, `batch_size` and `lr`, which are None here: they may
             depend on other options.
+        methods:
+            Whether the script trains the methods that `--method` names, with the
+            options of `--method-option`. One that has plans of its own has neither.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -113,14 +124,15 @@ def build_parser(
         metavar="DIR",
         help="folder for everything that is written (default: %(default)s)",
     )
-    study.add_argument(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=["SimMIM"],
-        metavar="NAME",
-        help=f"one or more of {', '.join(METHODS)} (default: SimMIM)",
-    )
+    if methods:
+        study.add_argument(
+            "--method",
+            nargs="+",
+            choices=METHODS,
+            default=["SimMIM"],
+            metavar="NAME",
+            help=f"one or more of {', '.join(METHODS)} (default: SimMIM)",
+        )
     study.add_argument(
         "--seed",
         "--seeds",
@@ -165,15 +177,16 @@ def build_parser(
         metavar="KEY=VALUE",
         help="further options of the timm model, such as depth=2 embed_dim=32",
     )
-    training.add_argument(
-        "--method-option",
-        nargs="+",
-        action="extend",
-        type=_key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="further options of the method, such as mask_ratio=0.5",
-    )
+    if methods:
+        training.add_argument(
+            "--method-option",
+            nargs="+",
+            action="extend",
+            type=_key_value,
+            default=[],
+            metavar="KEY=VALUE",
+            help="further options of the method, such as mask_ratio=0.5",
+        )
     training.add_argument(
         "--img-size",
         type=_integer(1),
@@ -341,10 +354,13 @@ class Plan:
             Makes the method, with weights from torch's random state.
         pretraining:
             Arguments of `pretrain`. Those of the machine are added to them.
+        evaluation:
+            Arguments of `evaluate` that are this method's own.
     """
 
     build: Callable[[], MaskedImageModel]
     pretraining: Mapping[str, Any]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -423,13 +439,55 @@ def run_study(
             is nothing to evaluate. Unless it is found in the images themselves, nothing
             has been written then.
     """
-    summary, table = arguments.out / "summary.csv", arguments.out / "table.md"
-    if _is_main_process():
-        choices = _check_study(arguments, data, plans, last_layers, summary)
-        if arguments.overwrite:
-            summary.unlink(missing_ok=True)
-            table.unlink(missing_ok=True)
     start = time.perf_counter()
+    runs = train_and_evaluate(
+        arguments, data, plans, last_layers=last_layers, evaluation=evaluation
+    )
+    if runs:
+        summary, table = arguments.out / "summary.csv", arguments.out / "table.md"
+        write_summary(runs, command, summary)
+        _report(runs, title, notes, command, table)
+        print(f"The table: {table}; every number: {summary}")
+        print(f"The command took {duration(time.perf_counter() - start)}.")
+    return runs
+
+
+def train_and_evaluate(
+    arguments: argparse.Namespace,
+    data: str,
+    plans: Mapping[str, Plan],
+    *,
+    last_layers: int,
+    evaluation: Mapping[str, Any],
+    finished: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """Pretrains and evaluates each method with each seed, without a table.
+
+    Args:
+        arguments:
+            See `run_study`.
+        data:
+            See `run_study`.
+        plans:
+            See `run_study`.
+        last_layers:
+            See `run_study`.
+        evaluation:
+            See `run_study`.
+        finished:
+            Called with each run as soon as it is evaluated.
+
+    Returns:
+        See `run_study`.
+
+    Raises:
+        ValueError: See `run_study`.
+    """
+    if is_main_process():
+        choices = check_study(arguments, data, plans, last_layers)
+        if arguments.overwrite:
+            for name in ("summary.csv", "table.md"):
+                (arguments.out / name).unlink(missing_ok=True)
     runs: list[Run] = []
     for seed in arguments.seed:
         for name, plan in plans.items():
@@ -451,58 +509,66 @@ def run_study(
                     overwrite=arguments.overwrite,
                     **plan.pretraining,
                 )
-            if arguments.stage == "train" or not _is_main_process():
+            if arguments.stage == "train" or not is_main_process():
                 continue
-            settings = {**choices[name], **evaluation}
+            settings = {**choices[name], **evaluation, **plan.evaluation}
             results = _evaluate(directory, data, seed, settings, arguments)
             speed = training_speed(directory, plan.pretraining["batch_size"])
             runs.append(Run(name, seed, directory.path, *speed, results))
-    if runs:
-        write_summary(runs, command, summary)
-        _report(runs, title, notes, command, table)
-        print(f"The table: {table}; every number: {summary}")
-        print(f"The command took {_duration(time.perf_counter() - start)}.")
+            finished(runs[-1])
     return runs
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """Returns whether this process is the one that evaluates and prints."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _check_study(
+def check_study(
     arguments: argparse.Namespace,
     data: str,
     plans: Mapping[str, Plan],
     last_layers: int,
-    summary: Path,
 ) -> dict[str, dict[str, Any]]:
     """Finds what is wrong before the first run, not hours later before the last.
 
+    Args:
+        arguments:
+            See `run_study`.
+        data:
+            See `run_study`.
+        plans:
+            See `run_study`.
+        last_layers:
+            See `run_study`.
+
     Returns:
         The layers and poolings that the evaluation of each method chooses from.
+
+    Raises:
+        ValueError: See `run_study`.
     """
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: pass another folder as --out.")
-    if summary.exists() and not (arguments.resume or arguments.overwrite):
+    if (out / "summary.csv").exists() and not (arguments.resume or arguments.overwrite):
         raise ValueError(
             f"There is a study in {out} already: pass --resume to go on with it, "
             "--overwrite to replace it, or another folder as --out."
         )
     for name in ("seed", "method"):
-        given = getattr(arguments, name)
+        given = getattr(arguments, name, [])
         if len(set(given)) < len(given):
             raise ValueError(f"--{name} names each one once, got {given}.")
     choices: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
         try:
-            method = plan.build()
-        except TypeError as error:
-            raise ValueError(f"{name} cannot be built like that: {error}") from error
-        method.num_masked(torch.empty(1, 1, *method.encoder.img_size))
-        encoder = method.encoder
-        pools = POOLS.get(name) if encoder.has_class_token else ("mean",)
+            method = check_pretraining({"method": plan.build, **plan.pretraining})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        method = method or plan.build()  # where it cannot be built without memory
+        encoder, kind = method.encoder, type(method).__name__
+        pools = POOLS.get(kind) if encoder.has_class_token else ("mean",)
         count = min(last_layers, encoder.num_layers)
         choices[name] = {"layers": list(range(-count, 0)), "pools": pools}
         for seed in arguments.seed:
@@ -610,7 +676,12 @@ def training_speed(directory: RunDirectory, batch_size: int) -> tuple[float, flo
 # What came out.
 
 
-def write_summary(runs: Sequence[Run], command: str, path: Path) -> None:
+def write_summary(
+    runs: Sequence[Run],
+    command: str,
+    path: Path,
+    about: Callable[[Run], Mapping[str, Any]] = lambda run: {"method": run.method},
+) -> None:
     """Writes one line per run, model and protocol.
 
     Args:
@@ -620,10 +691,12 @@ def write_summary(runs: Sequence[Run], command: str, path: Path) -> None:
             The command that made them.
         path:
             The CSV file.
+        about:
+            Returns the first columns of a run.
     """
     lines = [
         {
-            "method": run.method,
+            **about(run),
             "encoder": run.results["encoder"]["name"],
             "encoder_options": json.dumps(run.results["encoder"]["options"]),
             "img_size": "x".join(map(str, run.results["encoder"]["img_size"])),
@@ -709,7 +782,7 @@ def table_lines(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         [
             f"{name}, pretrained",
             *_score_cells([run.scores(PRETRAINED) for run in own]),
-            _duration(fmean(run.seconds for run in own)),
+            duration(fmean(run.seconds for run in own)),
             f"{fmean(run.images_per_second for run in own):.0f}",
         ]
         for name, own in by_method.items()
@@ -793,7 +866,7 @@ def rich_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for number, name in enumerate(header):
-        right = name in ("training", "images/s")
+        right = name in _NUMBERS
         table.add_column(
             Text(name),
             justify="right" if right else "left",
@@ -818,6 +891,26 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
 
 
+def print_table(
+    title: str, header: Sequence[str], lines: Sequence[Sequence[str]]
+) -> None:
+    """Prints the table, as wide as the terminal is.
+
+    Args:
+        title:
+            What stands above it.
+        header:
+            Names of the columns.
+        lines:
+            Text of the cells.
+    """
+    terminal = sys.stdout.isatty()
+    console = Console(file=io.StringIO(), width=None if terminal else LOG_WIDTH)
+    with console.capture() as capture:
+        console.print(rich_table(header, lines))
+    print(f"\n{title}\n{capture.get().rstrip()}\n")
+
+
 def _report(
     runs: Sequence[Run], title: str, notes: Sequence[str], command: str, path: Path
 ) -> None:
@@ -837,11 +930,7 @@ def _report(
             + "".join(f"{text}\n\n" for text in [*captions(runs), *verdicts, *notes])
             + f"Made with `{command}`\n"
         )
-    terminal = sys.stdout.isatty()
-    console = Console(file=io.StringIO(), width=None if terminal else LOG_WIDTH)
-    with console.capture() as capture:
-        console.print(rich_table(header, lines))
-    print(f"\n{title}\n{capture.get().rstrip()}\n")
+    print_table(title, header, lines)
     print("\n".join([*captions(runs), *notes, "", *verdicts, ""]))
     for own in by_method.values():
         pictures = sorted(RunDirectory(own[0].path).reconstructions.glob("*.png"))
@@ -880,14 +969,22 @@ def _score_cells(scores: Sequence[Mapping[str, Row]]) -> list[str]:
     cells = []
     for protocol in PROTOCOLS:
         rows = [by_protocol[protocol] for by_protocol in scores]
-        top1 = [100 * row["top1"] for row in rows]
-        if len(rows) == 1:
-            low, high = 100 * rows[0]["top1_low"], 100 * rows[0]["top1_high"]
-            accuracy = f"{top1[0]:.1f} [{low:.1f}, {high:.1f}]"
-        else:
-            accuracy = f"{fmean(top1):.1f} ± {stdev(top1):.1f}"
-        cells += [accuracy, _layers(rows)]
+        cells += [accuracy_cell(rows), _layers(rows)]
     return cells
+
+
+def accuracy_cell(rows: Sequence[Row]) -> str:
+    """Returns the accuracy with its interval or, of several seeds, its deviation.
+
+    Args:
+        rows:
+            A row of results.json for each seed.
+    """
+    top1 = [100 * row["top1"] for row in rows]
+    if len(rows) == 1:
+        low, high = 100 * rows[0]["top1_low"], 100 * rows[0]["top1_high"]
+        return f"{top1[0]:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{fmean(top1):.1f} ± {stdev(top1):.1f}"
 
 
 def _layers(rows: Sequence[Row]) -> str:
@@ -915,7 +1012,8 @@ def _difference_cell(runs: Sequence[Run], baseline: str, protocol: str) -> str:
     return f"{values.mean:+.1f} [{values.low:+.1f}, {values.high:+.1f}]"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time in words: 12.3 s, 4 min 5 s, 1 h 2 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

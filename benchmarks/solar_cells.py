@@ -25,6 +25,7 @@ from common import (
 
 from lightly_mim.data.named import solar_cells
 from lightly_mim.evaluation import Linear
+from lightly_mim.targets import LocallyNormalizedPixels
 
 DATA = "solar-cells"
 
@@ -50,7 +51,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         # SwinV2's target, normalised in a window around each pixel: 47 of 192 pixels
         # there, the same share here. Cells differ in brightness as a whole; without it
         # the model spends its short training on that.
-        "norm_target_window": 15,
+        "target": LocallyNormalizedPixels(15),
     },
     # A decoder in proportion to the encoder, a half as wide; the rest is the paper's.
     "MAE": {"decoder_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3},

@@ -6,6 +6,7 @@ smallest and the largest. CPU time leaves waiting out, but not what other proces
 to the caches: take differences of less than a tenth for nothing.
 
 `mae` shows what MAE saves by leaving the masked patches out of the encoder.
+`masks` compares masks drawn for a batch at once with loops over the images.
 `evaluation` compares kNN and linear probes with lightly's own and with plain loops.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import gc
 import math
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -24,9 +26,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from common import markdown_table, run_script
+from lightly.models import utils
 from lightly.utils.benchmarking import LinearClassifier
 from lightly.utils.benchmarking.knn import knn_predict
 from torch import Tensor, nn
@@ -37,6 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightly_mim import MAE, masked_encoder
 from lightly_mim.evaluation import Features, Linear, fit_linear_grid, knn_predict_grid
 from lightly_mim.evaluation.linear import LEARNING_RATES
+from lightly_mim.masking import BlockMasking, RandomMasking
+from lightly_mim.methods import CrossMAE, MaskTokenMAE
 from lightly_mim.optim import build_optimizer
 from lightly_mim.pretraining import default_precision
 
@@ -44,14 +50,18 @@ from lightly_mim.pretraining import default_precision
 # decoder, with mask tokens in an encoder that sees all patches.
 DENSE = "mask tokens in the encoder"
 SPARSE = "visible patches only (MAE)"
-MAE_VARIANTS: dict[str, dict[str, Any]] = {
-    DENSE: {"encoder_mask_tokens": True},
-    SPARSE: {},
-    "the same, decoder='cross', a third predicted (CrossMAE)": {
-        "decoder": "cross",
-        "predict_ratio": 1 / 3,
-    },
+MAE_VARIANTS: dict[str, Callable[..., MAE]] = {
+    DENSE: MaskTokenMAE,
+    SPARSE: MAE,
+    "the same, a third predicted by cross-attention (CrossMAE)": partial(
+        CrossMAE, weighted_feature_maps=False
+    ),
 }
+
+# BEiT's ratio and grid: the loops take longer for more.
+NUM_MASKS, MASK_GRID, MASK_RATIO = 256, 14, 0.4
+MASK_CALLS = 10  # of a round: one call takes a few milliseconds
+GENERATOR = np.random.default_rng(0)
 
 # The sizes of Imagenette and of a part of ImageNet, in features of a ViT-S.
 KNN_SIZES = {
@@ -64,6 +74,7 @@ K, TEMPERATURE = 200, 0.1  # lightly's defaults
 EPILOG = """\
 examples:
   python benchmarks/throughput.py mae                   the README's table, minutes
+  python benchmarks/throughput.py masks                 seconds
   python benchmarks/throughput.py evaluation            the same for evaluation
   python benchmarks/throughput.py mae --encoder vit_large_patch16_224 --rounds 3
 """
@@ -118,11 +129,12 @@ def parser() -> argparse.ArgumentParser:
     mae.add_argument("--encoder", default="vit_base_patch16_224", help="timm name")
     mae.add_argument("--batch-size", type=int, default=8, help="images in a step")
     mae.add_argument("--memory-of", choices=MAE_VARIANTS, help=argparse.SUPPRESS)
+    masks = commands.add_parser("masks", help="a batch at once against image by image")
     evaluation = commands.add_parser("evaluation", help="kNN and linear probes")
     evaluation.add_argument(
         "--only", choices=["knn", "grid", "linear"], help="one of the three tables"
     )
-    for each in (mae, evaluation):
+    for each in (mae, masks, evaluation):
         each.add_argument("--rounds", type=int, default=5, help="default: 5")
     return parser
 
@@ -150,6 +162,9 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
     )
     if arguments.what == "mae":
         _compare_mae(arguments)
+        return
+    if arguments.what == "masks":
+        _compare_masks(arguments.rounds)
         return
     compare = {"knn": _compare_knn, "grid": _compare_grid, "linear": _compare_linear}
     for name, function in compare.items():
@@ -201,7 +216,7 @@ class _Step:
     def __init__(self, arguments: argparse.Namespace, name: str) -> None:
         torch.manual_seed(0)
         self.bf16 = default_precision("cpu") == "bf16-mixed"
-        self.model = MAE(arguments.encoder, **MAE_VARIANTS[name])
+        self.model = MAE_VARIANTS[name](arguments.encoder)
         self.model.choose_attention(torch.device("cpu"), self.bf16)
         self.images = torch.randn(arguments.batch_size, 3, *self.model.encoder.img_size)
         self.optimizer, _ = build_optimizer(
@@ -228,7 +243,7 @@ class _Step:
             if part == "encoder":
                 mask = self.model.draw_mask(self.images)
                 encode = self.model.encoder.encode_visible
-                if self.model.encoder_mask_tokens:
+                if isinstance(self.model, MaskTokenMAE):
                     encode = self.model.encoder.encode_masked
                 encode(self.images, mask)
             else:
@@ -263,6 +278,96 @@ def _status(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     [line] = [line for line in lines if line.startswith(f"{name}:")]
     return int(line.split()[1]) / 1024
+
+
+# Masks.
+
+
+def _compare_masks(rounds: int) -> None:
+    size = (16 * MASK_GRID, 16 * MASK_GRID)
+    block, uniform = BlockMasking(16, MASK_RATIO), RandomMasking(16, MASK_RATIO)
+    tables: dict[str, dict[str, Callable[[], Tensor]]] = {
+        "Block-wise": {
+            "BEiT's loop in NumPy, image by image": partial(_one_by_one, _numpy_block),
+            "lightly's random_block_mask": partial(
+                utils.random_block_mask,
+                (NUM_MASKS, MASK_GRID, MASK_GRID),
+                batch_mask_ratio=1.0,
+                min_image_mask_ratio=MASK_RATIO,
+                max_image_mask_ratio=MASK_RATIO,
+                min_num_masks_per_block=16,
+            ),
+            "ours, BlockMasking": lambda: block(NUM_MASKS, size).cells,
+        },
+        "Random": {
+            "permutations in NumPy, image by image": partial(
+                _one_by_one, _numpy_random
+            ),
+            "ours, RandomMasking": lambda: uniform(NUM_MASKS, size).cells,
+        },
+    }
+    for name, variants in tables.items():
+        timings = take_turns(
+            {key: partial(_often, draw) for key, draw in variants.items()}, rounds
+        )
+        microseconds = 1e6 / (MASK_CALLS * NUM_MASKS)
+        _print(
+            f"{name} masks, {NUM_MASKS} of {MASK_GRID} x {MASK_GRID} patches, ratio "
+            f"{MASK_RATIO}, {rounds} rounds of {MASK_CALLS}",
+            ["Variant", "us per mask", "masked, mean", "ours is times as fast"],
+            [
+                [
+                    key,
+                    f"{microseconds * median(timing.seconds):.1f}",
+                    f"{draw().sum().item() / NUM_MASKS:.1f}",
+                    timings[-1].ratio(timing),
+                ]
+                for (key, draw), timing in zip(variants.items(), timings, strict=True)
+            ],
+            f"{math.ceil(MASK_RATIO * MASK_GRID**2)} patches are to be masked; the "
+            "loops of BEiT and lightly may stop before.",
+        )
+
+
+def _often(draw: Callable[[], Tensor]) -> None:
+    for _ in range(MASK_CALLS):
+        draw()
+
+
+def _one_by_one(draw: Callable[[int, int], np.ndarray]) -> Tensor:
+    """Draws masks as the transform of a data set does, and collates them."""
+    count = math.ceil(MASK_RATIO * MASK_GRID**2)
+    masks = [draw(MASK_GRID, count) for _ in range(NUM_MASKS)]
+    return torch.from_numpy(np.stack(masks))
+
+
+def _numpy_random(grid: int, count: int) -> np.ndarray:
+    mask = np.zeros(grid * grid, dtype=bool)
+    mask[GENERATOR.permutation(grid * grid)[:count]] = True
+    return mask.reshape(grid, grid)
+
+
+def _numpy_block(grid: int, count: int) -> np.ndarray:
+    """BEiT's algorithm 1, with slices where its code has loops over patches."""
+    mask = np.zeros((grid, grid), dtype=bool)
+    left_to_mask = count
+    while left_to_mask > 0:
+        for _ in range(10):  # tries of a rectangle that adds some, and not too many
+            area = random.uniform(16, left_to_mask)
+            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h >= grid or w >= grid:
+                continue
+            y, x = random.randint(0, grid - h), random.randint(0, grid - w)
+            part = mask[y : y + h, x : x + w]
+            added = h * w - np.count_nonzero(part)
+            if 0 < added <= left_to_mask:
+                part[:] = True
+                left_to_mask -= added
+                break
+        else:
+            break
+    return mask
 
 
 # Evaluation.

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightly_mim import preemption
 from lightly_mim.evaluation.features import evaluating
 from lightly_mim.files import atomic_write
-from lightly_mim.masking import expand_mask
+from lightly_mim.masking import Mask, average_distance
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.reporting.figures import reconstruction_grid
 
@@ -43,7 +43,7 @@ class ReconstructionPictures(Callback):
         images:
             Float tensor with shape (num_images, channels, height, width), normalised.
         mask:
-            Bool tensor with shape (num_images, mask_height, mask_width).
+            The mask of each image.
         directory:
             Where the pictures go, as `epoch_0010.png`.
         every_n_epochs:
@@ -51,7 +51,7 @@ class ReconstructionPictures(Callback):
     """
 
     def __init__(
-        self, images: Tensor, mask: Tensor, directory: Path | str, every_n_epochs: int
+        self, images: Tensor, mask: Mask, directory: Path | str, every_n_epochs: int
     ) -> None:
         self.images = images
         self.mask = mask
@@ -108,7 +108,7 @@ def undisturbed(method: MaskedImageModel) -> Iterator[torch.device]:
 
 
 def write_reconstructions(
-    method: MaskedImageModel, images: Tensor, mask: Tensor, path: Path | str
+    method: MaskedImageModel, images: Tensor, mask: Mask, path: Path | str
 ) -> None:
     """Writes a grid of original | masked | reconstruction | pasted pictures.
 
@@ -119,14 +119,14 @@ def write_reconstructions(
         images:
             Float tensor with shape (num_images, channels, height, width), normalised.
         mask:
-            Bool tensor with shape (num_images, mask_height, mask_width).
+            The mask of each image.
         path:
             The PNG file.
     """
     with undisturbed(method) as device:
         images, mask = images.to(device), mask.to(device)
         pasted = method.reconstruct(images, mask)
-    masked = expand_mask(mask, (images.shape[-2], images.shape[-1]))[:, None]
+    masked = mask.pixels((images.shape[-2], images.shape[-1]))
     mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]
     std = torch.tensor(method.encoder.std, device=device)[:, None, None]
     original, pasted = (images * std + mean).cpu(), (pasted * std + mean).cpu()
@@ -138,6 +138,24 @@ def write_reconstructions(
         pasted,
         path,
     )
+
+
+class MaskDistance(Callback):
+    """Logs `avg_dist`, the mean distance from a masked pixel to a visible one."""
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Logs it when Lightning logs."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            size = method_of(pl_module).encoder.img_size
+            pl_module.log("avg_dist", average_distance(outputs["mask"], size).mean())
 
 
 class ProgressBar(RichProgressBar):

@@ -23,6 +23,7 @@ import rich
 from jsonargparse import auto_cli, auto_parser
 
 import lightly_mim.methods
+from lightly_mim.config import constructor_arguments
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     DenseResults,
@@ -219,7 +220,7 @@ def _encoder_options(words: list[str]) -> list[str]:
             f"There is no method {name!r}. There are: {', '.join(known)}; or give the "
             "dotted path of a MaskedImageModel of your own."
         )
-    own = {"help", "dict_kwargs", *inspect.signature(method).parameters}
+    own = {"help", "dict_kwargs", *constructor_arguments(method)}
 
     def spell_out(word: str) -> str:
         option = word.removeprefix("--method.").partition(".")[0]

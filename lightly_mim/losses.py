@@ -2,28 +2,140 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossName = Literal["l1", "l2", "smooth_l1"]
+from lightly_mim.config import Recorded
 
-_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+Reduction = Literal["none", "mean"]
 
 
-def check_loss_name(loss: str) -> None:
-    """Raises a ValueError for a loss that does not exist."""
-    if loss not in _LOSSES:
-        raise ValueError(f"The loss is one of {get_args(LossName)}, got {loss!r}.")
+class Loss(Recorded, ABC):
+    """A distance between predictions and targets.
+
+    Attributes:
+        for_classes:
+            Whether the targets are classes and the predictions logits.
+    """
+
+    for_classes: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(
+        self, prediction: Tensor, target: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Measures every value.
+
+        Args:
+            prediction:
+                Float tensor with shape (batch_size, num_cells, width), for classes
+                (batch_size, num_cells, width, num_classes).
+            target:
+                Tensor with shape (batch_size, num_cells, width), float or int64.
+            reduction:
+                'none', or 'mean' for the mean over all values.
+
+        Returns:
+            Tensor with shape (batch_size, num_cells, width), or ().
+        """
+
+
+class L1(Loss):
+    """The absolute difference (SimMIM, section 3.4)."""
+
+    def __call__(
+        self, prediction: Tensor, target: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Returns |prediction - target|, see `Loss`."""
+        return F.l1_loss(prediction, target, reduction=reduction)
+
+
+class L2(Loss):
+    """The squared difference (MAE, section 3; SimMIM, table 5)."""
+
+    def __call__(
+        self, prediction: Tensor, target: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Returns (prediction - target)**2, see `Loss`."""
+        return F.mse_loss(prediction, target, reduction=reduction)
+
+
+class SmoothL1(Loss):
+    """The squared difference over 2 beta below beta, the absolute one above it.
+
+    Above beta, beta / 2 is subtracted, so that both meet (SimMIM, table 5, which does
+    not say its beta).
+
+    Attributes:
+        beta:
+            Where the two meet, in units of the target. 1 is PyTorch's.
+
+    Raises:
+        ValueError: If beta is not positive.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"The beta of a smooth L1 loss is positive, got {beta}.")
+        self.beta = beta
+
+    def __call__(
+        self, prediction: Tensor, target: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Returns the smooth difference, see `Loss`."""
+        return F.smooth_l1_loss(prediction, target, reduction=reduction, beta=self.beta)
+
+
+class CrossEntropy(Loss):
+    """The negative log-likelihood of the right class."""
+
+    for_classes: ClassVar[bool] = True
+
+    def __call__(
+        self, prediction: Tensor, target: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Returns the cross-entropy of each class decision, see `Loss`."""
+        # As a list of decisions, whose logits PyTorch takes without a copy; on GPUs it
+        # sums a list up in a fixed order, and more dimensions in none.
+        losses = F.cross_entropy(
+            prediction.flatten(0, -2), target.flatten(), reduction=reduction
+        )
+        return losses if reduction == "mean" else losses.view_as(target)
+
+
+def choose_loss(loss: Loss | None, num_classes: int | None, default: Loss) -> Loss:
+    """Returns the loss for a target.
+
+    Args:
+        loss:
+            The one that was asked for. None for cross-entropy where the target is
+            classes, and `default` elsewhere.
+        num_classes:
+            Of the target, see `lightly_mim.targets.Target`.
+        default:
+            What measures numbers.
+
+    Raises:
+        ValueError: If the loss does not fit the target.
+    """
+    discrete = num_classes is not None
+    if loss is None:
+        return CrossEntropy() if discrete else default
+    if not callable(loss):
+        raise ValueError(f"A loss is L1(), L2(), SmoothL1() or the like, got {loss!r}.")
+    if getattr(loss, "for_classes", False) != discrete:
+        needed = "classes, which need CrossEntropy()" if discrete else "numbers"
+        raise ValueError(f"The target is {needed}, got the loss {loss!r}.")
+    return loss
 
 
 def masked_loss(
-    prediction: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    loss: LossName = "l1",
+    prediction: Tensor, target: Tensor, loss: Loss, weight: Tensor | None = None
 ) -> Tensor:
     """Averages a loss over the predicted values of a batch.
 
@@ -32,33 +144,42 @@ def masked_loss(
     the number against a division by zero, which cannot happen here; that changes the
     loss by less than float32 resolves.
 
-    - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886 (section 3.4, equation 1; l2
-      and smooth l1 are the ablations of table 5)
+    - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886 (section 3.4, equation 1)
 
     Args:
         prediction:
-            Tensor with shape (batch_size, num_cells, dim). Half precision is measured
-            in float32.
+            Float tensor with shape (batch_size, num_cells, width), for classes
+            (batch_size, num_cells, width * num_classes). Half precision is measured in
+            float32.
         target:
-            Tensor with the shape of the prediction.
-        weight:
-            Tensor with the shape of the prediction, 1 where a value counts and 0 where
-            it does not. None if all count.
+            Tensor with shape (batch_size, num_cells, width).
         loss:
-            'l1', 'l2' (squared error) or 'smooth_l1' (beta 1).
+            How each value is measured.
+        weight:
+            Tensor with the shape of the target, how much a value counts, from 0 to 1.
+            None if all count.
 
     Returns:
         Tensor with shape ().
 
     Raises:
-        ValueError: If the loss does not exist.
+        ValueError: If prediction and target do not fit each other.
     """
-    check_loss_name(loss)
-    measure = _LOSSES[loss]
     if prediction.dtype in (torch.float16, torch.bfloat16):
         prediction = prediction.float()
-    target = target.to(prediction.dtype)
+    width = target.shape[-1]
+    if getattr(loss, "for_classes", False) and prediction.shape[-1] % width == 0:
+        prediction = prediction.reshape(*prediction.shape[:-1], width, -1)
+        fits = prediction.shape[:-1] == target.shape
+    else:
+        target = target.to(prediction.dtype)
+        fits = prediction.shape == target.shape
+    if not fits:
+        raise ValueError(
+            f"The head predicts a tensor of shape {tuple(prediction.shape)}, and the "
+            f"target has {tuple(target.shape)}: build the head for the width of the "
+            "target."
+        )
     if weight is None:
-        return measure(prediction, target)
-    difference = measure(prediction, target, reduction="none")
-    return (difference * weight).sum() / weight.sum()
+        return loss(prediction, target, "mean")
+    return (loss(prediction, target, "none") * weight).sum() / weight.sum()

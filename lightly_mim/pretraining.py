@@ -32,6 +32,7 @@ from lightly_mim.callbacks import (
     AtomicCheckpointIO,
     EpochLines,
     LastCheckpoint,
+    MaskDistance,
     MetricsLogger,
     ProgressBar,
     ReconstructionPictures,
@@ -39,6 +40,7 @@ from lightly_mim.callbacks import (
 )
 from lightly_mim.checkpoints import save_encoder
 from lightly_mim.cluster import choose_layout
+from lightly_mim.config import to_config
 from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
@@ -50,6 +52,7 @@ from lightly_mim.data import (
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.features import batch_images, normalize_images
+from lightly_mim.masking import Mask
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
@@ -60,6 +63,7 @@ from lightly_mim.transforms import EvalTransform
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 NUM_PICTURES = 8
+NUM_TO_FIT = 512  # images for a target that learns from them
 
 
 class Pretraining(pl.LightningModule):
@@ -94,7 +98,8 @@ class Pretraining(pl.LightningModule):
     Raises:
         ValueError: When the training starts, if the Trainer has no `max_epochs`, if the
             loader does not tell its batch size and none is given, or if a batch has
-            several views or images that are neither uint8 nor float.
+            another number of views than the method or images that are neither uint8 nor
+            float.
         NonFiniteLossError: While it trains, if the loss or the gradient is not finite.
 
     Examples:
@@ -123,35 +128,38 @@ class Pretraining(pl.LightningModule):
             # Not torch.compile(method), which would rename the keys of its state.
             self.method.compile()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Computes the loss of a batch."""
-        images = self._images(batch)
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Computes the loss of a batch, and returns the mask beside it."""
+        views = self._views(batch, self.method.num_views)
         # global_step stands still while gradients accumulate; the batch index does not.
         key = (self.seed, "train", self.current_epoch, batch_idx)
         torch.manual_seed(seed_from(*key, "noise", self.global_rank))
-        rows = len(images)
+        rows = len(views[0])
         output = self._forward(
-            images, key, rows * self.global_rank, rows * self.trainer.world_size
+            views, key, rows * self.global_rank, rows * self.trainer.world_size
         )
         loss = output.loss.detach()
         self._note_non_finite(loss)
-        self._images_seen += len(images) * self.trainer.world_size
+        self._images_seen += rows * self.trainer.world_size
         self.log("train_loss_step", loss, batch_size=rows)
         self.train_loss.update(loss)
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
-        return output.loss
+        return {"loss": output.loss, "mask": output.mask}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Computes the loss on masks that are the same in every epoch."""
-        images = self._images(batch)
+        """Computes the loss on masks that are the same in every epoch.
+
+        One view of an image stands for all that the method takes.
+        """
+        views = self._views(batch, 1) * self.method.num_views
         # The last batch need not be shared out evenly.
-        rows = [len(images)]
+        rows = [len(views[0])]
         if self.trainer.world_size > 1:
             gathered = self.all_gather(torch.tensor(rows, device=self.device))
             assert isinstance(gathered, Tensor)
             rows = gathered.flatten().tolist()
         output = self._forward(
-            images,
+            views,
             (self.seed, "validation", batch_idx),
             first_row=sum(rows[: self.global_rank]),
             num_rows=sum(rows),
@@ -163,32 +171,44 @@ class Pretraining(pl.LightningModule):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=len(images),
+            batch_size=len(views[0]),
         )
 
     def _forward(
-        self, images: Tensor, key: tuple[int | str, ...], first_row: int, num_rows: int
+        self,
+        views: list[Tensor],
+        key: tuple[int | str, ...],
+        first_row: int,
+        num_rows: int,
     ) -> MIMOutput:
         """Draws the masks of the global batch and computes this rank's rows of it."""
-        generator = Generator(images.device).manual_seed(seed_from(*key, "mask"))
-        global_batch = images[:1].expand(num_rows, -1, -1, -1)  # for its shape alone
-        mask = self.method.draw_mask(global_batch, generator)
-        mask = mask[first_row : first_row + len(images)]
-        output: MIMOutput = self.method(images, mask, self.method.num_masked(images))
+        device = views[0].device
+        generator = Generator(device).manual_seed(seed_from(*key, "mask"))
+        masks = []
+        for images in views:
+            global_batch = images[:1].expand(num_rows, -1, -1, -1)  # its shape alone
+            mask = Mask.of(self.method.draw_mask(global_batch, generator))
+            masks.append(mask[first_row : first_row + len(images)])
+        output: MIMOutput
+        if self.method.num_views == 1:
+            output = self.method(views[0], masks[0])
+        else:
+            output = self.method(views, masks)
         return output
 
-    def _images(self, batch: Any) -> Tensor:
+    def _views(self, batch: Any, num_views: int) -> list[Tensor]:
+        """Returns the views of the images, normalised."""
         views = batch[0] if isinstance(batch, (list, tuple)) else batch
-        if isinstance(views, (list, tuple)):
-            if len(views) != 1:
-                raise ValueError(
-                    f"{type(self.method).__name__} takes one view of an image, and the "
-                    f"batch has {len(views)}: use a transform with one view, such as "
-                    f"{type(self.method).__name__}.transform()."
-                )
-            views = views[0]
+        views = list(views) if isinstance(views, (list, tuple)) else [views]
+        if len(views) != num_views:
+            name = type(self.method).__name__
+            raise ValueError(
+                f"{name} takes {num_views} view(s) of an image, and the batch has "
+                f"{len(views)}: use a transform with as many views, such as "
+                f"{name}.transform()."
+            )
         encoder = self.method.encoder
-        return normalize_images(views, encoder.mean, encoder.std)
+        return [normalize_images(view, encoder.mean, encoder.std) for view in views]
 
     # Optimiser.
 
@@ -217,10 +237,18 @@ class Pretraining(pl.LightningModule):
         )
         self._clip_grad = recipe.clip_grad
         self._schedule = scheduler
+        self._total_steps = total_steps
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes an optimiser step, after which the method may act."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            # Lightning has not counted this step yet.
+            self.method.after_step((self.global_step + 1) / self._total_steps)
 
     def _global_batch_size(self) -> int:
         if self.batch_size is not None:
@@ -367,6 +395,7 @@ def pretrain(
     probe: Probe | None = None,
     probe_every: int = 10,
     rank_every: int = 10,
+    avg_dist: bool = False,
     log_every: int = 10,
     save_every_minutes: float = 30.0,
     tensorboard: bool = True,
@@ -464,6 +493,9 @@ def pretrain(
             Epochs between two looks at whether the encoder has collapsed: `rankme` in
             the logs, and a warning; see `lightly_mim.monitoring.CollapseAlarm`. 0 for
             none.
+        avg_dist:
+            Log the masks' AvgDist in pixels, see
+            `lightly_mim.masking.average_distance`.
         log_every:
             Optimiser steps between two logs. Several processes look as often whether
             one of them was told to stop; one looks after every step.
@@ -530,7 +562,7 @@ def pretrain(
         method.encoder.set_drop_path(settings.drop_path)
     if grad_checkpointing:
         method.set_grad_checkpointing()
-    method.num_masked(torch.empty(1, 1, *method.encoder.img_size))  # checks the sizes
+    method.check_masking()
 
     images = _Images(method, data, val, validate, settings, num_workers, on_error, seed)
     show_bar = sys.stdout.isatty() if progress is None else progress
@@ -568,9 +600,8 @@ def pretrain(
                 enable_version_counter=False,
             ),
             SaveBetweenBatches(run.checkpoint, save_every_minutes, log_every),
-            ReconstructionPictures(
-                *images.pictures(), run.reconstructions, reconstruct_every
-            ),
+            *_drawing(images, run.reconstructions, reconstruct_every),
+            *([MaskDistance()] if avg_dist else []),
             *watching,
             *([ProgressBar(refresh_rate=10)] if show_bar else [EpochLines()]),
             *(callbacks or []),
@@ -586,6 +617,8 @@ def pretrain(
     if trainer.is_global_zero:
         run.begin(config, overwrite)
         print(_summary(trainer, settings, images, checkpoint), flush=True)
+    if checkpoint is None:
+        method.fit_target(images.sample)
     module = Pretraining(method, settings, settings.batch_size, seed, compile)
     # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore
@@ -666,7 +699,7 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
         _check_shares(
             settings.batch_size, devices * (nodes or 1), arguments["accumulate"]
         )
-    method.num_masked(torch.empty(1, 1, *method.encoder.img_size))
+    method.check_masking()
     return method
 
 
@@ -727,7 +760,7 @@ class _Images(pl.LightningDataModule):
             val_transform=self.eval_transform,
             in_chans=encoder.in_chans,
             on_error=on_error,
-            min_size=method.masking.mask_patch_size,
+            min_size=getattr(method.masking, "mask_patch_size", encoder.patch_size),
         )
         if not validate:
             self.val = None
@@ -745,16 +778,23 @@ class _Images(pl.LightningDataModule):
             self.batch_size, trainer.world_size, trainer.accumulate_grad_batches
         )
 
-    def pictures(self) -> tuple[Tensor, Tensor]:
+    def pictures(self) -> tuple[Tensor, Mask]:
         """Returns a few images, normalised, and their masks: the same in every run."""
-        dataset = self.val if self.val is not None else self.train
-        few = spread_out(dataset, NUM_PICTURES)
-        loader = self._loader(few, len(few), num_workers=0)
-        encoder = self.method.encoder
-        images = batch_images(next(iter(loader)))
-        images = normalize_images(images, encoder.mean, encoder.std)
+        images = self._some(
+            self.val if self.val is not None else self.train, NUM_PICTURES
+        )
         generator = Generator().manual_seed(seed_from(self.seed, "pictures"))
-        return images, self.method.draw_mask(images, generator)
+        return images, Mask.of(self.method.draw_mask(images, generator))
+
+    def sample(self) -> Tensor:
+        """Returns training images for a target to learn from, normalised."""
+        return self._some(self.plain(), NUM_TO_FIT)
+
+    def _some(self, dataset: Dataset[Any], number: int) -> Tensor:
+        few = spread_out(dataset, number)
+        encoder = self.method.encoder
+        images = batch_images(next(iter(self._loader(few, len(few), num_workers=0))))
+        return normalize_images(images, encoder.mean, encoder.std)
 
     def plain(self) -> Dataset[Any]:
         """Returns the training images without augmentation."""
@@ -808,6 +848,20 @@ class _Images(pl.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             num_workers=self.num_workers if num_workers is None else num_workers,
         )
+
+
+def _drawing(
+    images: _Images, directory: Path, every_n_epochs: int
+) -> list[ReconstructionPictures]:
+    """Returns the callback that draws reconstructions, if the target can be drawn."""
+    target = images.method.target
+    if not getattr(target, "drawable", True):
+        print(
+            f"No pictures of reconstructions: {type(target).__name__} does not say "
+            "what a patch looks like."
+        )
+        return []
+    return [ReconstructionPictures(*images.pictures(), directory, every_n_epochs)]
 
 
 def _watching(
@@ -924,41 +978,10 @@ def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `pretrain` as YAML can hold them."""
     # resume and overwrite are said anew each time, or a rerun would replace a run.
     return {
-        name: _plain(value)
+        name: to_config(value)
         for name, value in arguments.items()
         if name not in ("resume", "overwrite")
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, MaskedImageModel):
-        return _method_config(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    # A data set, a module or a callback that was passed by hand: what it is can be
-    # told, not built again.
-    return f"<{type(value).__module__}.{type(value).__qualname__}>"
-
-
-def _method_config(method: MaskedImageModel) -> dict[str, Any]:
-    """Returns class and arguments in the words that jsonargparse reads."""
-    cls = type(method)
-    named = inspect.signature(cls).parameters
-    arguments = {name: _plain(value) for name, value in method.init_args.items()}
-    config = {
-        "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": {k: v for k, v in arguments.items() if k in named},
-        "dict_kwargs": {k: v for k, v in arguments.items() if k not in named},
-    }
-    return {name: value for name, value in config.items() if value}
 
 
 def _summary(
@@ -975,7 +998,7 @@ def _summary(
     lr = recipe.lr * recipe.batch_size / recipe.lr_batch_size
     lines = [
         f"{type(method).__name__}, {encoder.name or type(encoder.vit).__name__} at "
-        f"{height} x {width} pixels, {method.masking}",
+        f"{height} x {width} pixels, {method.masking}, target {method.target}",
         f"{num_train} training images, {validation}",
         f"{recipe.epochs} epochs of {images.steps_per_epoch} steps of "
         f"{recipe.batch_size} images, learning rate up to {lr:.3g}",

@@ -34,7 +34,7 @@ class MaskedEva(MaskedViT):
         idx_keep: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """See `MaskedEncoder.preprocess`.
+        """Embeds the images, see `MaskedTransformer.preprocess`.
 
         Raises:
             ValueError: Also if `idx_keep` does not begin with all prefix tokens, in

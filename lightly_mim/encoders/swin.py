@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightly_mim.encoders.base import MaskedEncoder
+from lightly_mim.encoders.transformer import MaskedTransformer
 from lightly_mim.patches import grid_size
 
 
-class MaskedSwin(MaskedEncoder):
+class MaskedSwin(MaskedTransformer):
     """A timm `SwinTransformer` or `SwinTransformerV2` that encodes masked images.
 
     The input tokens are the patches behind the patch embedding and its norm, and there
     the mask token goes. The output tokens are the cells of the last stage, which are
     fewer: `stride` is `patch_size` times 2 for every stage after the first. The layers
-    of `forward_intermediates` are the stages, the output of each with its own number
-    of tokens and of dimensions.
+    are the stages, the output of each with its own number of tokens and of dimensions.
 
     - [0]: Swin Transformer, 2021, https://arxiv.org/abs/2103.14030
     - [1]: Swin Transformer V2, 2021, https://arxiv.org/abs/2111.09883
@@ -26,13 +25,9 @@ class MaskedSwin(MaskedEncoder):
         ValueError: If the windows do not tile the model's images.
     """
 
-    can_drop_tokens: ClassVar[bool] = False
-
     def __init__(self, vit: nn.Module) -> None:
-        super().__init__(vit)
-        self.num_layers = len(self.vit.layers)
-        scale = 2 ** (self.num_layers - 1)
-        self.stride = (self.patch_size[0] * scale, self.patch_size[1] * scale)
+        stages = len(cast(Any, vit).layers)
+        super().__init__(vit, stages, patches_per_cell=2 ** (stages - 1))
         if self.vit.patch_embed.strict_img_size:
             self._check_size(self.img_size)
 
@@ -43,29 +38,17 @@ class MaskedSwin(MaskedEncoder):
         idx_keep: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Embeds patches and masks tokens, see `MaskedEncoder.preprocess`.
-
-        Args:
-            images:
-                Normalised images, tensor with shape (batch_size, channels, height,
-                width).
-            idx_mask:
-                int64 tensor with shape (batch_size, num_masked), the tokens that the
-                mask token replaces. Excludes `mask`.
-            idx_keep:
-                None: Swin cannot leave tokens out.
-            mask:
-                Bool tensor with shape (batch_size, sequence_length), True where the
-                mask token replaces a token. Excludes `idx_mask`.
-
-        Returns:
-            Tensor with shape (batch_size, sequence_length, dim).
+        """Embeds the images, see `MaskedTransformer.preprocess`.
 
         Raises:
-            ValueError: If `idx_keep` is given. See `MaskedEncoder.preprocess`.
+            ValueError: Also if `idx_keep` is given.
         """
         if idx_keep is not None:
-            raise ValueError(f"idx_keep does not work here: {_NEEDS_GRID}")
+            raise ValueError(
+                "idx_keep does not work here: window attention and patch merging need "
+                "the full grid of tokens. Use encode_masked, which puts the mask token "
+                "in place of masked patches."
+            )
         return super().preprocess(images, idx_mask=idx_mask, mask=mask)
 
     def forward_intermediates(
@@ -78,26 +61,12 @@ class MaskedSwin(MaskedEncoder):
     ) -> tuple[Tensor, list[Tensor]]:
         """Encodes images and returns the output of every stage, too.
 
-        Args:
-            images:
-                Normalised images, tensor with shape (batch_size, channels, height,
-                width).
-            idx_mask:
-                See `preprocess`.
-            idx_keep:
-                None: Swin cannot leave tokens out.
-            norm:
-                Whether the final norm is applied to the output of the last stage, the
-                only one that it is made for (as in timm).
-            mask:
-                See `preprocess`.
+        As in timm, `norm` applies the final norm to the output of the last stage, the
+        only one that it is made for. See `MaskedTransformer.forward_intermediates`.
 
         Returns:
             The tokens that `encode` returns, and a list with one tensor per stage, with
             shape (batch_size, stage_height * stage_width, stage_dim).
-
-        Raises:
-            ValueError: See `preprocess`.
         """
         tokens, stages = super().forward_intermediates(
             images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask
@@ -105,16 +74,6 @@ class MaskedSwin(MaskedEncoder):
         if norm:
             stages[-1] = tokens
         return tokens, stages
-
-    def encode_visible(
-        self,
-        images: Tensor,
-        mask: Tensor,
-        num_masked: int | None = None,
-        intermediates: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Raises a ValueError: Swin cannot leave patches out. Use `encode_masked`."""
-        raise ValueError(f"encode_visible does not work here: {_NEEDS_GRID}")
 
     def windows_at(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Returns the (height, width) of each stage's windows for another image size.
@@ -173,12 +132,6 @@ class MaskedSwin(MaskedEncoder):
                     f"x {window[1]} do not tile. Use another img_size, or a "
                     f"window_size that fits: {_fitting_windows(grid, self.num_layers)}."
                 )
-
-
-_NEEDS_GRID = (
-    "window attention and patch merging need the full grid of tokens. Use "
-    "encode_masked, which puts the mask token in place of masked patches."
-)
 
 
 def _fitting_windows(grid: tuple[int, int], num_stages: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lightly_mim.encoders.base import MaskedEncoder
+from lightly_mim.encoders.transformer import MaskedTransformer
+from lightly_mim.masking import Mask
+from lightly_mim.patches import gather_patches
 
 
-class MaskedViT(MaskedEncoder):
+class MaskedViT(MaskedTransformer):
     """A timm `VisionTransformer` that encodes masked images.
 
     - [0]: An Image is Worth 16x16 Words, 2020, https://arxiv.org/abs/2010.11929
@@ -25,9 +27,35 @@ class MaskedViT(MaskedEncoder):
         ValueError: If the model has a part that a mask does not get along with.
     """
 
+    can_drop_tokens: ClassVar[bool] = True
+
     def __init__(self, vit: nn.Module) -> None:
         _check_supported(vit)
         super().__init__(vit)
+
+    def encode_visible(
+        self,
+        images: Tensor,
+        mask: Mask | Tensor,
+        intermediates: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Encodes visible patches alone, see `MaskedEncoder.encode_visible`."""
+        mask = self.patch_mask(images, mask)
+        _, visible = mask.index()
+        idx_keep, _ = mask.token_index(self.num_prefix_tokens)
+
+        # The patch embedding is a convolution whose windows do not overlap, which is a
+        # linear map of flattened patches: (channels, height, width) in the weight,
+        # (height, width, channels) in the patches.
+        patches = gather_patches(images, visible, self.patch_size)
+        projection = self.vit.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = functional.linear(patches, weight, projection.bias)
+        tokens = self.vit.patch_embed.norm(tokens)
+
+        tokens = self.prepend_prefix_tokens(tokens)
+        tokens = self.add_pos_embed(tokens, mask.grid, idx_keep)
+        return self._norm(self._transform(tokens, mask.grid, idx_keep, intermediates))
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
         positions: Tensor | None = self.vit.pos_embed

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
+from lightly_mim.config import Recorded, constructor_arguments
 from lightly_mim.encoders import MaskedEncoder, choose_attention
-from lightly_mim.masking import Masking, count_masked, expand_mask
+from lightly_mim.heads import Head
+from lightly_mim.losses import Loss
+from lightly_mim.masking import Mask, Masking, RandomMasking
 from lightly_mim.optim import Recipe
-from lightly_mim.patches import scatter_patches
+from lightly_mim.patches import Size, scatter_patches
 from lightly_mim.targets import Target
 
 
@@ -23,18 +25,19 @@ class MIMOutput(NamedTuple):
         loss:
             Tensor with shape ().
         prediction:
-            Float tensor with shape (batch_size, num_cells, dim), the predicted values
-            of the cells. A cell is the footprint of one output token.
+            Float tensor with shape (batch_size, num_cells, width), the predicted values
+            of the cells; where the target is classes (batch_size, num_cells, width *
+            num_classes), the logits. A cell is the footprint of one output token.
         target:
-            Tensor with the shape of the prediction.
+            Tensor with shape (batch_size, num_cells, width), float or int64 classes.
         index:
             int64 tensor with shape (batch_size, num_cells): which cells, in raster
             order, prefix tokens not counted.
         weight:
-            Tensor with the shape of the prediction, 1 where a value counts and 0 where
-            it does not; None if all count.
+            Tensor with the shape of the target, how much a value counts, from 0 to 1;
+            None if all count.
         mask:
-            Bool tensor with shape (batch_size, mask_height, mask_width), True = masked.
+            The mask, with shape (batch_size, mask_height, mask_width).
     """
 
     loss: Tensor
@@ -42,14 +45,15 @@ class MIMOutput(NamedTuple):
     target: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     weight: Tensor | None
-    mask: Tensor
+    mask: Mask
 
 
-class MaskedImageModel(nn.Module):
+class MaskedImageModel(Recorded, nn.Module):
     """Base class of the methods.
 
     A method sets `encoder`, `masking` and `target`, and implements `forward` and
-    `transform`.
+    `transform`. One with a moving teacher moves it in `after_step`; what it holds in
+    parameters and buffers is in the checkpoint.
 
     Attributes:
         encoder:
@@ -58,35 +62,35 @@ class MaskedImageModel(nn.Module):
             Draws the masks.
         target:
             What is predicted.
-        init_args:
-            The arguments that the method was made with, by name: what a run directory
-            records to build it again.
+        num_views:
+            Number of augmented views of an image that the method takes.
         recipes:
             Published settings by name. The first one is the default; without any,
             `pretrain` needs a `Recipe` as recipe.
+        replaced:
+            What to say instead of arguments that the method took once, by their names.
     """
 
+    num_views: ClassVar[int] = 1
     recipes: ClassVar[Mapping[str, Recipe]] = {}
+    replaced: ClassVar[Mapping[str, str]] = {}
 
     encoder: MaskedEncoder
     masking: Masking
     target: Target
-    init_args: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MaskedImageModel:
-        """Records the constructor's arguments."""
-        self = super().__new__(cls)
-        # Copying and unpickling call this without arguments and fill in the state
-        # afterwards; missing ones are __init__'s to complain about.
-        signature = inspect.signature(cls)
-        bound = signature.bind_partial(*args, **kwargs)
-        bound.apply_defaults()
-        init_args = dict(bound.arguments)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                init_args.update(init_args.pop(name, {}))
-        self.__dict__["init_args"] = init_args
+        """Refuses arguments of earlier versions, which timm would be asked for."""
+        self = super().__new__(cls, *args, **kwargs)
+        unknown = self.init_args.keys() - set(constructor_arguments(cls))
+        for name in cls.replaced.keys() & unknown:
+            raise ValueError(
+                f"{cls.__name__} does not take {name} any more: {cls.replaced[name]}"
+            )
         return self
+
+    # Not the one line of other recorded objects, but the tree of a module.
+    __repr__ = nn.Module.__repr__
 
     @classmethod
     def from_recipe(cls, name: str, **options: Any) -> MaskedImageModel:
@@ -128,25 +132,18 @@ class MaskedImageModel(nn.Module):
             )
         return cls.recipes[name]
 
-    def forward(
-        self,
-        images: Tensor,
-        mask: Tensor | None = None,
-        num_masked: int | None = None,
-    ) -> MIMOutput:
+    def forward(self, images: Tensor, mask: Mask | Tensor | None = None) -> MIMOutput:
         """Computes the loss of a batch.
 
         Args:
             images:
                 Float tensor with shape (batch_size, channels, height, width),
-                normalised.
+                normalised. With several `num_views` a list of them.
             mask:
-                Bool tensor with shape (batch_size, mask_height, mask_width), True =
-                masked, in any grid that divides the image. Drawn if None.
-            num_masked:
-                Number of True entries in each image, if the caller knows it, as
-                for masks from `draw_mask`. Otherwise the mask is checked and counted,
-                which waits for the device.
+                The mask, or bool tensor with shape (batch_size, mask_height,
+                mask_width), True = masked, in any grid that divides the image; a tensor
+                is checked and counted, which waits for the device. With several views a
+                list of them, one for each. Drawn if None.
 
         Raises:
             ValueError: If the images or the mask do not fit.
@@ -159,7 +156,7 @@ class MaskedImageModel(nn.Module):
         """Returns the method's augmentation of a training image."""
         raise NotImplementedError
 
-    def draw_mask(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+    def draw_mask(self, images: Tensor, generator: Generator | None = None) -> Mask:
         """Draws a mask for each image.
 
         Args:
@@ -169,73 +166,94 @@ class MaskedImageModel(nn.Module):
             generator:
                 Source of the random numbers, on the images' device.
 
-        Returns:
-            Bool tensor with shape (batch_size, mask_height, mask_width), True = masked.
+        Raises:
+            ValueError: If the masking does not fit the images.
         """
-        return self.masking(
-            len(images), _image_size(images), device=images.device, generator=generator
+        return Mask.of(
+            self.masking(
+                len(images),
+                _image_size(images),
+                device=images.device,
+                generator=generator,
+            )
         )
 
-    def num_masked(self, images: Tensor) -> int:
-        """Returns how many cells of a mask from `draw_mask` are masked."""
-        return self.masking.count(*self.masking.grid(_image_size(images)))
-
-    def prepare_mask(
-        self, images: Tensor, mask: Tensor | None, num_masked: int | None
-    ) -> tuple[Tensor, int]:
-        """Draws the mask if there is none and counts it if that was not done.
+    def prepare_mask(self, images: Tensor, mask: Mask | Tensor | None) -> Mask:
+        """Draws the mask if there is none, and checks it.
 
         Args:
             images:
                 Tensor with shape (batch_size, channels, height, width).
             mask:
                 As in `forward`.
-            num_masked:
-                As in `forward`.
-
-        Returns:
-            (mask, number of True entries in each image).
 
         Raises:
             ValueError: If the mask does not fit the images.
         """
-        if mask is None:
-            return self.draw_mask(images), self.num_masked(images)
-        if num_masked is None:
-            num_masked = count_masked(mask)
+        mask = Mask.of(self.draw_mask(images) if mask is None else mask)
         if len(mask) != len(images):
             raise ValueError(
                 f"There are {len(images)} images and {len(mask)} masks: pass one mask "
                 "for each image."
             )
-        return mask, num_masked
+        return mask
+
+    def check_masking(self) -> None:
+        """Raises a ValueError if the masks do not fit images of the encoder's size."""
+        image = torch.empty(1, 1, *self.encoder.img_size, device="cpu")
+        mask = Mask.of(self.draw_mask(image, Generator().manual_seed(0)))
+        mask.on(self.encoder.grid)
+
+    def fit_target(self, sample: Callable[[], Tensor]) -> None:
+        """Lets the target learn from images before the training starts, if it does.
+
+        Args:
+            sample:
+                Returns some training images, normalised and not augmented, as a float
+                tensor with shape (num_images, channels, height, width).
+        """
+        fit = getattr(self.target, "fit", None)
+        if fit is not None:
+            fit(sample())
+
+    def after_step(self, progress: float) -> None:
+        """Acts after an optimiser step: here a teacher follows its student.
+
+        Args:
+            progress:
+                Share of the run's optimiser steps that are done, above 0 and at most 1.
+        """
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def reconstruct(self, images: Tensor, mask: Mask | Tensor | None = None) -> Tensor:
         """Paints what the method predicts into the masked part of the images.
 
         Args:
             images:
                 Float tensor with shape (batch_size, channels, height, width),
-                normalised.
+                normalised. Stands for all views of a method with several.
             mask:
-                As in `forward`. Drawn if None.
+                As in `forward`, of one view. Drawn if None.
 
         Returns:
             Float tensor with the shape of the images, normalised like them. The
             visible part is the images' own.
 
         Raises:
-            ValueError: If the images or the mask do not fit.
+            ValueError: If the images or the mask do not fit, or if the target does not
+                say what a patch looks like (`drawable` is False).
         """
-        output = self(images, mask)
+        mask = self.prepare_mask(images, mask)
+        many = self.num_views
+        output = self(
+            *((images, mask) if many == 1 else ([images] * many, [mask] * many))
+        )
         stride = self.encoder.stride
         pixels = self.target.to_pixels(
             output.prediction.to(images.dtype), images, output.index, stride
         )
         painted = scatter_patches(images, output.index, pixels, stride)
-        masked = expand_mask(output.mask, _image_size(images))[:, None]
-        return torch.where(masked, painted, images)
+        return torch.where(mask.pixels(_image_size(images)), painted, images)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory: blocks are run again in the backward pass.
@@ -264,3 +282,78 @@ class MaskedImageModel(nn.Module):
 
 def _image_size(images: Tensor) -> tuple[int, int]:
     return images.shape[-2], images.shape[-1]
+
+
+def choose_masking(
+    masking: Masking | None,
+    mask_patch_size: Size | None,
+    mask_ratio: float | None,
+    default: RandomMasking,
+) -> Masking:
+    """Returns the masking, or the random one that size and ratio are short for.
+
+    Args:
+        masking:
+            The masking of a method.
+        mask_patch_size:
+            Of random masking, None for the default's.
+        mask_ratio:
+            Of random masking, None for the default's.
+        default:
+            What is taken if nothing is said.
+
+    Raises:
+        ValueError: If a masking and one of the others are given.
+    """
+    if masking is None:
+        return RandomMasking(
+            default.mask_patch_size if mask_patch_size is None else mask_patch_size,
+            default.ratio if mask_ratio is None else mask_ratio,
+        )
+    if mask_patch_size is not None or mask_ratio is not None:
+        raise ValueError(
+            "mask_patch_size and mask_ratio are short for masking=RandomMasking("
+            "mask_patch_size, ratio): say them in the masking, got both them and "
+            f"{masking!r}."
+        )
+    return choose_part(masking, default, "masking")
+
+
+PartT = TypeVar("PartT", Masking, Target, Head, Loss)
+
+
+def choose_part(part: PartT | None, default: PartT, name: str) -> PartT:
+    """Returns a part of a method, the default if there is none.
+
+    Args:
+        part:
+            What was passed.
+        default:
+            What is taken if that is None.
+        name:
+            The argument, for the error message.
+
+    Raises:
+        ValueError: If the part is a class or something else that is not callable, a
+            target that does not say its width, or a head that is built already.
+    """
+    if part is None:
+        return default
+    if isinstance(part, type) or not callable(part):
+        raise ValueError(
+            f"{name} is an object such as {default!r}, got {part!r}. On the command "
+            f"line its class is named by --method.{name} and its arguments by "
+            f"--method.{name}.ARGUMENT."
+        )
+    needed = ("width", "num_classes") if isinstance(default, Target) else ()
+    if any(not hasattr(part, attribute) for attribute in needed):
+        raise ValueError(
+            f"A target has {' and '.join(needed)} besides its call: derive yours from "
+            f"lightly_mim.targets.Target, got {part!r}."
+        )
+    if isinstance(default, Head) and isinstance(part, nn.Module):
+        raise ValueError(
+            "A head is built by the method, which knows the widths: pass an object "
+            f"such as {default!r} or a function like its call, got {part!r}."
+        )
+    return part

@@ -10,24 +10,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightly.models.utils import get_at_index
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
-from lightly_mim.losses import LossName, check_loss_name, masked_loss
-from lightly_mim.masking import RandomMasking, expand_mask, split_index
-from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.heads import Head, LinearHead
+from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
+from lightly_mim.masking import Mask, Masking, RandomMasking
+from lightly_mim.methods.base import (
+    MaskedImageModel,
+    MIMOutput,
+    choose_masking,
+    choose_part,
+)
 from lightly_mim.optim import Recipe
-from lightly_mim.patches import Size, grid_size, patchify
-from lightly_mim.targets import LocallyNormalizedPixels, Pixels
+from lightly_mim.patches import Size, grid_size
+from lightly_mim.targets import LocallyNormalizedPixels, Pixels, Target
 from lightly_mim.transforms import SimMIMTransform
 
 
 class SimMIM(MaskedImageModel):
     """SimMIM, a simple framework for masked image modelling.
+
+    Its four components are the paper's: masking, encoder, head and target.
 
     - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886
 
@@ -35,7 +43,7 @@ class SimMIM(MaskedImageModel):
         encoder:
             The encoder, with a mask token.
         head:
-            One linear layer from a token to the pixels of its cell (section 3.3).
+            The module from the tokens to the values of their cells.
 
     Args:
         encoder:
@@ -45,24 +53,32 @@ class SimMIM(MaskedImageModel):
             Side of the images in pixels or (height, width). None for the encoder's own.
         in_chans:
             Number of image channels.
-        mask_patch_size:
-            Side in pixels, or (height, width), of the blocks that are masked as a whole
-            (section 3.2: 32, whatever the encoder's patch size).
-        mask_ratio:
-            Share of blocks that is masked (section 3.2: 0.6).
+        masking:
+            Where to mask, see `lightly_mim.masking`. By default `RandomMasking(32,
+            0.6)`: blocks of 32 pixels whatever the encoder's patch size (section 3.2).
+        target:
+            What to predict, see `lightly_mim.targets`. By default `Pixels()`
+            (section 3.4).
+        head:
+            From tokens to values, see `lightly_mim.heads`. By default `LinearHead()`
+            (section 3.3).
         loss:
-            'l1' (section 3.4), 'l2' or 'smooth_l1' (table 5).
+            How to measure, see `lightly_mim.losses`. By default `L1()` (section 3.4),
+            and `CrossEntropy()` where the target is classes.
         region:
-            'masked' predicts the masked pixels only (section 3.4). 'all' predicts every
-            pixel, which the paper found worse (section 4.1.4).
-        norm_target_window:
-            Side in pixels of the window that the target is normalised in, 47 for
-            SwinV2. None predicts the normalised pixels themselves, as the paper.
+            'masked' measures the masked pixels only (section 3.4). 'all' measures every
+            pixel, which the paper found worse (section 4.1.4), and 'visible' those that
+            the encoder saw.
+        mask_patch_size:
+            Short for `masking=RandomMasking(mask_patch_size, ...)`.
+        mask_ratio:
+            Short for `masking=RandomMasking(..., ratio=mask_ratio)`.
         encoder_options:
             Further options of the encoder: see `lightly_mim.encoders.masked_encoder`.
 
     Raises:
-        ValueError: If an argument is out of range or the encoder is not supported.
+        ValueError: If an argument is out of range, if parts do not fit each other, or
+            if the encoder is not supported.
 
     Examples:
         >>> model = SimMIM("vit_tiny_patch16_224", img_size=64)
@@ -70,22 +86,36 @@ class SimMIM(MaskedImageModel):
         torch.Size([2, 12, 768])
     """
 
+    replaced: ClassVar[Mapping[str, str]] = {
+        "norm_target_window": "pass target=LocallyNormalizedPixels(47) for a window of "
+        "47 pixels, and no target for None.",
+    }
+
     def __init__(
         self,
         encoder: Encoder,
         img_size: Size | None = None,
         in_chans: int = 3,
-        mask_patch_size: Size = 32,
-        mask_ratio: float = 0.6,
-        loss: LossName = "l1",
-        region: Literal["masked", "all"] = "masked",
-        norm_target_window: int | None = None,
+        masking: Masking | None = None,
+        target: Target | None = None,
+        head: Head | None = None,
+        loss: Loss | None = None,
+        region: Literal["masked", "all", "visible"] = "masked",
+        mask_patch_size: Size | None = None,
+        mask_ratio: float | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
-        check_loss_name(loss)
-        if region not in ("masked", "all"):
-            raise ValueError(f"The region is 'masked' or 'all', got {region!r}.")
+        if region not in ("masked", "all", "visible"):
+            raise ValueError(
+                f"The region is 'masked', 'all' or 'visible', got {region!r}."
+            )
+        self.masking = choose_masking(
+            masking, mask_patch_size, mask_ratio, RandomMasking(32, 0.6)
+        )
+        self.target = choose_part(target, Pixels(), "target")
+        self.loss = choose_loss(loss, self.target.num_classes, default=L1())
+        self.region = region
         if isinstance(encoder, str):
             # timm builds Swin with 0.1; the reference pretrains it without, and the ViT
             # with 0.1, which its recipe sets.
@@ -94,37 +124,34 @@ class SimMIM(MaskedImageModel):
             encoder, img_size=img_size, in_chans=in_chans, **encoder_options
         )
         self.encoder.add_mask_token()
-        self.masking = RandomMasking(mask_patch_size, mask_ratio)
-        self.target = (
-            Pixels()
-            if norm_target_window is None
-            else LocallyNormalizedPixels(norm_target_window)
+        head = choose_part(head, LinearHead(), "head")
+        width = self.target.width(self.encoder.stride, self.encoder.in_chans)
+        self.head = head(
+            self.encoder.embed_dim,
+            width * (self.target.num_classes or 1),
+            self.encoder.stride,
+            _grid(self.encoder.img_size, self.encoder),
         )
-        self.loss: LossName = loss
-        self.region = region
-        # The reference's 1 x 1 convolution and pixel shuffle, with its initialisation,
-        # which is PyTorch's default; only the order of the outputs differs.
-        cell_values = math.prod(self.encoder.stride) * self.encoder.in_chans
-        self.head = nn.Linear(self.encoder.embed_dim, cell_values)
+        self.record(
+            masking=self.masking,
+            target=self.target,
+            head=head,
+            loss=self.loss,
+            mask_patch_size=None,
+            mask_ratio=None,
+        )
 
-    def forward(
-        self,
-        images: Tensor,
-        mask: Tensor | None = None,
-        num_masked: int | None = None,
-    ) -> MIMOutput:
+    def forward(self, images: Tensor, mask: Mask | Tensor | None = None) -> MIMOutput:
         """Computes the loss of a batch, see `MaskedImageModel.forward`."""
-        mask, num_masked = self.prepare_mask(images, mask, num_masked)
-
+        mask = self.prepare_mask(images, mask)  # section 3.2
         tokens = self.encoder.encode_masked(images, mask)  # section 3.1
-        tokens = tokens[:, -self._num_cells(images) :]  # the cells alone
+        tokens = self.encoder.cell_tokens(tokens)
 
-        index, weight = self._cells_to_predict(images, mask, num_masked)
-        if index.shape[1] < tokens.shape[1]:
-            tokens = get_at_index(tokens, index)
-        prediction = self.head(tokens)  # section 3.3
+        index, weight = self._cells_to_predict(images, mask)
+        grid = _grid(images.shape[-2:], self.encoder)
+        prediction = self.head(tokens, grid, index)  # section 3.3
         target = self.target(images, index, self.encoder.stride)  # section 3.4
-        loss = masked_loss(prediction, target, weight, self.loss)
+        loss = masked_loss(prediction, target, self.loss, weight)
         return MIMOutput(loss, prediction, target, index, weight, mask)
 
     def transform(
@@ -142,27 +169,26 @@ class SimMIM(MaskedImageModel):
             input_size=self.encoder.img_size, normalize=normalize, **options
         )
 
-    def _num_cells(self, images: Tensor) -> int:
-        size = (images.shape[-2], images.shape[-1])
-        return math.prod(grid_size(size, self.encoder.stride, "the encoder's stride"))
-
     def _cells_to_predict(
-        self, images: Tensor, mask: Tensor, num_masked: int
+        self, images: Tensor, mask: Mask
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the index (B, K) of the cells and the weight (B, K, D) of pixels."""
-        size = (images.shape[-2], images.shape[-1])
-        grid = grid_size(size, self.encoder.stride, "the encoder's stride")
+        """Returns the index (B, K) of the cells and the weight (B, K, D) of values."""
+        grid = _grid(images.shape[-2:], self.encoder)
+        if self.region == "masked" and mask.fits(grid):
+            return mask.on(grid).index()[0], None
         all_cells = torch.arange(math.prod(grid), device=images.device)
         all_cells = all_cells.expand(len(images), -1)
         if self.region == "all":
             return all_cells, None
-        if grid[0] % mask.shape[1] == 0 and grid[1] % mask.shape[2] == 0:
-            # Every cell is wholly masked or wholly visible.
-            cells = expand_mask(mask, grid)
-            num_cells = num_masked * math.prod(grid) // mask[0].numel()
-            return split_index(cells, num_cells)[0], None
-        pixels = expand_mask(mask, size)[:, None].expand_as(images)
-        return all_cells, patchify(pixels, self.encoder.stride).to(images.dtype)
+        pixels = mask.pixels((images.shape[-2], images.shape[-1]))
+        counts = pixels if self.region == "masked" else ~pixels
+        cell, in_chans = self.encoder.stride, images.shape[1]
+        return all_cells, self.target.weight(counts, all_cells, cell, in_chans)
+
+
+def _grid(size: Sequence[int], encoder: MaskedEncoder) -> tuple[int, int]:
+    """Returns how many cells lie along (height, width) of images of a size."""
+    return grid_size((size[0], size[1]), encoder.stride, "the encoder's stride")
 
 
 # Section 4.1.1 and appendix A of the paper, with the values of the configuration files
@@ -232,7 +258,7 @@ SimMIM.recipes = {
         source="microsoft/Swin-Transformer, configs/simmim: swinv2_base, 800ep",
         encoder="swinv2_base_window12_192",
         encoder_options={},
-        method_options={"norm_target_window": 47},
+        method_options={"target": LocallyNormalizedPixels(47)},
         drop_path=0.1,
     ),
 }

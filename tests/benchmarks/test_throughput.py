@@ -94,6 +94,26 @@ def test_mae__leaves_patches_out(
     assert all(float(line[5].replace(",", "")) > 0 for line in (dense, sparse, cross))
 
 
+def test_masks__tables(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(script, "NUM_MASKS", 50)
+    monkeypatch.setattr(script, "MASK_CALLS", 1)
+    script.main(["masks", "--rounds", "2"])
+    output = capsys.readouterr().out
+    assert "50 of 14 x 14 patches, ratio 0.4, 2 rounds of 1" in output
+    beit, lightly, block, numpy, random = lines_of(output)
+    assert [float(line[2]) for line in (block, numpy, random)] == [79, 79, 79]
+    # BEiT's algorithm and lightly's (of 78) give up when the rest does not fit.
+    assert 70 < float(lightly[2]) <= 78
+    assert 70 < float(beit[2]) <= 79
+    for ours in (block, random):
+        assert ours[3] == "1.00 [1.00, 1.00]"
+    assert all(float(line[3].split()[0]) > 0 for line in (beit, lightly, numpy))
+
+
 def test_refuses(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         script.main(["mae", "--rounds", "0"])

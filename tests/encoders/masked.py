@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.masking import Mask
 
 SIZE = (32, 48)
 TINY = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -32,7 +33,7 @@ def check_encode(encoder: MaskedEncoder) -> None:
     images, mask = draw(encoder)
     expected = encoder.vit.fc_norm(encoder.vit.forward_features(images))
     torch.testing.assert_close(encoder.encode(images), expected)
-    output = encoder.encode_masked(images, torch.zeros_like(mask))
+    output = encoder.encode_masked(images, Mask(torch.zeros_like(mask), 0))
     torch.testing.assert_close(output, expected)
     assert encoder.sequence_length == expected.shape[1]
 
@@ -43,8 +44,6 @@ def check_masked_encoding(
     """Compares tokens and every gradient of SimMIM (drop=False) or MAE (drop=True)."""
     if drop:
         output = encoder.encode_visible(images, mask)
-        again = encoder.encode_visible(images, mask, num_masked=2)
-        torch.testing.assert_close(again, output)
     else:
         output = encoder.encode_masked(images, mask)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder, pool_tokens
+from lightly_mim.masking import Mask
 
 VIT = "vit_tiny_patch16_224"
 BEIT = "beit_base_patch16_224"
@@ -26,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     SWIN_V2: {**STAGES, "pretrained_window_sizes": (0, 0)},
 }
 SIZE = (32, 48)
+MASK = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0]]).bool().view(2, 2, 3)
 
 
 def build(name: str = VIT, in_chans: int = 3, **changes: Any) -> MaskedEncoder:
@@ -85,7 +87,7 @@ class TestContract:
         for call in (
             lambda: encoder.encode(images(), idx_mask=idx_mask),
             lambda: encoder.encode(images(), mask=mask),
-            lambda: encoder.encode_masked(images(), mask[:, :6].view(2, 2, 3)),
+            lambda: encoder.encode_masked(images(), MASK),
         ):
             with pytest.raises(ValueError, match=r"Call add_mask_token\(\)"):
                 call()
@@ -93,14 +95,13 @@ class TestContract:
     def test_wrong_images(self, name: str) -> None:
         encoder = build(name)
         encoder.add_mask_token()
-        mask = torch.zeros(2, 2, 3, dtype=torch.bool)
         for call in (
             encoder,
             encoder.encode,
             encoder.images_to_tokens,
             encoder.feature_map,
             encoder.embed,
-            lambda x: encoder.encode_masked(x, mask),
+            lambda x: encoder.encode_masked(x, MASK),
         ):
             with pytest.raises(ValueError, match=r"\(batch_size, 3, height.*in_chans"):
                 call(images(1))
@@ -114,16 +115,48 @@ class TestContract:
     def test_wrong_masks(self, name: str) -> None:
         encoder = build(name)
         encoder.add_mask_token()
-        mask = torch.zeros(2, 2, 3, dtype=torch.bool)
-        for wrong in (mask.float(), mask[:1], mask[0], mask[:, 0]):
-            with pytest.raises(ValueError, match=r"bool mask with shape \(2, height"):
+        for wrong in (MASK.float(), MASK[0], MASK[:, 0]):
+            with pytest.raises(
+                ValueError, match=r"bool tensor with shape \(batch_size"
+            ):
                 encoder.encode_masked(images(), wrong)
-        with pytest.raises(ValueError, match="5 x 3"):
-            encoder.encode_masked(images(), torch.zeros(2, 5, 3, dtype=torch.bool))
+        for masks in (MASK[:1], Mask(MASK[:1], 2), MASK.repeat(2, 1, 1)):
+            with pytest.raises(ValueError, match=rf"2 images and {len(masks)} masks"):
+                encoder.encode_masked(images(), masks)
+        coarse = torch.eye(5, 3, dtype=torch.bool).expand(2, -1, -1)
+        with pytest.raises(ValueError, match=r"5 x 3 cells.*grid of \d+ x \d+"):
+            encoder.encode_masked(images(), coarse)
         with pytest.raises(ValueError, match=r"one entry per token.*encode_masked"):
-            encoder.encode(images(), mask=mask.flatten(1))
+            encoder.encode(images(), mask=MASK.flatten(1))
         with pytest.raises(ValueError, match="cannot both be set"):
-            encoder.encode(images(), idx_mask=mask[:, 0].long(), mask=mask)
+            encoder.encode(images(), idx_mask=MASK[:, 0].long(), mask=MASK)
+
+    def test_a_mask_and_its_tensor_are_the_same(self, name: str) -> None:
+        encoder = build(name)
+        encoder.add_mask_token()
+        calls = [encoder.encode_masked]
+        if encoder.can_drop_tokens:
+            calls.append(encoder.encode_visible)
+        fine = Mask(MASK, 2).on(encoder.grid)
+        for call in calls:
+            expected = call(images(), MASK)
+            for mask in (Mask(MASK, 2), fine, fine.cells):
+                torch.testing.assert_close(
+                    call(images(), mask), expected, rtol=0, atol=0
+                )
+
+    def test_cell_tokens(self, name: str) -> None:
+        encoder = build(name)
+        encoder.add_mask_token()
+        tokens = encoder.encode_masked(images(), MASK)
+        height, width = encoder.stride
+        cells = encoder.cell_tokens(tokens)
+        assert cells.shape == (2, 32 // height * 48 // width, encoder.embed_dim)
+        assert torch.equal(cells, tokens[:, tokens.shape[1] - cells.shape[1] :])
+        unmasked = encoder.cell_tokens(encoder.encode(images()))
+        assert torch.equal(
+            encoder.feature_map(images()).flatten(2).transpose(1, 2), unmasked
+        )
 
     @pytest.mark.parametrize("layer", [-3, 2])
     def test_wrong_layer(self, name: str, layer: int) -> None:
@@ -145,19 +178,36 @@ class TestContract:
 class TestEncodeVisible:
     def test_wrong_masks(self) -> None:
         encoder = build()
-        mask = torch.zeros(2, 2, 3, dtype=torch.bool)
-        mask[0, 0, 0] = True
+        uneven = torch.zeros(2, 2, 3, dtype=torch.bool)
+        uneven[0, 0, 0] = True
         with pytest.raises(ValueError, match="same number of masked cells"):
-            encoder.encode_visible(images(), mask)
-        for wrong in (mask[0], mask[0, 0], mask.float(), mask[:1]):
-            for num_masked in (None, 1):
-                with pytest.raises(ValueError, match="bool mask with shape"):
-                    encoder.encode_visible(images(), wrong, num_masked)
+            encoder.encode_visible(images(), uneven)
+        for wrong in (MASK[0], MASK[0, 0], MASK.float()):
+            with pytest.raises(ValueError, match="bool tensor with shape"):
+                encoder.encode_visible(images(), wrong)
+        for masks in (MASK[:1], Mask(MASK[:1], 2)):
+            with pytest.raises(ValueError, match="2 images and 1 masks"):
+                encoder.encode_visible(images(), masks)
 
     def test_needs_no_mask_token(self) -> None:
-        mask = torch.zeros(2, 2, 3, dtype=torch.bool)
-        mask[:, 0] = True
-        assert build().encode_visible(images(), mask).shape == (2, 3 + 12, 32)
+        # 2 of 6 cells, each with 4 of the 24 patches, are masked.
+        assert build().encode_visible(images(), MASK).shape == (2, 3 + 16, 32)
+
+    def test_sorts_a_mask_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = build()
+        mask = Mask(MASK, 2).on(encoder.grid)
+        sorts = []
+        argsort = Tensor.argsort
+
+        def count(self: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            sorts.append(1)
+            return argsort(self, *arguments, **options)
+
+        monkeypatch.setattr(Tensor, "argsort", count)
+        mask.index()
+        encoder.encode_visible(images(), mask)
+        encoder.encode_visible(images(), mask)
+        assert len(sorts) == 1
 
     def test_does_not_look_at_masked_patches(self) -> None:
         encoder = build()

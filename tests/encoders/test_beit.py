@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.encoders.beit import MaskedBeit
+from lightly_mim.masking import Mask
 
 from .masked import SIZE, TINY, check_encode, check_masked_encoding, draw, perturb
 
@@ -215,8 +216,8 @@ def test_compile(variant: str) -> None:
     encoder = build(variant)
     images, mask = draw(encoder)
     for call in (
-        lambda: encoder.encode_masked(images, mask),
-        lambda: encoder.encode_visible(images, mask, 2),
+        lambda: encoder.encode_masked(images, Mask(mask, 2)),
+        lambda: encoder.encode_visible(images, Mask(mask, 2)),
     ):
         compiled = torch.compile(call, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(), call())

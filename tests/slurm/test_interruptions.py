@@ -45,7 +45,7 @@ class Slow(SimMIM):
     def __init__(self, drop_path_rate: float = 0.0):
         super().__init__(**{TINY_VIT!r}, drop_path_rate=drop_path_rate)
 
-    def forward(self, images, mask=None, num_masked=None):
+    def forward(self, images, mask=None):
         if self.training:
             rank = os.environ.get("SLURM_PROCID", "0")
             restart = os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -61,7 +61,7 @@ class Slow(SimMIM):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
             if beat.with_name("slow").exists():
                 time.sleep(float(beat.with_name("slow").read_text()))
-        return super().forward(images, mask, num_masked)
+        return super().forward(images, mask)
 """
 
 

@@ -1,7 +1,4 @@
-"""What to predict.
-
-A target turns images and the cells to predict into values, and turns predicted values
-back into pixels for pictures.
+"""Pixels: as they are, averaged, or normalised in their patch or their surroundings.
 
 Shapes: B images, C channels, K cells of (p, q) pixels, D = p * q * C values each, in
 the order of `lightly_mim.patches`.
@@ -9,88 +6,90 @@ the order of `lightly_mim.patches`.
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightly_mim.patches import gather_patches
+from lightly_mim.targets.base import Target, at_least_float32
+from lightly_mim.targets.blocks import (
+    average_blocks,
+    check_factor,
+    count_blocks,
+    repeat_blocks,
+)
 
 
-class Target(Protocol):
-    """What every target offers."""
+class PixelTarget(Target):
+    """A target with one value for each pixel, or block of pixels, and channel.
 
-    def __call__(
-        self, images: Tensor, index: Tensor, patch_size: tuple[int, int]
-    ) -> Tensor:
-        """Returns the values to predict.
-
-        Args:
-            images:
-                Float tensor with shape (batch_size, channels, height, width),
-                normalised.
-            index:
-                int64 tensor with shape (batch_size, num_cells), raster order.
-            patch_size:
-                (height, width) of a cell in pixels.
-
-        Returns:
-            Float tensor with shape (batch_size, num_cells, dim).
-        """
-        ...
-
-    def to_pixels(
-        self,
-        prediction: Tensor,
-        images: Tensor,
-        index: Tensor,
-        patch_size: tuple[int, int],
-    ) -> Tensor:
-        """Returns predicted values as pixels of the normalised images.
-
-        Args:
-            prediction:
-                Float tensor with shape (batch_size, num_cells, dim).
-            images:
-                The images that the target was made from.
-            index:
-                int64 tensor with shape (batch_size, num_cells), raster order.
-            patch_size:
-                (height, width) of a cell in pixels.
-
-        Returns:
-            Float tensor with shape (batch_size, num_cells, patch_height * patch_width *
-            channels).
-        """
-        ...
-
-
-class Pixels:
-    """The normalised pixels themselves.
-
-    - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886 (section 3.4: raw pixels; its
-      reference code takes them after ImageNet normalisation)
+    Attributes:
+        factor:
+            Side of the blocks in pixels.
     """
 
-    def __call__(
-        self, images: Tensor, index: Tensor, patch_size: tuple[int, int]
+    factor: int = 1
+
+    def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
+        """Returns how many pixels, or blocks, times channels a cell has, see `Target`.
+
+        Raises:
+            ValueError: If the blocks do not tile the cell.
+        """
+        return math.prod(count_blocks(cell_size, self.factor)) * in_chans
+
+    def weight(
+        self, masked: Tensor, index: Tensor, cell_size: tuple[int, int], in_chans: int
     ) -> Tensor:
-        """Returns the pixels of the cells, see `Target`."""
-        return gather_patches(images, index, patch_size)
+        """Returns the share of each pixel, or block, that counts, see `Target`."""
+        pixels = masked.expand(-1, in_chans, -1, -1)
+        pixels = gather_patches(pixels, index, cell_size).float()
+        return average_blocks(pixels, cell_size, self.factor)
+
+
+class Pixels(PixelTarget):
+    """The normalised pixels themselves, or their averages over square blocks.
+
+    A factor of 32 averages images of 192 x 192 pixels to a resolution of 6 x 6.
+
+    - [0]: SimMIM, 2021, https://arxiv.org/abs/2111.09886 (section 3.4: raw pixels, also
+      at a lower resolution; its reference code takes them after ImageNet normalisation
+      and at full resolution)
+
+    Attributes:
+        factor:
+            Side of the blocks in pixels, a divisor of the cell's. 1 keeps every pixel.
+
+    Raises:
+        ValueError: If the factor is below 1.
+    """
+
+    def __init__(self, factor: int = 1) -> None:
+        super().__init__()
+        check_factor(factor)
+        self.factor = factor
+
+    def __call__(
+        self, images: Tensor, index: Tensor, cell_size: tuple[int, int]
+    ) -> Tensor:
+        """Returns the pixels of the cells, or the averages, see `Target`."""
+        pixels = gather_patches(images, index, cell_size)
+        return average_blocks(pixels, cell_size, self.factor)
 
     def to_pixels(
         self,
         prediction: Tensor,
         images: Tensor,
         index: Tensor,
-        patch_size: tuple[int, int],
+        cell_size: tuple[int, int],
     ) -> Tensor:
-        """Returns the prediction as it is, see `Target`."""
-        return prediction
+        """Gives each pixel the prediction for its block, see `Target`."""
+        return repeat_blocks(prediction, cell_size, self.factor)
 
 
-class PatchNormalizedPixels:
+class PatchNormalizedPixels(PixelTarget):
     """Pixels minus the mean, over the standard deviation, of the patch they are in.
 
     Mean and variance are those of all values of a patch, channels together. The
@@ -101,10 +100,10 @@ class PatchNormalizedPixels:
     """
 
     def __call__(
-        self, images: Tensor, index: Tensor, patch_size: tuple[int, int]
+        self, images: Tensor, index: Tensor, cell_size: tuple[int, int]
     ) -> Tensor:
         """Returns the normalised pixels, of half precision in float32, see `Target`."""
-        patches = _at_least_float32(gather_patches(images, index, patch_size))
+        patches = at_least_float32(gather_patches(images, index, cell_size))
         mean, std = self.statistics(patches)
         return (patches - mean) / std
 
@@ -113,14 +112,14 @@ class PatchNormalizedPixels:
         prediction: Tensor,
         images: Tensor,
         index: Tensor,
-        patch_size: tuple[int, int],
+        cell_size: tuple[int, int],
     ) -> Tensor:
         """Undoes the normalisation with the true statistics of the masked patches.
 
         A picture made this way shows more than the model predicted: brightness and
         contrast of each patch are the image's own.
         """
-        patches = _at_least_float32(gather_patches(images, index, patch_size))
+        patches = at_least_float32(gather_patches(images, index, cell_size))
         mean, std = self.statistics(patches)
         return (prediction * std + mean).to(prediction.dtype)
 
@@ -139,7 +138,7 @@ class PatchNormalizedPixels:
         return mean, (variance + 1e-6).sqrt()
 
 
-class LocallyNormalizedPixels:
+class LocallyNormalizedPixels(PixelTarget):
     """Pixels minus the mean, over the standard deviation, of the window around each.
 
     The window is cut off at the image border, the variance is unbiased, and 1e-6 is
@@ -156,6 +155,7 @@ class LocallyNormalizedPixels:
     """
 
     def __init__(self, window_size: int = 47) -> None:
+        super().__init__()
         if window_size < 3 or window_size % 2 == 0:
             raise ValueError(
                 f"The window of a local normalisation has an odd side of at least 3 "
@@ -164,18 +164,18 @@ class LocallyNormalizedPixels:
         self.window_size = window_size
 
     def __call__(
-        self, images: Tensor, index: Tensor, patch_size: tuple[int, int]
+        self, images: Tensor, index: Tensor, cell_size: tuple[int, int]
     ) -> Tensor:
         """Returns the normalised pixels of the cells, see `Target`."""
         mean, std = self.statistics(images)
-        return gather_patches((images - mean) / std, index, patch_size)
+        return gather_patches((images - mean) / std, index, cell_size)
 
     def to_pixels(
         self,
         prediction: Tensor,
         images: Tensor,
         index: Tensor,
-        patch_size: tuple[int, int],
+        cell_size: tuple[int, int],
     ) -> Tensor:
         """Undoes the normalisation with the true statistics of the images.
 
@@ -183,8 +183,8 @@ class LocallyNormalizedPixels:
         model predicted: local brightness and contrast are the image's own.
         """
         mean, std = self.statistics(images)
-        std = gather_patches(std, index, patch_size)
-        return prediction * std + gather_patches(mean, index, patch_size)
+        std = gather_patches(std, index, cell_size)
+        return prediction * std + gather_patches(mean, index, cell_size)
 
     def statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of the window around each pixel.
@@ -208,7 +208,3 @@ class LocallyNormalizedPixels:
         # Rows, then columns: 2 * size additions per pixel instead of size * size.
         rows = F.avg_pool2d(images, (size, 1), 1, (border, 0), divisor_override=1)
         return F.avg_pool2d(rows, (1, size), 1, (0, border), divisor_override=1)
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

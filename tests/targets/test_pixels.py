@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightly.models import utils
 
 from lightly_mim.patches import gather_patches
@@ -15,6 +17,44 @@ def test_pixels__are_the_pixels() -> None:
     expected = gather_patches(images, INDEX, (8, 8))
     assert torch.equal(Pixels()(images, INDEX, (8, 8)), expected)
     assert Pixels().to_pixels(expected, images, INDEX, (8, 8)) is expected
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_pixels__coarse_ones_equal_plain_loops(factor: int) -> None:
+    images = torch.randn(2, 2, 16, 24, dtype=torch.float64)
+    values = Pixels(factor)(images, INDEX, (8, 8))
+    expected = torch.empty(2, 3, 8 // factor, 8 // factor, 2, dtype=torch.float64)
+    for b, k, y, x, c in np.ndindex(expected.shape):
+        top = int(INDEX[b, k]) // 3 * 8 + y * factor
+        left = int(INDEX[b, k]) % 3 * 8 + x * factor
+        block = images[b, c, top : top + factor, left : left + factor]
+        expected[b, k, y, x, c] = block.sum() / factor**2
+    torch.testing.assert_close(values, expected.flatten(2))
+
+
+def test_pixels__coarse_ones_are_drawn_as_squares() -> None:
+    coarse = torch.randn(2, 3, 4, 6)
+    images = F.interpolate(coarse, scale_factor=4, mode="nearest")
+    target = Pixels(4)
+    values = target(images, INDEX, (8, 8))
+    pixels = target.to_pixels(values, images, INDEX, (8, 8))
+    torch.testing.assert_close(pixels, gather_patches(images, INDEX, (8, 8)))
+
+
+def test_pixels__coarse_ones_of_half_precision_are_averaged_in_float32() -> None:
+    images = torch.randn(2, 3, 16, 24).bfloat16()
+    values = Pixels(8)(images, INDEX, (8, 8))
+    assert values.dtype == torch.float32
+    assert torch.equal(values, Pixels(8)(images.float(), INDEX, (8, 8)))
+
+
+def test_pixels__refuses() -> None:
+    with pytest.raises(ValueError, match="at least 1.*got 0"):
+        Pixels(0)
+    with pytest.raises(ValueError, match="16 x 24 pixels.*16 x 16 .factor=16"):
+        Pixels(16).width((16, 24), 3)
+    with pytest.raises(ValueError, match="8 x 8 pixels.*3 x 3 .factor=3"):
+        Pixels(3)(torch.zeros(2, 3, 16, 24), INDEX, (8, 8))
 
 
 def test_patch_normalized_pixels__equals_lightly() -> None:

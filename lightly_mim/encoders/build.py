@@ -1,0 +1,258 @@
+"""Builds an encoder: any supported timm backbone, by its name or as a module."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import timm
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lightly_mim.encoders.base import MaskedEncoder
+from lightly_mim.encoders.beit import MaskedBeit
+from lightly_mim.encoders.eva import MaskedEva
+from lightly_mim.encoders.swin import MaskedSwin
+from lightly_mim.encoders.transformer import MaskedTransformer
+from lightly_mim.encoders.vit import MaskedViT
+from lightly_mim.patches import Size, grid_size, sincos_positions, to_pair
+
+if TYPE_CHECKING:
+    Encoder = str | nn.Module
+else:
+    # What a command line can pass: its help would list every module of PyTorch.
+    Encoder = str
+
+_FAMILIES: dict[type[nn.Module], type[MaskedTransformer]] = {
+    VisionTransformer: MaskedViT,
+    Beit: MaskedBeit,
+    Eva: MaskedEva,
+    SwinTransformer: MaskedSwin,
+    SwinTransformerV2: MaskedSwin,
+}
+_SUPPORTED = f"Supported are timm's {', '.join(f.__name__ for f in _FAMILIES)}."
+
+
+class UnsupportedModelError(ValueError):
+    """A timm model that cannot encode masked images.
+
+    Attributes:
+        model:
+            The model, as timm built it.
+    """
+
+    def __init__(self, message: str, model: nn.Module) -> None:
+        super().__init__(message)
+        self.model = model
+
+
+def masked_encoder(
+    encoder: Encoder,
+    *,
+    img_size: Size | None = None,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    pos_embed: Literal["learned", "sincos"] | None = None,
+    **options: Any,
+) -> MaskedEncoder:
+    """Builds an encoder from a timm name, or wraps a timm model.
+
+    Args:
+        encoder:
+            timm's name of the model, or the model itself, whose classifier is then
+            removed. A `MaskedEncoder` is returned as it is.
+        img_size:
+            Height and width of the images in pixels, one number for squares. timm's
+            own for that model if None.
+        in_chans:
+            Number of image channels.
+        pretrained:
+            Whether timm loads its pretrained weights.
+        pos_embed:
+            None leaves the absolute positions as timm made them, "learned" asks for
+            learned ones, "sincos" replaces them, pretrained ones too, by fixed 2-D
+            sines and cosines as in MAE, for any aspect ratio.
+        **options:
+            Further arguments of the timm model, such as `depth`, `embed_dim`,
+            `window_size`, `drop_path_rate` or `dynamic_img_size`.
+
+    Returns:
+        The encoder, without a mask token.
+
+    Raises:
+        ValueError: If timm has no such model or cannot build it like that.
+        UnsupportedModelError: A ValueError. If the model is of a family that is not
+            supported, or has a part that a mask does not get along with.
+    """
+    if isinstance(encoder, str):
+        wrapped = _build(encoder, img_size, in_chans, pretrained, options)
+    else:
+        if pretrained or options:
+            raise ValueError(
+                "A model that is passed by hand is used as it is: pass pretrained and "
+                f"{sorted(options)} to timm.create_model instead."
+            )
+        wrapped = encoder if isinstance(encoder, MaskedEncoder) else _wrap(encoder)
+        if img_size is not None and to_pair(img_size, "img_size") != wrapped.img_size:
+            raise ValueError(
+                f"The model was built with img_size={wrapped.img_size}, got "
+                f"img_size={img_size}. Build it for the size that you need."
+            )
+        # 3 is the default, which says nothing about a model that is already built.
+        if in_chans not in (3, wrapped.in_chans):
+            raise ValueError(
+                f"The model was built with in_chans={wrapped.in_chans}, got "
+                f"in_chans={in_chans}. Build it for the channels that you need."
+            )
+    if pos_embed is not None:
+        _set_positions(wrapped, pos_embed)
+    return wrapped
+
+
+def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
+    """Makes an encoder take images of another size, with the weights that it has.
+
+    What fine-tuning at a higher resolution than pretraining needs. timm resamples what
+    depends on the size: absolute positions (bicubic) and tables of relative positions.
+    The windows of a Swin follow, see `MaskedSwin.windows_at`; those that a SwinV2 was
+    trained with stay the unit of its log-spaced coordinates (SwinV2, section 3.3;
+    `pretrained_window_sizes` in timm).
+
+    Args:
+        encoder:
+            The encoder. Its timm model is changed: do not use it any more.
+        img_size:
+            Height and width of the images in pixels, one number for squares.
+
+    Returns:
+        An encoder of that size, on the same device. `options` has what rebuilds it.
+
+    Raises:
+        ValueError: If patches or windows do not tile such images, or if the encoder is
+            not built around a timm transformer.
+    """
+    size = to_pair(img_size, "img_size")
+    if size == encoder.img_size:
+        return encoder
+    if not isinstance(encoder, MaskedTransformer):
+        raise ValueError(
+            f"How to resize a {type(encoder).__name__} is not known: build it with "
+            f"img_size={size} and load the weights."
+        )
+    grid_size(size, encoder.patch_size)  # timm would cut the rest of the image off
+    vit, options = encoder.vit, dict(encoder.options)
+    family = type(vit)
+    windows: dict[str, Any] = {}
+    if isinstance(encoder, MaskedSwin):
+        windows["window_size"] = encoder.windows_at(size)
+    if family is SwinTransformerV2:
+        for stage in vit.layers:
+            for block in stage.blocks:
+                if block.attn.pretrained_window_size == (0, 0):
+                    block.attn.pretrained_window_size = block.attn.window_size
+        options["pretrained_window_sizes"] = [
+            list(stage.blocks[0].attn.pretrained_window_size) for stage in vit.layers
+        ]
+    with warnings.catch_warnings():
+        # How timm's interpolation indexes tables, PyTorch warns of.
+        warnings.filterwarnings("ignore", module="timm.layers.interpolate")
+        vit.set_input_size(size, **windows)
+    if windows:
+        options["window_size"] = [
+            list(stage.blocks[0].window_size) for stage in vit.layers
+        ]
+    resized = type(encoder)(vit)
+    resized.mask_token = encoder.mask_token
+    resized.name, resized.options = encoder.name, options
+    resized.pos_embed = encoder.pos_embed
+    resized.mean, resized.std = encoder.mean, encoder.std
+    return resized
+
+
+def _build(
+    name: str,
+    img_size: Size | None,
+    in_chans: int,
+    pretrained: bool,
+    options: dict[str, Any],
+) -> MaskedEncoder:
+    """Lets timm build a model by its name, and wraps it."""
+    base_name = name.split(".")[0]
+    if ":" not in name and not timm.is_model(base_name):
+        close = difflib.get_close_matches(base_name, timm.list_models())
+        hint = f"Did you mean {' or '.join(close)}?" if close else _SUPPORTED
+        raise ValueError(f"timm has no model '{name}'. {hint}")
+    if "checkpoint_path" in options:
+        raise ValueError(
+            "checkpoint_path would be recorded as if it were part of the architecture: "
+            "load the weights into a timm model and pass the model as encoder."
+        )
+    try:
+        # What is built is what the record of it builds again: JSON has no tuples.
+        options = json.loads(json.dumps(options))
+    except TypeError as error:
+        raise ValueError(
+            f"Options that cannot be written as JSON cannot be recorded: {error}. "
+            "Build the model with timm.create_model and pass it instead of its name."
+        ) from error
+    arguments: dict[str, Any] = {"in_chans": in_chans, **options}
+    if img_size is not None:
+        arguments["img_size"] = to_pair(img_size, "img_size")
+    try:
+        model: Any = timm.create_model(name, pretrained, num_classes=0, **arguments)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"timm cannot build '{name}' with {arguments}: {error}. {_SUPPORTED}"
+        ) from error
+
+    encoder = _wrap(model)
+    encoder.name = name
+    encoder.options = options
+    config = model.pretrained_cfg
+    if pretrained and len(config["mean"]) == in_chans:
+        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
+    return encoder
+
+
+def _wrap(model: nn.Module) -> MaskedEncoder:
+    """Chooses the encoder class of a timm model."""
+    # Exact types: a subclass may embed or attend in another way.
+    if type(model) not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported. {_SUPPORTED}", model
+        )
+    try:
+        return _FAMILIES[type(model)](model)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error), model) from error
+
+
+def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:
+    """Makes the absolute positions learned, or fixed sines and cosines."""
+    if pos_embed not in ("learned", "sincos"):
+        raise ValueError(
+            f"pos_embed is 'learned', 'sincos' or None, got '{pos_embed}'."
+        )
+    positions: nn.Parameter | None = getattr(encoder.vit, "pos_embed", None)
+    if positions is None:
+        raise ValueError(
+            f"{type(encoder.vit).__name__} was built without absolute positions, got "
+            f"pos_embed='{pos_embed}'. Leave pos_embed out."
+        )
+    if pos_embed == "sincos":
+        # With no_embed_class, prefix tokens have no positions.
+        num_prefix = positions.shape[1] - math.prod(encoder.grid)
+        with torch.no_grad():
+            positions.copy_(
+                sincos_positions(encoder.grid, encoder.embed_dim, num_prefix)
+            )
+    positions.requires_grad_(pos_embed == "learned")
+    encoder.pos_embed = pos_embed
