@@ -182,7 +182,10 @@ def plan(name: str, arguments: argparse.Namespace) -> Plan:
         options |= {"patch_size": patch_size} | ENCODER_OPTIONS
         options |= QUICK_ENCODER_OPTIONS if quick else {}
     options |= METHOD_OPTIONS.get(name, {})
-    options |= dict(arguments.encoder_option) | dict(arguments.method_option)
+    own = dict(arguments.encoder_option) | dict(arguments.method_option)
+    if "masking" in own:  # instead of the random one that these are short for
+        options = {k: v for k, v in options.items() if not k.startswith("mask_")}
+    options |= own
     method = METHODS[name]
     # pretrain takes the rate for as many images as the recipe counts by.
     default_lr = LEARNING_RATE * method.recipe().lr_batch_size / BATCH_SIZE

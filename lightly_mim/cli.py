@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import rich
+import yaml
 from jsonargparse import auto_cli, auto_parser
 
 import lightly_mim.methods
@@ -33,6 +34,7 @@ from lightly_mim.evaluation import (
     evaluate_dense,
 )
 from lightly_mim.methods import MaskedImageModel
+from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.preemption import Preempted
 from lightly_mim.pretraining import check_pretraining, pretrain
@@ -119,6 +121,7 @@ def _spell_out(args: Sequence[str]) -> list[str]:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     words = _split(args)
+    _refuse_replaced(words)
     if words and words[0] in COMMANDS:
         words = _join_lists(words, COMMANDS[words[0]])
         words = _say_true(words, COMMANDS[words[0]])
@@ -133,6 +136,22 @@ def _split(words: Sequence[str]) -> list[str]:
         for word in words
         for part in (word.split("=", 1) if word.startswith("--") else [word])
     ]
+
+
+def _refuse_replaced(words: Sequence[str]) -> None:
+    """Raises a ValueError if a configuration is of a version with other arguments."""
+    for option, path in itertools.pairwise(words):
+        if option != "--config" or not Path(path).is_file():
+            continue
+        try:
+            config = yaml.safe_load(Path(path).read_text())
+            method = config["method"]
+            name, arguments = method["class_path"], {**method["init_args"]}
+        except (ValueError, TypeError, KeyError, yaml.YAMLError):
+            continue  # for the parser to say what is wrong
+        known = getattr(lightly_mim.methods, str(name).rpartition(".")[2], None)
+        if known is not None:
+            refuse_replaced(known, arguments)
 
 
 def _say_interrupted(words: Sequence[str]) -> None:

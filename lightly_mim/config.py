@@ -116,8 +116,8 @@ def to_config(value: Any) -> Any:
         return [to_config(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"<{named.__module__}.{named.__qualname__}>"
+    told = value if hasattr(value, "__qualname__") else type(value)
+    return f"<{told.__module__}.{told.__qualname__}>"
 
 
 def _import_path(cls: type) -> str:

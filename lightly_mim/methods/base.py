@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -82,11 +82,7 @@ class MaskedImageModel(Recorded, nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> MaskedImageModel:
         """Refuses arguments of earlier versions, which timm would be asked for."""
         self = super().__new__(cls, *args, **kwargs)
-        unknown = self.init_args.keys() - set(constructor_arguments(cls))
-        for name in cls.replaced.keys() & unknown:
-            raise ValueError(
-                f"{cls.__name__} does not take {name} any more: {cls.replaced[name]}"
-            )
+        refuse_replaced(cls, self.init_args)
         return self
 
     # Not the one line of other recorded objects, but the tree of a module.
@@ -205,7 +201,9 @@ class MaskedImageModel(Recorded, nn.Module):
         mask.on(self.encoder.grid)
 
     def fit_target(self, sample: Callable[[], Tensor]) -> None:
-        """Lets the target learn from images before the training starts, if it does.
+        """Lets a target that learns from images do so before the training starts.
+
+        One that has learned already (`fitted`) is left as it is.
 
         Args:
             sample:
@@ -213,7 +211,7 @@ class MaskedImageModel(Recorded, nn.Module):
                 tensor with shape (num_images, channels, height, width).
         """
         fit = getattr(self.target, "fit", None)
-        if fit is not None:
+        if fit is not None and not getattr(self.target, "fitted", False):
             fit(sample())
 
     def after_step(self, progress: float) -> None:
@@ -284,6 +282,22 @@ def _image_size(images: Tensor) -> tuple[int, int]:
     return images.shape[-2], images.shape[-1]
 
 
+def refuse_replaced(cls: type[MaskedImageModel], names: Iterable[str]) -> None:
+    """Raises a ValueError for arguments of earlier versions, saying what to do.
+
+    Args:
+        cls:
+            The method.
+        names:
+            The arguments that it is given.
+    """
+    unknown = set(names) - set(constructor_arguments(cls))
+    for name in sorted(cls.replaced.keys() & unknown):
+        raise ValueError(
+            f"{cls.__name__} does not take {name} any more: {cls.replaced[name]}"
+        )
+
+
 def choose_masking(
     masking: Masking | None,
     mask_patch_size: Size | None,
@@ -305,18 +319,18 @@ def choose_masking(
     Raises:
         ValueError: If a masking and one of the others are given.
     """
-    if masking is None:
-        return RandomMasking(
-            default.mask_patch_size if mask_patch_size is None else mask_patch_size,
-            default.ratio if mask_ratio is None else mask_ratio,
-        )
-    if mask_patch_size is not None or mask_ratio is not None:
+    if mask_patch_size is None and mask_ratio is None:
+        return choose_part(masking, default, "masking")
+    if masking is not None:
         raise ValueError(
             "mask_patch_size and mask_ratio are short for masking=RandomMasking("
             "mask_patch_size, ratio): say them in the masking, got both them and "
             f"{masking!r}."
         )
-    return choose_part(masking, default, "masking")
+    return RandomMasking(
+        default.mask_patch_size if mask_patch_size is None else mask_patch_size,
+        default.ratio if mask_ratio is None else mask_ratio,
+    )
 
 
 PartT = TypeVar("PartT", Masking, Target, Head, Loss)
@@ -345,10 +359,11 @@ def choose_part(part: PartT | None, default: PartT, name: str) -> PartT:
             f"line its class is named by --method.{name} and its arguments by "
             f"--method.{name}.ARGUMENT."
         )
-    needed = ("width", "num_classes") if isinstance(default, Target) else ()
-    if any(not hasattr(part, attribute) for attribute in needed):
+    if isinstance(default, Target) and not (
+        hasattr(part, "width") and hasattr(part, "num_classes")
+    ):
         raise ValueError(
-            f"A target has {' and '.join(needed)} besides its call: derive yours from "
+            "A target has width and num_classes besides its call: derive yours from "
             f"lightly_mim.targets.Target, got {part!r}."
         )
     if isinstance(default, Head) and isinstance(part, nn.Module):

@@ -19,9 +19,7 @@ class Target(Recorded, ABC):
     choose from. In the latter case a method predicts `num_classes` values (logits) for
     each of them, those of one class decision behind each other.
 
-    One that learns from images before the training starts has a method `fit(images)`,
-    which takes a sample of training images, and keeps what it learned in the buffers of
-    a `torch.nn.Module`.
+    One that learns from images before the training starts is a `LearnedTarget`.
 
     Attributes:
         num_classes:

@@ -35,18 +35,23 @@ class LearnedTarget(Target, nn.Module):
             ValueError: If the images do not suffice.
         """
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it has learned from images."""
+        return next(self.buffers()).shape[-1] > 0
+
     def check_fitted(self, in_chans: int) -> None:
         """Checks that images of that many channels were seen.
 
         Raises:
             ValueError: If none were, or others.
         """
-        learned = next(self.buffers()).shape[-1]
-        if learned == 0:
+        if not self.fitted:
             raise ValueError(
                 f"{self} has not seen any images: call its fit(images) before, with a "
                 "sample of training images, normalised and not augmented."
             )
+        learned = next(self.buffers()).shape[-1]
         if learned != in_chans:
             raise ValueError(
                 f"{self} was fitted on images of {learned} channel(s), got images of "

@@ -14,6 +14,7 @@ import pytest
 import torchvision
 import yaml
 
+from lightly_mim.losses import SmoothL1
 from lightly_mim.methods import SimMIM
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -76,7 +77,10 @@ def test_main__takes_the_recipe(finished: Path) -> None:
     assert config["recipe"]["source"].endswith("vit_base__800ep")
     init = config["method"]["init_args"]
     assert init["encoder"] == "beit_base_patch16_224"
-    assert (init["mask_patch_size"], init["mask_ratio"]) == (32, 0.6)
+    assert init["masking"] == {
+        "class_path": "lightly_mim.masking.RandomMasking",
+        "init_args": {"mask_patch_size": 32, "ratio": 0.6},
+    }
     options = config["method"]["dict_kwargs"]
     assert options["use_shared_rel_pos_bias"] is True
     assert options["depth"] == 2
@@ -201,10 +205,8 @@ def test_main__two_methods_in_one_table(
     class Smooth(SimMIM):
         """A method that the scripts have never heard of."""
 
-        def __init__(
-            self, encoder: str, loss: Any = "smooth_l1", **options: Any
-        ) -> None:
-            super().__init__(encoder, loss=loss, **options)
+        def __init__(self, encoder: str, beta: float = 1.0, **options: Any) -> None:
+            super().__init__(encoder, loss=SmoothL1(beta), **options)
 
     monkeypatch.setitem(script.METHODS, "Smooth", Smooth)
     words = [*TINY, "--data-dir", str(data_dir), "--method", "SimMIM", "Smooth"]

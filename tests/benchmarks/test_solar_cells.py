@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +95,36 @@ def test_plan__constants(script: ModuleType, method: str) -> None:
     assert rate == pytest.approx(script.LEARNING_RATE)
 
 
+def test_plan__parts_of_a_method(script: ModuleType) -> None:
+    mixture = "MixtureMasking([RandomMasking(16, .5), BlockMasking(16, ratio=.5)])"
+    words = [f"masking={mixture}", "target=HOG()", "loss=SmoothL1(beta=2)"]
+    method = plan_of(script, "--method-option", *words).build()
+    assert [(type(m).__name__, m.ratio) for m in method.masking.maskings] == [
+        ("RandomMasking", 0.5),
+        ("BlockMasking", 0.5),
+    ]
+    assert type(method.target).__name__ == "HOG"
+    assert method.loss.beta == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("masking=BlokMasking(16)", "no part 'BlokMasking'; there are: .*BlockMasking"),
+        ("masking=BlockMasking(16, 2)", "mask ratio lies strictly between 0 and 1"),
+        ("loss=SmoothL1(gamma=2)", "gamma"),
+        ("target=__import__('os').getcwd()", "target is an object such as"),
+        ("masking=open('x')", "no part 'open'"),
+    ],
+)
+def test_plan__refuses_parts(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], word: str, message: str
+) -> None:
+    with pytest.raises((SystemExit, ValueError)) as ended:
+        plan_of(script, "--method-option", word).build()
+    assert re.search(message, capsys.readouterr().err + str(ended.value))
+
+
 def test_plan__options_win(script: ModuleType) -> None:
     plan = plan_of(
         script,
@@ -103,7 +134,7 @@ def test_plan__options_win(script: ModuleType) -> None:
     method = plan.build()
     assert method.encoder.num_layers == 1
     assert method.encoder.img_size == (72, 72)
-    assert method.init_args["mask_ratio"] == 0.3
+    assert method.masking.ratio == 0.3
     assert plan.pretraining["epochs"] == 3
     assert plan.pretraining["lr"] == 0.5
     assert plan.pretraining["batch_size"] == 8
