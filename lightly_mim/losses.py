@@ -126,7 +126,7 @@ def choose_loss(loss: Loss | None, num_classes: int | None, default: Loss) -> Lo
     discrete = num_classes is not None
     if loss is None:
         return CrossEntropy() if discrete else default
-    if not callable(loss):
+    if isinstance(loss, type) or not callable(loss):
         raise ValueError(f"A loss is L1(), L2(), SmoothL1() or the like, got {loss!r}.")
     if getattr(loss, "for_classes", False) != discrete:
         needed = "classes, which need CrossEntropy()" if discrete else "numbers"

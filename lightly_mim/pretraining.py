@@ -52,7 +52,7 @@ from lightly_mim.data import (
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.features import batch_images, normalize_images
-from lightly_mim.masking import Mask
+from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
@@ -760,7 +760,7 @@ class _Images(pl.LightningDataModule):
             val_transform=self.eval_transform,
             in_chans=encoder.in_chans,
             on_error=on_error,
-            min_size=getattr(method.masking, "mask_patch_size", encoder.patch_size),
+            min_size=_smallest(method),
         )
         if not validate:
             self.val = None
@@ -850,12 +850,19 @@ class _Images(pl.LightningDataModule):
         )
 
 
+def _smallest(method: MaskedImageModel) -> tuple[int, int]:
+    """Returns the size of the smallest images that are worth training on."""
+    masking = method.masking
+    unit = masking.mask_patch_size if isinstance(masking, UnitMasking) else None
+    return unit or method.encoder.patch_size
+
+
 def _drawing(
     images: _Images, directory: Path, every_n_epochs: int
 ) -> list[ReconstructionPictures]:
     """Returns the callback that draws reconstructions, if the target can be drawn."""
     target = images.method.target
-    if not getattr(target, "drawable", True):
+    if not getattr(target, "drawable", False):
         print(
             f"No pictures of reconstructions: {type(target).__name__} does not say "
             "what a patch looks like."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
-from lightly_mim.masking import RandomMasking, mask_to_index
+from lightly_mim.masking import RandomMasking
 from lightly_mim.patches import sincos_positions
 
 
@@ -27,7 +27,7 @@ def test_decode_masked__equals_lightlys_decoder(num_prefix_tokens: int) -> None:
     ours.load_state_dict(lightlys.state_dict())
 
     mask = RandomMasking(1, 0.75)(2, (4, 4))
-    idx_keep, idx_mask = mask_to_index(mask, 12, num_prefix_tokens)
+    idx_keep, idx_mask = mask.token_index(num_prefix_tokens)
     tokens = torch.randn(2, num_prefix_tokens + 4, 24)
     sequence = repeat_token(lightlys.mask_token, (2, num_prefix_tokens + 16))
     sequence = set_at_index(sequence, idx_keep, tokens)

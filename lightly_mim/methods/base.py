@@ -68,7 +68,8 @@ class MaskedImageModel(Recorded, nn.Module):
             Published settings by name. The first one is the default; without any,
             `pretrain` needs a `Recipe` as recipe.
         replaced:
-            What to say instead of arguments that the method took once, by their names.
+            What to say instead of arguments that the method took once, or that its
+            relatives take, by their names.
     """
 
     num_views: ClassVar[int] = 1
@@ -283,7 +284,7 @@ def _image_size(images: Tensor) -> tuple[int, int]:
 
 
 def refuse_replaced(cls: type[MaskedImageModel], names: Iterable[str]) -> None:
-    """Raises a ValueError for arguments of earlier versions, saying what to do.
+    """Raises a ValueError for arguments of other versions or methods, with what to do.
 
     Args:
         cls:
@@ -293,9 +294,7 @@ def refuse_replaced(cls: type[MaskedImageModel], names: Iterable[str]) -> None:
     """
     unknown = set(names) - set(constructor_arguments(cls))
     for name in sorted(cls.replaced.keys() & unknown):
-        raise ValueError(
-            f"{cls.__name__} does not take {name} any more: {cls.replaced[name]}"
-        )
+        raise ValueError(f"{cls.__name__} does not take {name}: {cls.replaced[name]}")
 
 
 def choose_masking(

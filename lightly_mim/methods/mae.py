@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
 from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
 from lightly_mim.losses import L2, Loss, choose_loss, masked_loss
-from lightly_mim.masking import Mask, Masking, RandomMasking
+from lightly_mim.masking import Mask, Masking, RandomMasking, UnitMasking
 from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
@@ -100,6 +100,8 @@ class MAE(MaskedImageModel):
     """
 
     replaced: ClassVar[Mapping[str, str]] = {
+        "head": "one linear layer follows its decoder; choose decoder_depth.",
+        "region": "it measures the masked patches alone.",
         "norm_pix": "pass target=Pixels() for False, and no target for True.",
         "sampling": "pass masking=BlockMasking(...) or masking=GridMasking(...), and "
         "no masking for 'random'.",
@@ -238,11 +240,13 @@ def _check_encoder(encoder: MaskedEncoder) -> None:
 
 def _check_unit(masking: Masking, patch_size: tuple[int, int]) -> None:
     """Raises a ValueError if the masking says that it cuts patches in pieces."""
-    unit = getattr(masking, "mask_patch_size", None)
-    if unit is not None and (unit[0] % patch_size[0] or unit[1] % patch_size[1]):
+    if not isinstance(masking, UnitMasking):
+        return
+    (p, q), (height, width) = patch_size, masking.mask_patch_size
+    if height % p or width % q:
         raise ValueError(
             "MAE masks whole patches of the encoder: mask_patch_size is a multiple of "
-            f"{patch_size[0]} x {patch_size[1]}, got {unit[0]} x {unit[1]}."
+            f"{p} x {q}, got {height} x {width}."
         )
 
 

@@ -29,7 +29,7 @@ class Target(Recorded, ABC):
     """
 
     num_classes: int | None = None
-    drawable: ClassVar[bool] = True
+    drawable: ClassVar[bool] = False
 
     @abstractmethod
     def width(self, cell_size: tuple[int, int], in_chans: int) -> int:

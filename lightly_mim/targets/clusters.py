@@ -7,6 +7,7 @@ or block of pixels, in the order of `lightly_mim.patches`.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +65,8 @@ class ColorClusters(LearnedTarget):
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    drawable: ClassVar[bool] = True
 
     num_classes: int
     centroids: Tensor

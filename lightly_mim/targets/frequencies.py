@@ -6,6 +6,7 @@ Shapes: B images, C channels, K cells of (p, q) pixels, D = size * size * C valu
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class LowFrequencies(Target):
     Raises:
         ValueError: If the size is below 1.
     """
+
+    drawable: ClassVar[bool] = True
 
     def __init__(self, size: int) -> None:
         super().__init__()

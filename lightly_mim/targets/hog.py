@@ -7,7 +7,6 @@ orientations, D = p / f * q / f * C * R values per cell.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +44,6 @@ class HOG(Target):
     Raises:
         ValueError: If an argument is out of range.
     """
-
-    drawable: ClassVar[bool] = False
 
     def __init__(self, num_orientations: int = 9, pixels_per_cell: int = 8) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ the order of `lightly_mim.patches`.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ class PixelTarget(Target):
         factor:
             Side of the blocks in pixels.
     """
+
+    drawable: ClassVar[bool] = True
 
     factor: int = 1
 

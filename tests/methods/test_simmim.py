@@ -3,13 +3,14 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     SwinConfig,
     SwinForMaskedImageModeling,
@@ -17,10 +18,16 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
+from lightly_mim.config import to_config
 from lightly_mim.encoders import masked_encoder
-from lightly_mim.masking import RandomMasking, expand_mask
+from lightly_mim.losses import L1, L2, Loss, SmoothL1
+from lightly_mim.masking import Mask, RandomMasking
 from lightly_mim.methods import SimMIM
 from lightly_mim.methods.base import MaskedImageModel
+from lightly_mim.patches import gather_patches
+from lightly_mim.targets import LocallyNormalizedPixels, Target
+
+Size = tuple[int, int]
 
 VIT: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
@@ -145,7 +152,7 @@ def test_loss_and_gradients__equal_hugging_face(
     pixels = images(model.encoder.img_size)
     mask = model.draw_mask(pixels)
     size = model.encoder.img_size[0] // model.encoder.patch_size[0]
-    bool_masked_pos = expand_mask(mask, (size, size)).flatten(1)
+    bool_masked_pos = mask.on((size, size)).cells.flatten(1)
 
     output = model(pixels, mask)
     hf_output = hf(pixel_values=pixels, bool_masked_pos=bool_masked_pos)
@@ -162,7 +169,7 @@ def test_loss_and_gradients__equal_hugging_face(
         assert (ours - parameter.grad).abs().max() <= 1e-5 * largest, name
 
     # And the picture: Hugging Face paints every cell, ours the masked ones.
-    pixel_mask = expand_mask(mask, model.encoder.img_size)[:, None]
+    pixel_mask = mask.pixels(model.encoder.img_size)
     expected = torch.where(pixel_mask, hf_output.reconstruction, pixels)
     torch.testing.assert_close(
         model.reconstruct(pixels, mask), expected, rtol=1e-4, atol=1e-5
@@ -172,66 +179,183 @@ def test_loss_and_gradients__equal_hugging_face(
 # The formula, once more and slowly.
 
 
-def plain_loss(model: SimMIM, pixels: Tensor, mask: Tensor, loss: str) -> Tensor:
+LOSSES: dict[str, tuple[Loss, Callable[[float], float]]] = {
+    "l1": (L1(), abs),
+    "l2": (L2(), lambda d: d**2),
+    "smooth_l1": (
+        SmoothL1(),
+        lambda d: d**2 / 2 if abs(d) < 1 else abs(d) - 0.5,
+    ),
+    "smooth_l1, beta": (
+        SmoothL1(0.2),
+        lambda d: d**2 / 0.4 if abs(d) < 0.2 else abs(d) - 0.1,
+    ),
+}
+
+
+def counting_pixels(model: SimMIM, pixels: Tensor, mask: Tensor) -> list[Any]:
+    """Says which pixels [b][y][x] the loss sees."""
+    height, width = pixels.shape[-2:]
+    mh, mw = height // mask.shape[1], width // mask.shape[2]
+    return [
+        [
+            [
+                {
+                    "masked": rows[y // mh][x // mw],
+                    "all": True,
+                    "visible": not rows[y // mh][x // mw],
+                }[model.region]
+                for x in range(width)
+            ]
+            for y in range(height)
+        ]
+        for rows in mask.tolist()
+    ]
+
+
+@torch.no_grad()
+def plain_loss(
+    model: SimMIM, pixels: Tensor, mask: Tensor, measure: Callable[[float], float]
+) -> float:
     """A head on every cell, and a mask of pixels that picks what counts."""
     encoder = model.encoder
     (p, q), channels = encoder.stride, encoder.in_chans
     h, w = pixels.shape[2] // p, pixels.shape[3] // q
     tokens = encoder.encode_masked(pixels, mask)[:, -h * w :]
-    cells = model.head(tokens).view(len(pixels), h, w, p, q, channels)
-    total, count = torch.zeros(()), 0
-    mh, mw = pixels.shape[2] // mask.shape[1], pixels.shape[3] // mask.shape[2]
-    painted = cells.permute(0, 5, 1, 3, 2, 4).reshape(pixels.shape)
-    for b in range(len(pixels)):
-        for y in range(pixels.shape[2]):
-            for x in range(pixels.shape[3]):
-                if mask[b, y // mh, x // mw] or model.region == "all":
-                    d = painted[b, :, y, x] - pixels[b, :, y, x]
-                    total = (
-                        total
-                        + {
-                            "l1": d.abs(),
-                            "l2": d**2,
-                            "smooth_l1": torch.where(
-                                d.abs() < 1, d**2 / 2, d.abs() - 0.5
-                            ),
-                        }[loss].sum()
-                    )
-                    count += 1
-    return total / count / channels
+    cells = model.head(tokens, (h, w)).view(len(pixels), h, w, p, q, channels)
+    painted = cells.permute(0, 5, 1, 3, 2, 4).reshape(pixels.shape).tolist()
+    counts = counting_pixels(model, pixels, mask)
+    total, count = 0.0, 0
+    for b, image in enumerate(pixels.tolist()):
+        for c, channel in enumerate(image):
+            for y, row in enumerate(channel):
+                for x, pixel in enumerate(row):
+                    if counts[b][y][x]:
+                        total += measure(painted[b][c][y][x] - pixel)
+                        count += 1
+    return total / count
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2", "smooth_l1"])
-@pytest.mark.parametrize("region", ["masked", "all"])
-@pytest.mark.parametrize(
-    ("options", "size", "channels", "mask_patch_size"),
-    [
-        ({**VIT, "img_size": (32, 64)}, (32, 64), 3, 16),
-        ({**VIT, "img_size": (64, 32)}, (64, 32), 1, 32),
-        # Mask patches smaller than a cell, so that cells are masked in part.
-        ({**SWIN, "img_size": 64, "depths": (1, 1, 1, 1)}, (64, 64), 2, 16),
-    ],
-)
+REGIONS = ["masked", "all", "visible"]
+GEOMETRIES = [
+    ({**VIT, "img_size": (32, 64)}, (32, 64), 3, 16),
+    ({**VIT, "img_size": (64, 32)}, (64, 32), 1, 32),
+    # Mask patches smaller than a cell, so that cells are masked in part.
+    ({**SWIN, "img_size": 64, "depths": (1, 1, 1, 1)}, (64, 64), 2, 16),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize(("options", "size", "channels", "mask_patch_size"), GEOMETRIES)
 def test_loss__equals_plain_loops(
     options: dict[str, Any],
     size: tuple[int, int],
     channels: int,
     mask_patch_size: int,
     region: Any,
-    loss: Any,
+    loss: str,
 ) -> None:
     torch.manual_seed(0)
+    part, formula = LOSSES[loss]
     model = SimMIM(
         **options,
         in_chans=channels,
         mask_patch_size=mask_patch_size,
         mask_ratio=0.4,
         region=region,
-        loss=loss,
+        loss=part,
     ).eval()
     pixels = images(size, channels)
     mask = model.draw_mask(pixels)
-    expected = plain_loss(model, pixels, mask, loss)
+    expected = torch.tensor(plain_loss(model, pixels, mask.cells, formula))
+    torch.testing.assert_close(model(pixels, mask).loss, expected)
+
+
+class MeanColors(Target):
+    """Four values for a cell, of which none is a pixel: its mean twice, and zeros."""
+
+    def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
+        return 4
+
+    def __call__(
+        self, images: Tensor, index: Tensor, cell_size: tuple[int, int]
+    ) -> Tensor:
+        mean = gather_patches(images, index, cell_size).mean(dim=-1, keepdim=True)
+        return torch.cat([mean, mean, 0 * mean, 0 * mean], dim=-1)
+
+
+class Brightness(Target):
+    """Two choices for a cell: dark, medium or bright, and the other way round."""
+
+    num_classes = 3
+
+    def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
+        return 2
+
+    def __call__(
+        self, images: Tensor, index: Tensor, cell_size: tuple[int, int]
+    ) -> Tensor:
+        mean = gather_patches(images, index, cell_size).mean(dim=-1, keepdim=True)
+        levels = (mean > -0.01).long() + (mean > 0.01).long()
+        return torch.cat([levels, 2 - levels], dim=-1)
+
+
+def plain_cell_loss(model: SimMIM, pixels: Tensor, mask: Tensor) -> Tensor:
+    """The loss of targets above, where a cell counts by the share of its pixels."""
+    (p, q), prefix = model.encoder.stride, model.encoder.num_prefix_tokens
+    h, w = pixels.shape[2] // p, pixels.shape[3] // q
+    tokens = model.encoder.encode_masked(pixels, mask)
+    counts = counting_pixels(model, pixels, mask)
+    total, weights = torch.zeros(()), 0.0
+    for b in range(len(pixels)):
+        for i in range(h):
+            for j in range(w):
+                rows, columns = slice(p * i, p * i + p), slice(q * j, q * j + q)
+                mean = pixels[b, :, rows, columns].mean()
+                share = sum(sum(row[columns]) for row in counts[b][rows]) / (p * q)
+                token = tokens[b, prefix + i * w + j]
+                values = functional.linear(token, model.head.weight, model.head.bias)
+                if isinstance(model.target, MeanColors):
+                    wanted = torch.stack([mean, mean, 0 * mean, 0 * mean])
+                    losses = (values - wanted).abs()
+                else:
+                    level = int(mean > -0.01) + int(mean > 0.01)
+                    losses = torch.stack(
+                        [
+                            values[:3].logsumexp(0) - values[level],
+                            values[3:].logsumexp(0) - values[3 + 2 - level],
+                        ]
+                    )
+                total = total + share * losses.sum()
+                weights += share * len(losses)
+    return total / weights
+
+
+@pytest.mark.parametrize("target", [MeanColors(), Brightness()])
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize(("options", "size", "channels", "mask_patch_size"), GEOMETRIES)
+def test_loss__of_cells_equals_plain_loops(
+    options: dict[str, Any],
+    size: tuple[int, int],
+    channels: int,
+    mask_patch_size: int,
+    region: Any,
+    target: Target,
+) -> None:
+    torch.manual_seed(0)
+    model = SimMIM(
+        **options,
+        in_chans=channels,
+        masking=RandomMasking(mask_patch_size, 0.4),
+        region=region,
+        target=target,
+    ).eval()
+    # Far from zero, so that the logits say something.
+    model.head.weight.data *= 20
+    pixels = images(size, channels)
+    mask = model.draw_mask(pixels)
+    expected = plain_cell_loss(model, pixels, mask.cells)
     torch.testing.assert_close(model(pixels, mask).loss, expected)
 
 
@@ -250,7 +374,7 @@ def test_output(options: dict[str, Any]) -> None:
     assert output.target.shape == output.prediction.shape
     assert output.index.shape == (2, num_cells)
     assert output.weight is None
-    grid = expand_mask(output.mask, (cells, cells)).flatten(1)
+    grid = output.mask.on((cells, cells)).cells.flatten(1)
     picked = torch.zeros_like(grid).scatter(1, output.index, True)
     assert torch.equal(picked, grid)
 
@@ -267,18 +391,22 @@ def test_forward__does_not_see_the_masked_pixels() -> None:
     model = SimMIM(**VIT).eval()
     pixels = images()
     mask = model.draw_mask(pixels)
-    hidden = torch.where(expand_mask(mask, (64, 64))[:, None], 100.0, pixels)
+    hidden = torch.where(mask.pixels((64, 64)), 100.0, pixels)
     prediction = model(pixels, mask).prediction
     assert torch.equal(model(hidden, mask).prediction, prediction)
 
 
-def test_forward__known_count_gives_the_same() -> None:
+def test_forward__a_bool_tensor_gives_the_same() -> None:
     model = SimMIM(**VIT).eval()
     pixels = images()
     mask = model.draw_mask(pixels)
     expected = model(pixels, mask)
-    output = model(pixels, mask, model.num_masked(pixels))
+    output = model(pixels, mask.cells)
     assert torch.equal(output.loss, expected.loss)
+    assert isinstance(output.mask, Mask)
+    assert output.mask.count == expected.mask.count == mask.count
+    picture = model.reconstruct(pixels, mask.cells)
+    assert torch.equal(picture, model.reconstruct(pixels, mask))
 
 
 def test_forward__takes_a_mask_of_another_ratio() -> None:
@@ -290,7 +418,7 @@ def test_forward__takes_a_mask_of_another_ratio() -> None:
 
 
 def test_norm_target__is_what_the_loss_sees() -> None:
-    model = SimMIM(**VIT, norm_target_window=47).eval()
+    model = SimMIM(**VIT, target=LocallyNormalizedPixels(47)).eval()
     pixels = images() * 3 + 1
     output = model(pixels)
     assert output.target.mean().abs() < 0.1
@@ -319,7 +447,7 @@ def test_compile__gives_the_same_loss() -> None:
     expected = model(pixels, mask).loss
     keys = list(model.state_dict())
     model.compile(backend="aot_eager", fullgraph=True)
-    loss = model(pixels, mask, model.num_masked(pixels)).loss
+    loss = model(pixels, mask).loss
     torch.testing.assert_close(loss, expected)
     assert list(model.state_dict()) == keys
 
@@ -339,7 +467,7 @@ def test_clones__are_equal(clone: Any) -> None:
     model = SimMIM(**VIT).eval()
     other = clone(model)
     mask = model.draw_mask(images())
-    assert other.init_args == model.init_args
+    assert to_config(other) == to_config(model)
     assert torch.equal(other(images(), mask).loss, model(images(), mask).loss)
 
 
@@ -409,14 +537,19 @@ def test_no_weight_decay__names_exist() -> None:
 # Bad input.
 
 
+def test_constructor__says_what_replaced_an_argument() -> None:
+    for value in (47, None):
+        with pytest.raises(ValueError, match=r"LocallyNormalizedPixels\(47\)"):
+            SimMIM(**VIT, norm_target_window=value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "l3"}, "'l1', 'l2', 'smooth_l1'"),
-        ({"region": "half"}, "'masked' or 'all'"),
+        ({"loss": "l3"}, r"L1\(\), L2\(\), SmoothL1\(\).*'l3'"),
+        ({"region": "half"}, "'masked', 'all' or 'visible', got 'half'"),
         ({"mask_ratio": 1.5}, "between 0 and 1"),
         ({"mask_patch_size": 0}, "mask_patch_size"),
-        ({"norm_target_window": 8}, "odd"),
         ({"encoder": "vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
     ],
 )
