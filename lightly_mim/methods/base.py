@@ -38,6 +38,11 @@ class MIMOutput(NamedTuple):
             None if all count.
         mask:
             The mask, with shape (batch_size, mask_height, mask_width).
+        features:
+            Tensor with shape (batch_size, feature_dim) for a probe that looks on, as
+            lightly's `OnlineLinearClassifier`: the encoder's tokens of the masked
+            images, pooled as `forward` of the encoder pools those of whole images,
+            without a gradient. None if the method does not have them at hand.
     """
 
     loss: Tensor
@@ -46,6 +51,7 @@ class MIMOutput(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     weight: Tensor | None
     mask: Mask
+    features: Tensor | None = None
 
 
 class MaskedImageModel(Recorded, nn.Module):

@@ -175,7 +175,8 @@ class MAE(MaskedImageModel):
         idx_keep, idx_mask = patches.token_index(self.encoder.num_prefix_tokens)
 
         # The encoder on the visible patches, the decoder from them to the masked ones.
-        tokens = self.decoder_embed(self.encoder.encode_visible(images, patches))
+        encoded = self.encoder.encode_visible(images, patches)
+        tokens = self.decoder_embed(encoded)
         tokens = self.decoder.decode_masked(tokens, idx_keep, idx_mask, grid)
         prediction = self.head(tokens)
 
@@ -185,7 +186,8 @@ class MAE(MaskedImageModel):
         index, _ = patches.index()
         target = self.target(images, index, self.encoder.patch_size)
         loss = masked_loss(prediction, target, self.loss)
-        return MIMOutput(loss, prediction, target, index, None, mask)
+        features = self.encoder.pool_encoded(encoded)
+        return MIMOutput(loss, prediction, target, index, None, mask, features)
 
     def transform(
         self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
