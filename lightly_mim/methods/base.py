@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -323,6 +324,53 @@ def choose_masking(
             f"{masking!r}."
         )
     return choose_part(masking, default, "masking")
+
+
+def check_unit(method: str, masking: Masking, encoder: MaskedEncoder) -> None:
+    """Checks that a masking takes whole patches of an encoder.
+
+    Args:
+        method:
+            Name of the method, for the error message.
+        masking:
+            The masking. One that does not tell its `mask_patch_size` is not checked.
+        encoder:
+            The encoder.
+
+    Raises:
+        ValueError: If a patch would be masked in part. It names sizes that fit.
+    """
+    for part in getattr(masking, "maskings", [masking]):  # of a mixture
+        unit, patch = getattr(part, "mask_patch_size", None), encoder.patch_size
+        if unit is None or (unit[0] % patch[0] == 0 and unit[1] % patch[1] == 0):
+            continue
+        fitting = [
+            _fitting_unit(*sides)
+            for sides in zip(unit, patch, encoder.stride, encoder.img_size, strict=True)
+        ]
+        (height, width), (p, q) = zip(*fitting, strict=True)
+        raise ValueError(
+            f"{method} masks whole patches of the encoder: mask_patch_size is a "
+            f"multiple of {patch[0]} x {patch[1]}, got {unit[0]} x {unit[1]}. Use for "
+            f"example img_size={_short(height, width)} with "
+            f"mask_patch_size={_short(p, q)}."
+        )
+
+
+def _fitting_unit(unit: int, patch: int, stride: int, side: int) -> tuple[int, int]:
+    """Returns (side, unit) near those given, where units are of whole patches."""
+    units = range(patch, side // 2 + 1, patch)
+    near = [each for each in units if side % each == 0 and 2 * unit <= 3 * each]
+    near = [each for each in near if 2 * each <= 3 * unit]
+    if near:  # the image can stay as it is
+        return side, min(near, key=lambda each: abs(each - unit))
+    unit = max(round(unit / patch), 1) * patch
+    both = math.lcm(unit, stride)
+    return max(side // both, 1) * both, unit
+
+
+def _short(height: int, width: int) -> int | tuple[int, int]:
+    return height if height == width else (height, width)
 
 
 PartT = TypeVar("PartT", Masking, Target, Head, Loss)

@@ -23,6 +23,7 @@ from lightly_mim.masking import Mask, Masking, RandomMasking
 from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
+    check_unit,
     choose_masking,
     choose_part,
 )
@@ -123,6 +124,7 @@ class SimMIM(MaskedImageModel):
         self.encoder: MaskedEncoder = masked_encoder(
             encoder, img_size=img_size, in_chans=in_chans, **encoder_options
         )
+        check_unit(type(self).__name__, self.masking, self.encoder)
         self.encoder.add_mask_token()
         self.encoder.pool = "mean"  # the loss never trains a class token
         head = choose_part(head, LinearHead(), "head")
