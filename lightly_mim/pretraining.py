@@ -128,6 +128,21 @@ class Pretraining(pl.LightningModule):
             # Not torch.compile(method), which would rename the keys of its state.
             self.method.compile()
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the encoder's features, as lightly's classifiers ask for them.
+
+        Args:
+            images:
+                Tensor with shape (batch_size, channels, height, width). uint8 images
+                are normalised.
+
+        Returns:
+            Tensor with shape (batch_size, feature_dim), see `MaskedEncoder.forward`.
+        """
+        encoder = self.method.encoder
+        features: Tensor = encoder(normalize_images(images, encoder.mean, encoder.std))
+        return features
+
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Computes the loss of a batch, and returns the mask beside it."""
         views = self._views(batch, self.method.num_views)

@@ -31,8 +31,8 @@ class EncoderCheckpoint(NamedTuple):
         spec:
             What `lightly_mim.encoders.masked_encoder` builds the encoder from: `name`
             (None if the model was passed by hand), `img_size`, `in_chans`, `options`
-            and `pos_embed`; besides `mean` and `std` of the images and the `version`
-            of lightly_mim that wrote the file.
+            and `pos_embed`; besides `mean` and `std` of the images, the `pool` of the
+            encoder and the `version` of lightly_mim that wrote the file.
     """
 
     state_dict: dict[str, Tensor]
@@ -54,6 +54,7 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         "pos_embed": encoder.pos_embed,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
+        "pool": encoder.pool,
         "version": importlib.metadata.version("lightly-mim"),
     }
 

@@ -5,6 +5,7 @@ from lightly_mim.encoders.base import MaskedEncoder
 from lightly_mim.encoders.build import (
     Encoder,
     UnsupportedModelError,
+    can_drop_tokens,
     masked_encoder,
     resize_encoder,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "MaskedEncoder",
     "Pool",
     "UnsupportedModelError",
+    "can_drop_tokens",
     "choose_attention",
     "masked_encoder",
     "pool_tokens",

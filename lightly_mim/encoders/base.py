@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightly_mim.encoders.attention import choose_attention
 from lightly_mim.encoders.pooling import AnyPool as AnyPool
 from lightly_mim.encoders.pooling import Pool as Pool
-from lightly_mim.encoders.pooling import pool_tokens
+from lightly_mim.encoders.pooling import check_pool, pool_tokens
 from lightly_mim.masking import Mask
 from lightly_mim.patches import Size, grid_size, to_pair
 
@@ -69,8 +69,13 @@ class MaskedEncoder(ABC, nn.Module):
             Number of class and register tokens in front of the cells' tokens.
         has_class_token:
             Whether the first prefix token is a class token.
+        pool:
+            The pooling of `forward`, see `pool_tokens`: what timm's `global_pool` says
+            of the model, the mean where it says nothing. SimMIM sets it to the mean.
         mean:
-            Per channel, what is subtracted from images with values in [0, 1].
+            Per channel, what is subtracted from images with values in [0, 1]: what
+            timm's `pretrained_cfg` says of pretrained weights and of a model that is
+            passed by hand, else ImageNet's.
         std:
             Per channel, what they are divided by afterwards.
         can_drop_tokens:
@@ -114,12 +119,31 @@ class MaskedEncoder(ABC, nn.Module):
         self.num_layers = num_layers
         self.num_prefix_tokens = num_prefix_tokens
         self.has_class_token = has_class_token
+        self.pool = "mean"
         self.mean, self.std = imagenet_statistics(in_chans)
 
     @property
     def feature_dim(self) -> int:
-        """Size of the features that `forward` and `embed` return."""
-        return self.embed_dim
+        """Size of the features that `forward` returns."""
+        return self.embed_dim * (2 if self.pool == "cls+mean" else 1)
+
+    @property
+    def pool(self) -> Pool:
+        """The pooling of `forward`."""
+        return self._pool
+
+    @pool.setter
+    def pool(self, pool: Pool) -> None:
+        check_pool(pool)
+        self.check_features([-1], [pool])
+        self._pool = pool
+
+    def extra_repr(self) -> str:
+        """Returns what a user asks of an encoder first."""
+        return (
+            f"img_size={self.img_size}, in_chans={self.in_chans}, pool={self.pool!r}, "
+            f"mean={self.mean}, std={self.std}"
+        )
 
     # Encoding.
 
@@ -204,15 +228,27 @@ class MaskedEncoder(ABC, nn.Module):
     # Features.
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns one feature per image, the mean of its cells' tokens.
-
-        lightly's and timm's encoders may return the class token instead. SimMIM never
-        trains it, so this one does not.
+        """Returns one feature per image, pooled as `pool` says.
 
         Returns:
-            Tensor with shape (batch_size, embed_dim).
+            Tensor with shape (batch_size, feature_dim).
         """
-        return self.embed(images)
+        return self.embed(images, self.pool)
+
+    def pool_encoded(self, tokens: Tensor) -> Tensor | None:
+        """Returns what `forward` would make of tokens that are encoded already.
+
+        For a probe that looks on while a method trains. No gradient flows through it.
+
+        Args:
+            tokens:
+                What `encode_masked` or `encode_visible` returned.
+
+        Returns:
+            Tensor with shape (batch_size, feature_dim), or None if the tokens do not
+            tell: a model that normalises the mean has normalised each token here.
+        """
+        return pool_tokens(tokens.detach(), self.num_prefix_tokens, self.pool)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Returns the encoded cells as a picture.
@@ -421,16 +457,43 @@ class MaskedEncoder(ABC, nn.Module):
         return []
 
 
-def imagenet_statistics(
-    in_chans: int,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def pretrained_statistics(model: nn.Module, in_chans: int) -> Statistics:
+    """Returns the mean and deviation of images that a timm model was trained with.
+
+    Those of its `pretrained_cfg`, ImageNet's for a model without one. They are averaged
+    over the colours if the model takes another number of channels, for which timm adds
+    up or repeats the weights of the colours.
+
+    Args:
+        model:
+            The model.
+        in_chans:
+            Number of channels.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean"), config.get("std")
+    if not mean or not std:
+        return imagenet_statistics(in_chans)
+    return _for_channels(mean, in_chans), _for_channels(std, in_chans)
+
+
+def imagenet_statistics(in_chans: int) -> Statistics:
     """Returns ImageNet's mean and deviation, averaged over colours unless RGB.
 
     Args:
         in_chans:
             Number of channels.
     """
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if in_chans == len(mean):
-        return tuple(mean), tuple(std)
-    return (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
+    return (
+        _for_channels(IMAGENET_DEFAULT_MEAN, in_chans),
+        _for_channels(IMAGENET_DEFAULT_STD, in_chans),
+    )
+
+
+def _for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    if len(values) == in_chans:
+        return tuple(map(float, values))
+    return (sum(values) / len(values),) * in_chans

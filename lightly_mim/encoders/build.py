@@ -10,14 +10,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
+from lightly.models.modules.masked_vision_transformer_timm import (
+    MaskedVisionTransformerTIMM,
+)
+from lightly.models.modules.masked_vision_transformer_torchvision import (
+    MaskedVisionTransformerTorchvision,
+)
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.models import VisionTransformer as TorchvisionViT
 
-from lightly_mim.encoders.base import MaskedEncoder
+from lightly_mim.encoders.base import (
+    MaskedEncoder,
+    imagenet_statistics,
+    pretrained_statistics,
+)
 from lightly_mim.encoders.beit import MaskedBeit
 from lightly_mim.encoders.eva import MaskedEva
 from lightly_mim.encoders.swin import MaskedSwin
@@ -68,7 +79,8 @@ def masked_encoder(
     Args:
         encoder:
             timm's name of the model, or the model itself, whose classifier is then
-            removed. A `MaskedEncoder` is returned as it is.
+            removed; of lightly's `MaskedVisionTransformerTIMM` its timm model is taken,
+            and its mask token is left behind. A `MaskedEncoder` is returned as it is.
         img_size:
             Height and width of the images in pixels, one number for squares. timm's
             own for that model if None.
@@ -83,6 +95,11 @@ def masked_encoder(
         **options:
             Further arguments of the timm model, such as `depth`, `embed_dim`,
             `window_size`, `drop_path_rate` or `dynamic_img_size`.
+
+    Images are normalised with the mean and deviation that timm's `pretrained_cfg` says
+    of pretrained weights and of a model that is passed by hand, whose weights may be
+    such; with ImageNet's for a model that is built by its name with new weights. `mean`
+    and `std` of the encoder, which print with it, can be set to others.
 
     Returns:
         The encoder, without a mask token.
@@ -115,6 +132,26 @@ def masked_encoder(
     if pos_embed is not None:
         _set_positions(wrapped, pos_embed)
     return wrapped
+
+
+def can_drop_tokens(encoder: Encoder) -> bool:
+    """Returns whether an encoder can leave patches out, without building it.
+
+    Args:
+        encoder:
+            See `masked_encoder`. True for what is not known before it is built.
+    """
+    if isinstance(encoder, MaskedEncoder):
+        return encoder.can_drop_tokens
+    if isinstance(encoder, nn.Module):
+        family = _FAMILIES.get(type(encoder))
+    else:
+        # timm keeps a family's class and the functions of its names in one module.
+        name = encoder.split(".")[0]
+        module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else ""
+        families = (each for each in _FAMILIES if each.__module__ == module)
+        family = _FAMILIES.get(next(families, nn.Module))
+    return family is None or family.can_drop_tokens
 
 
 def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
@@ -174,6 +211,7 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     resized.name, resized.options = encoder.name, options
     resized.pos_embed = encoder.pos_embed
     resized.mean, resized.std = encoder.mean, encoder.std
+    resized.pool = encoder.pool
     return resized
 
 
@@ -216,23 +254,33 @@ def _build(
     encoder = _wrap(model)
     encoder.name = name
     encoder.options = options
-    config = model.pretrained_cfg
-    if pretrained and len(config["mean"]) == in_chans:
-        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
+    if not pretrained:  # weights that were never trained: as the papers do
+        encoder.mean, encoder.std = imagenet_statistics(in_chans)
     return encoder
 
 
 def _wrap(model: nn.Module) -> MaskedEncoder:
     """Chooses the encoder class of a timm model."""
+    if isinstance(model, MaskedVisionTransformerTIMM):
+        model = model.vit
+    if isinstance(model, (MaskedVisionTransformerTorchvision, TorchvisionViT)):
+        raise UnsupportedModelError(
+            f"{type(model).__module__.split('.')[0]}'s {type(model).__name__} is built "
+            "around torchvision's ViT, whose blocks have other names and no hold for a "
+            f"mask. Take timm's, such as 'vit_base_patch16_224'. {_SUPPORTED}",
+            model,
+        )
     # Exact types: a subclass may embed or attend in another way.
     if type(model) not in _FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported. {_SUPPORTED}", model
         )
     try:
-        return _FAMILIES[type(model)](model)
+        encoder = _FAMILIES[type(model)](model)
     except ValueError as error:
         raise UnsupportedModelError(str(error), model) from error
+    encoder.mean, encoder.std = pretrained_statistics(model, encoder.in_chans)
+    return encoder
 
 
 def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:

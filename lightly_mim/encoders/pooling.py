@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Pool = Literal["mean", "cls", "cls+mean"]
 AnyPool = Pool | Literal["tokens"]  # all patch tokens: not pooled at all
@@ -34,8 +34,7 @@ def pool_tokens(
     """
     if pool == "tokens":
         return tokens[:, num_prefix_tokens:]
-    if pool not in get_args(Pool):
-        raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, got '{pool}'.")
+    check_pool(pool)
     mean = tokens[:, num_prefix_tokens:].mean(dim=1)
     if pool == "mean":
         return mean
@@ -45,3 +44,19 @@ def pool_tokens(
         )
     cls = tokens[:, 0]
     return cls if pool == "cls" else torch.cat([cls, mean], dim=-1)
+
+
+def check_pool(pool: str) -> None:
+    """Raises a ValueError if there is no such pool."""
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, got '{pool}'.")
+
+
+def timm_pooling(model: nn.Module) -> str:
+    """Returns what timm's `global_pool` says of a model, "" if it says nothing."""
+    head: Any = getattr(model, "head", None)
+    for owner in (head, model):
+        pool = getattr(owner, "global_pool", None)
+        if pool is not None:
+            return str(getattr(pool, "pool_type", pool))
+    return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightly_mim.encoders.base import AnyPool, MaskedEncoder
-from lightly_mim.encoders.pooling import pool_tokens
+from lightly_mim.encoders.pooling import Pool, pool_tokens, timm_pooling
 from lightly_mim.masking import Mask
 from lightly_mim.patches import to_pair
 
@@ -69,6 +70,7 @@ class MaskedTransformer(MaskedEncoder, MaskedVisionTransformer):
             num_prefix_tokens=getattr(model, "num_prefix_tokens", 0),
             has_class_token=getattr(model, "cls_token", None) is not None,
         )
+        self.pool = _pool(model)
 
     @property
     def sequence_length(self) -> int:
@@ -95,9 +97,15 @@ class MaskedTransformer(MaskedEncoder, MaskedVisionTransformer):
         features = super().embed_layers(images, layers, pools)
         for (layer, pool), feature in features.items():
             if layer % self.num_layers == self.num_layers - 1:
-                parts = feature.view(len(feature), -1, self.embed_dim)
-                features[layer, pool] = self._fc_norm(parts).view_as(feature)
+                features[layer, pool] = self._normalize_pooled(feature)
         return features
+
+    def pool_encoded(self, tokens: Tensor) -> Tensor | None:
+        """Pools encoded tokens, see `MaskedEncoder.pool_encoded`."""
+        fc_norm = getattr(self.vit, "fc_norm", None)
+        if self.pool != "cls" and not isinstance(fc_norm, NoneType | nn.Identity):
+            return None
+        return super().pool_encoded(tokens)
 
     def encode_masked(self, images: Tensor, mask: Mask | Tensor) -> Tensor:
         """Encodes images with mask tokens, see `MaskedEncoder.encode_masked`."""
@@ -129,17 +137,30 @@ class MaskedTransformer(MaskedEncoder, MaskedVisionTransformer):
     ) -> Tensor:
         """Returns one feature per image, see `MaskedEncoder.forward`.
 
-        With `idx_keep`, each image must keep a patch token. A model with `fc_norm`
-        normalises the mean instead of the tokens, as in timm.
+        With `idx_keep`, each image must keep what is pooled: a patch token for the
+        mean, the class token for "cls". A model with `fc_norm` normalises what is
+        pooled instead of the tokens, as in timm.
         """
         tokens = self.preprocess(images, idx_mask, idx_keep, mask)
         tokens = self._transform(tokens, self.input_grid(images), idx_keep)
         tokens = self.vit.norm(tokens)
         if idx_keep is None:
-            return self._fc_norm(pool_tokens(tokens, self.num_prefix_tokens, "mean"))
-        # The caller may have dropped prefix tokens, or kept them in any order.
-        is_patch = (idx_keep >= self.num_prefix_tokens).unsqueeze(-1).to(tokens.dtype)
-        return self._fc_norm((tokens * is_patch).sum(dim=1) / is_patch.sum(dim=1))
+            pooled = pool_tokens(tokens, self.num_prefix_tokens, self.pool)
+        else:
+            # The caller may have dropped prefix tokens, or kept them in any order.
+            pooled = torch.cat(
+                [
+                    _mean_of(
+                        tokens,
+                        idx_keep == 0
+                        if part == "cls"
+                        else idx_keep >= self.num_prefix_tokens,
+                    )
+                    for part in self.pool.split("+")
+                ],
+                dim=-1,
+            )
+        return self._normalize_pooled(pooled)
 
     def encode(
         self,
@@ -322,8 +343,32 @@ class MaskedTransformer(MaskedEncoder, MaskedVisionTransformer):
         """Normalises every token."""
         return self._fc_norm(self.vit.norm(tokens))
 
+    def _normalize_pooled(self, features: Tensor) -> Tensor:
+        """Applies `_fc_norm` to each part of features that were pooled."""
+        parts = features.reshape(*features.shape[:-1], -1, self.embed_dim)
+        return self._fc_norm(parts).view_as(features)
+
     def _fc_norm(self, features: Tensor) -> Tensor:
         """Applies the norm that some models have behind the pooling."""
         if not hasattr(self.vit, "fc_norm"):
             return features
         return cast(Tensor, self.vit.fc_norm(features))
+
+
+def _mean_of(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Returns the mean (B, D) of those of the tokens (B, S, D) that are chosen."""
+    weights = chosen.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _pool(model: nn.Module) -> Pool:
+    """Returns our word for the pooling of a timm model."""
+    pools: dict[str, Pool] = {"token": "cls", "avg": "mean", "": "mean"}
+    pool = timm_pooling(model)
+    if pool not in pools:
+        raise ValueError(
+            f"The model pools by '{pool}', which is no pooling here. Build it with "
+            "global_pool='avg' for the mean of its patch tokens, or 'token' for its "
+            "class token."
+        )
+    return pools[pool]

@@ -15,7 +15,8 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
 from torch import Tensor, nn
 
 from lightly_mim.encoders import MaskedEncoder, pool_tokens
-from lightly_mim.encoders.base import AnyPool, imagenet_statistics
+from lightly_mim.encoders.base import AnyPool, Statistics, pretrained_statistics
+from lightly_mim.encoders.pooling import timm_pooling
 from lightly_mim.patches import Size, to_pair
 
 ModuleFunction = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
@@ -157,7 +158,7 @@ class TimmEncoder(AdaptedEncoder):
             pooled = tokens.mean(dim=1)
             fc_norm = getattr(self.model, "fc_norm", None)
             return tokens, pooled if fc_norm is None else fc_norm(pooled)
-        pool = _pooling(self.model)
+        pool = timm_pooling(self.model)
         if pool not in ("", "avg", "fast", "fastavg"):
             raise ValueError(
                 f"{type(self.model).__name__} pools by '{pool}', which is not the mean "
@@ -238,30 +239,16 @@ class FunctionEncoder(AdaptedEncoder):
         return {(None, name): value for name, value in named.items()}
 
 
-def _statistics(
-    model: nn.Module, in_chans: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the model's own mean and deviation of images, or ImageNet's."""
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    own = {name: getattr(model, name, None) for name in ("mean", "std")}
-    for source in (own, config):
-        mean, std = source.get("mean"), source.get("std")
-        if _fits(mean, in_chans) and _fits(std, in_chans):
-            return tuple(map(float, mean)), tuple(map(float, std))
-    return imagenet_statistics(in_chans)
+def _statistics(model: nn.Module, in_chans: int) -> Statistics:
+    """Returns the model's own mean and deviation, timm's of it, or ImageNet's."""
+    mean, std = getattr(model, "mean", None), getattr(model, "std", None)
+    if _fits(mean, in_chans) and _fits(std, in_chans):
+        return tuple(map(float, mean)), tuple(map(float, std))
+    return pretrained_statistics(model, in_chans)
 
 
 def _fits(values: Any, in_chans: int) -> TypeGuard[Sequence[float]]:
     return isinstance(values, (tuple, list)) and len(values) == in_chans
-
-
-def _pooling(model: Any) -> str:
-    head = getattr(model, "head", None)
-    for owner in (head, model):
-        pool = getattr(owner, "global_pool", None)
-        if pool is not None:
-            return str(getattr(pool, "pool_type", pool))
-    return ""
 
 
 def _count_layers(model: Any) -> int:

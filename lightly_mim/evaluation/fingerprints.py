@@ -90,6 +90,7 @@ def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
     """
     spec = describe_encoder(encoder)
     spec.pop("version")
+    spec.pop("pool", None)  # an evaluation says its own
     model = encoder.model if not hasattr(encoder, "vit") else encoder.vit
     assert isinstance(model, nn.Module)
     found = {

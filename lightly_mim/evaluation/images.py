@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from lightly.transforms.torchvision_v2_compatibility import (
+    torchvision_transforms as T,
+)
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
@@ -17,11 +21,17 @@ from lightly_mim.data import (
     open_data,
     seed_from,
 )
-from lightly_mim.data.sources import Data, is_image
+from lightly_mim.data.decode import BrokenImageError
+from lightly_mim.data.sources import Data, is_image, spread_out
+from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.evaluation.adaptors import FeatureEncoder
 from lightly_mim.evaluation.features import check_labels
 from lightly_mim.evaluation.preparation import spread_over_classes
 from lightly_mim.evaluation.protocol import LabelledImages
 from lightly_mim.evaluation.record import describe_data
+from lightly_mim.transforms import EvalTransform
+
+_IMAGES_TO_LOOK_AT = 32
 
 
 class EvaluationImages:
@@ -113,6 +123,58 @@ class EvaluationImages:
                     "set of PIL images or uint8 tensors."
                 )
         return train  # type: ignore[no-any-return]
+
+
+def image_notes(
+    images: Dataset[Any], transform: EvalTransform, encoder: FeatureEncoder
+) -> list[str]:
+    """Returns what a reader should know of how images reach the encoder.
+
+    Some of the images are looked at, none of them if they have been made tensors of
+    floats already. What cannot be read is for the evaluation to say.
+
+    Args:
+        images:
+            Data set of (image, label, filename).
+        transform:
+            Transform of the evaluation.
+        encoder:
+            The encoder.
+    """
+    notes = []
+    statistics = encoder.mean, encoder.std
+    if encoder.name is None or statistics != imagenet_statistics(encoder.in_chans):
+        mean, std = (
+            ", ".join(f"{value:.4g}" for value in values) for values in statistics
+        )
+        notes.append(f"Images are normalised with mean {mean} and deviation {std}.")
+    sizes = _image_sizes(images)
+    height, width = transform.input_size
+    long = sum(not 0.5 <= h * width / (w * height) <= 2 for h, w in sizes)
+    if long:
+        notes.append(
+            f"{long} of {len(sizes)} test images that were looked at lose more than "
+            f"half of what they show: their shape is more than 2:1 away from the "
+            f"{height} x {width} pixels of the central crop. crop_ratio=1 cuts nothing "
+            "from the short side, and img_size=(height, width) takes images of another "
+            "shape."
+        )
+    return notes
+
+
+def _image_sizes(images: Any) -> list[tuple[int, int]]:
+    """Returns (height, width) of some images, from all over a data set."""
+    images = copy.copy(images)
+    images.transform = lambda image: T.functional.get_size(image)
+    if isinstance(images, ImageDataset):
+        images.on_error = "raise"  # another image would be drawn at random
+    sizes = []
+    for index in spread_out(images, _IMAGES_TO_LOOK_AT).indices:
+        with suppress(BrokenImageError):
+            size = images[index][0]
+            if isinstance(size, list) and len(size) == 2:
+                sizes.append((size[0], size[1]))
+    return sizes
 
 
 def _check_classes(images: Dataset[Any], source: Data) -> None:

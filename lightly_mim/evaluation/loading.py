@@ -140,6 +140,7 @@ def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
                 encoder.pos_embed,
                 encoder.options,
             )
+            other.pool = encoder.pool
         else:
             other = _build_timm(
                 encoder.name, encoder.img_size, encoder.in_chans, pretrained=False
@@ -267,6 +268,8 @@ def _load_saved(path: Path) -> MaskedEncoder:
             f"of timm builds it: {error}"
         ) from error
     encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
+    # Files that do not say it are of a version whose encoders all had the mean.
+    encoder.pool = spec.get("pool", "mean")
     return encoder
 
 

@@ -60,6 +60,7 @@ from lightly_mim.evaluation.images import (
     EvaluationImages,
     check_holdout,
     class_names,
+    image_notes,
     read_labels,
 )
 from lightly_mim.evaluation.keeper import Keeper, Task
@@ -296,6 +297,7 @@ def evaluate(
         notes.append(
             f"Scored are {_len(test)} held-out training images, not the test images."
         )
+    notes += image_notes(test, transform, model)
     taken = _pools(model, layers, pools, notes)
     _check_protocols(protocols, settings, model, world)
 

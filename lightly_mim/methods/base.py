@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ from lightly_mim.config import Recorded, constructor_arguments
 from lightly_mim.encoders import MaskedEncoder, choose_attention
 from lightly_mim.heads import Head
 from lightly_mim.losses import Loss
-from lightly_mim.masking import Mask, Masking, RandomMasking
+from lightly_mim.masking import Mask, Masking, RandomMasking, UnitMasking
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size, scatter_patches
 from lightly_mim.targets import Target
@@ -38,6 +39,11 @@ class MIMOutput(NamedTuple):
             None if all count.
         mask:
             The mask, with shape (batch_size, mask_height, mask_width).
+        features:
+            Tensor with shape (batch_size, feature_dim) for a probe that looks on, as
+            lightly's `OnlineLinearClassifier`: the encoder's tokens of the masked
+            images, pooled as `forward` of the encoder pools those of whole images,
+            without a gradient. None if the method does not have them at hand.
     """
 
     loss: Tensor
@@ -46,6 +52,7 @@ class MIMOutput(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     weight: Tensor | None
     mask: Mask
+    features: Tensor | None = None
 
 
 class MaskedImageModel(Recorded, nn.Module):
@@ -330,6 +337,55 @@ def choose_masking(
         default.mask_patch_size if mask_patch_size is None else mask_patch_size,
         default.ratio if mask_ratio is None else mask_ratio,
     )
+
+
+def check_unit(method: str, masking: Masking, encoder: MaskedEncoder) -> None:
+    """Checks that a masking takes whole patches of an encoder.
+
+    Args:
+        method:
+            Name of the method, for the error message.
+        masking:
+            The masking. One of a user's own is checked when its mask is laid on the grid.
+        encoder:
+            The encoder.
+
+    Raises:
+        ValueError: If a patch would be masked in part. It names sizes that fit.
+    """
+    for part in getattr(masking, "maskings", [masking]):  # of a mixture
+        if not isinstance(part, UnitMasking):
+            continue
+        unit, patch = part.mask_patch_size, encoder.patch_size
+        if unit[0] % patch[0] == 0 and unit[1] % patch[1] == 0:
+            continue
+        fitting = [
+            _fitting_unit(*sides)
+            for sides in zip(unit, patch, encoder.stride, encoder.img_size, strict=True)
+        ]
+        (height, width), (p, q) = zip(*fitting, strict=True)
+        raise ValueError(
+            f"{method} masks whole patches of the encoder: mask_patch_size is a "
+            f"multiple of {patch[0]} x {patch[1]}, got {unit[0]} x {unit[1]}. Use for "
+            f"example img_size={_short(height, width)} with "
+            f"mask_patch_size={_short(p, q)}."
+        )
+
+
+def _fitting_unit(unit: int, patch: int, stride: int, side: int) -> tuple[int, int]:
+    """Returns (side, unit) near those given, where units are of whole patches."""
+    units = range(patch, side // 2 + 1, patch)
+    near = [each for each in units if side % each == 0 and 2 * unit <= 3 * each]
+    near = [each for each in near if 2 * each <= 3 * unit]
+    if near:  # the image can stay as it is
+        return side, min(near, key=lambda each: abs(each - unit))
+    unit = max(round(unit / patch), 1) * patch
+    both = math.lcm(unit, stride)
+    return max(side // both, 1) * both, unit
+
+
+def _short(height: int, width: int) -> int | tuple[int, int]:
+    return height if height == width else (height, width)
 
 
 PartT = TypeVar("PartT", Masking, Target, Head, Loss)

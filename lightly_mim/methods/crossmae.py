@@ -97,10 +97,11 @@ class CrossMAE(MAE):
             idx_mask = _draw_share(idx_mask, self.predict_ratio)
 
         layers: list[Tensor] = []
-        tokens = self.encoder.encode_visible(images, patches, layers)  # (B, P + V, E)
+        encoded = self.encoder.encode_visible(images, patches, layers)  # (B, P + V, E)
+        tokens = encoded
         if self.weighted_feature_maps:
             tokens = torch.stack(
-                [*layers[:-1], tokens]
+                [*layers[:-1], encoded]
             )  # (L, ...), the last normalised
         tokens = self.decoder.decode_masked(tokens, idx_keep, idx_mask, grid)
         prediction = self.head(tokens)
@@ -108,7 +109,8 @@ class CrossMAE(MAE):
         index = idx_mask - num_prefix
         target = self.target(images, index, self.encoder.patch_size)
         loss = masked_loss(prediction, target, self.loss)
-        return MIMOutput(loss, prediction, target, index, None, mask)
+        features = self.encoder.pool_encoded(encoded)
+        return MIMOutput(loss, prediction, target, index, None, mask, features)
 
 
 def _draw_share(index: Tensor, share: float) -> Tensor:

@@ -17,12 +17,18 @@ from lightly.models.modules.masked_vision_transformer_timm import init_weights
 from torch import Tensor, nn
 
 from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
-from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
+from lightly_mim.encoders import (
+    Encoder,
+    MaskedEncoder,
+    can_drop_tokens,
+    masked_encoder,
+)
 from lightly_mim.losses import L2, Loss, choose_loss, masked_loss
-from lightly_mim.masking import Mask, Masking, RandomMasking, UnitMasking
+from lightly_mim.masking import Mask, Masking, RandomMasking
 from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
+    check_unit,
     choose_masking,
     choose_part,
 )
@@ -131,6 +137,7 @@ class MAE(MaskedImageModel):
         super().__init__()
         self.target = choose_part(target, PatchNormalizedPixels(), "target")
         self.loss = choose_loss(loss, self.target.num_classes, default=L2())
+        _check_family(encoder)
         self.encoder: MaskedEncoder = masked_encoder(
             encoder, img_size=img_size, in_chans=in_chans, **encoder_options
         )
@@ -141,7 +148,7 @@ class MAE(MaskedImageModel):
         self.masking = choose_masking(
             masking, mask_patch_size, mask_ratio, RandomMasking(patch_size, 0.75)
         )
-        _check_unit(self.masking, patch_size)
+        check_unit(type(self).__name__, self.masking, self.encoder)
 
         self.decoder_embed, self.decoder = self._make_decoder(
             decoder_dim, decoder_depth, decoder_num_heads
@@ -158,6 +165,18 @@ class MAE(MaskedImageModel):
             mask_patch_size=None,
             mask_ratio=None,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a decoder that `forward` cannot use, as soon as it is set."""
+        if name == "decoder" and not hasattr(value, "decode_masked"):
+            raise ValueError(
+                "The decoder takes visible tokens and returns masked ones, in "
+                f"decode_masked: {type(value).__name__} has no such method. MAE makes "
+                "its own from decoder_dim, decoder_depth and decoder_num_heads; for "
+                "another one derive from lightly_mim.decoders.MAEDecoder, which is "
+                "lightly's MaskedVisionTransformerDecoderTIMM with that method."
+            )
+        super().__setattr__(name, value)
 
     def _make_decoder(
         self, dim: int, depth: int, num_heads: int
@@ -177,7 +196,8 @@ class MAE(MaskedImageModel):
         idx_keep, idx_mask = patches.token_index(self.encoder.num_prefix_tokens)
 
         # The encoder on the visible patches, the decoder from them to the masked ones.
-        tokens = self.decoder_embed(self.encoder.encode_visible(images, patches))
+        encoded = self.encoder.encode_visible(images, patches)
+        tokens = self.decoder_embed(encoded)
         tokens = self.decoder.decode_masked(tokens, idx_keep, idx_mask, grid)
         prediction = self.head(tokens)
 
@@ -187,7 +207,8 @@ class MAE(MaskedImageModel):
         index, _ = patches.index()
         target = self.target(images, index, self.encoder.patch_size)
         loss = masked_loss(prediction, target, self.loss)
-        return MIMOutput(loss, prediction, target, index, None, mask)
+        features = self.encoder.pool_encoded(encoded)
+        return MIMOutput(loss, prediction, target, index, None, mask, features)
 
     def transform(
         self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
@@ -223,31 +244,31 @@ class MAE(MaskedImageModel):
         return super().no_weight_decay() - {f"encoder.{token}" for token in tokens}
 
 
-def _check_encoder(encoder: MaskedEncoder) -> None:
-    name = encoder.name or type(encoder.vit).__name__
-    if not encoder.can_drop_tokens:
+def _check_family(encoder: Encoder) -> None:
+    """Raises a ValueError for a family that cannot drop patches, before it is built."""
+    if not can_drop_tokens(encoder):
         raise ValueError(
-            f"MAE encodes the visible patches alone, and {name} needs all of them: its "
+            "MAE encodes the visible patches alone, and "
+            f"{_name(encoder)} needs all of them: its "
             "windows and patch merging take the full grid. Use a VisionTransformer, "
             "Beit or Eva, or SimMIM, which puts mask tokens in place of masked patches."
         )
+
+
+def _check_encoder(encoder: MaskedEncoder) -> None:
+    """Raises a ValueError if the encoder cannot drop patches or has a mask token."""
+    _check_family(encoder)
     if encoder.mask_token is not None:
         raise ValueError(
-            f"{name} has a mask token, which MAE's encoder never sees and which would "
-            "stay without a gradient. Set encoder.mask_token = None first."
+            f"{_name(encoder)} has a mask token, which MAE's encoder never sees and "
+            "which would stay without a gradient. Set encoder.mask_token = None first."
         )
 
 
-def _check_unit(masking: Masking, patch_size: tuple[int, int]) -> None:
-    """Raises a ValueError if the masking says that it cuts patches in pieces."""
-    if not isinstance(masking, UnitMasking):
-        return
-    (p, q), (height, width) = patch_size, masking.mask_patch_size
-    if height % p or width % q:
-        raise ValueError(
-            "MAE masks whole patches of the encoder: mask_patch_size is a multiple of "
-            f"{p} x {q}, got {height} x {width}."
-        )
+def _name(encoder: Encoder) -> str:
+    if isinstance(encoder, MaskedEncoder):
+        return encoder.name or type(encoder.vit).__name__
+    return encoder if isinstance(encoder, str) else type(encoder).__name__
 
 
 def _initialize_encoder(
@@ -280,6 +301,7 @@ _BASE = Recipe(
     lr=1.5e-4,
     lr_batch_size=256,
     warmup_epochs=40,
+    full_warmup_from=800,
     schedule="cosine",
     cosine_from_warmup=True,
     betas=(0.9, 0.95),
@@ -288,7 +310,8 @@ _BASE = Recipe(
     min_scale=0.2,
 )
 # Figure 7: shorter runs of ViT-L have the same schedule and warm-up. For ViT-B and
-# ViT-H the paper has no shorter runs; these do the same.
+# ViT-H the paper has no shorter runs; these do the same. Other runs of fewer than 800
+# epochs have their share of the warm-up.
 _SHORTER = "MAE, appendix A.1, table 8, and figure 7 (shorter schedules)"
 _ENCODERS = {
     "vit_base": "vit_base_patch16_224",
@@ -301,6 +324,7 @@ MAE.recipes = {
         _BASE,
         encoder=encoder,
         epochs=epochs,
+        full_warmup_from=min(epochs, 800),
         source=_BASE.source if epochs == _BASE.epochs else _SHORTER,
     )
     for epochs in (1600, 800, 400)

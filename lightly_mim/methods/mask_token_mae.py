@@ -45,11 +45,13 @@ class MaskTokenMAE(MAE):
         _, idx_mask = patches.token_index(self.encoder.num_prefix_tokens)
 
         decoder = cast(MAEDecoder, self.decoder)
-        tokens = self.decoder_embed(self.encoder.encode_masked(images, patches))
+        encoded = self.encoder.encode_masked(images, patches)
+        tokens = self.decoder_embed(encoded)
         tokens = decoder.decode(tokens + decoder.positions(grid))
         prediction = self.head(get_at_index(tokens, idx_mask))
 
         index, _ = patches.index()
         target = self.target(images, index, self.encoder.patch_size)
         loss = masked_loss(prediction, target, self.loss)
-        return MIMOutput(loss, prediction, target, index, None, mask)
+        features = self.encoder.pool_encoded(encoded)
+        return MIMOutput(loss, prediction, target, index, None, mask, features)

@@ -23,6 +23,7 @@ from lightly_mim.masking import Mask, Masking, RandomMasking
 from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
+    check_unit,
     choose_masking,
     choose_part,
 )
@@ -123,7 +124,9 @@ class SimMIM(MaskedImageModel):
         self.encoder: MaskedEncoder = masked_encoder(
             encoder, img_size=img_size, in_chans=in_chans, **encoder_options
         )
+        check_unit(type(self).__name__, self.masking, self.encoder)
         self.encoder.add_mask_token()
+        self.encoder.pool = "mean"  # the loss never trains a class token
         head = choose_part(head, LinearHead(), "head")
         width = self.target.width(self.encoder.stride, self.encoder.in_chans)
         self.head = head(
@@ -144,15 +147,16 @@ class SimMIM(MaskedImageModel):
     def forward(self, images: Tensor, mask: Mask | Tensor | None = None) -> MIMOutput:
         """Computes the loss of a batch, see `MaskedImageModel.forward`."""
         mask = self.prepare_mask(images, mask)  # section 3.2
-        tokens = self.encoder.encode_masked(images, mask)  # section 3.1
-        tokens = self.encoder.cell_tokens(tokens)
+        encoded = self.encoder.encode_masked(images, mask)  # section 3.1
+        tokens = self.encoder.cell_tokens(encoded)
 
         index, weight = self._cells_to_predict(images, mask)
         grid = _grid(images.shape[-2:], self.encoder)
         prediction = self.head(tokens, grid, index)  # section 3.3
         target = self.target(images, index, self.encoder.stride)  # section 3.4
         loss = masked_loss(prediction, target, self.loss, weight)
-        return MIMOutput(loss, prediction, target, index, weight, mask)
+        features = self.encoder.pool_encoded(encoded)
+        return MIMOutput(loss, prediction, target, index, weight, mask, features)
 
     def transform(
         self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any

@@ -129,5 +129,6 @@ def test_save_encoder__metadata_is_json(tmp_path: Path) -> None:
         "pos_embed",
         "mean",
         "std",
+        "pool",
         "version",
     }

@@ -275,7 +275,7 @@ class TestMaskedEncoder:
         grey = masked_encoder(
             VIT, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay, **config
         )
-        assert grey.mean == pytest.approx([0.449])
+        assert grey.mean == grey.std == (0.5,)
 
     def test_learned_positions(self) -> None:
         vit = timm.create_model(VIT, img_size=SIZE, **PLAIN)
@@ -355,3 +355,37 @@ class TestMaskedEncoder:
         # Two resemble a VisionTransformer but embed or attend differently.
         with pytest.raises(ValueError, match=r"is not supported\. Supported are"):
             masked_encoder(timm.create_model(name, **options))
+
+    @pytest.mark.parametrize(
+        "name",
+        [VIT, "vit_base_patch16_clip_224", "eva02_tiny_patch14_224", BEIT, SWIN],
+    )
+    def test_module__is_normalised_as_timm_says(self, name: str) -> None:
+        options = STAGES if name == SWIN else PLAIN
+        vit = timm.create_model(name, img_size=SIZE, **options)
+        encoder = masked_encoder(vit)
+        assert encoder.mean == tuple(vit.pretrained_cfg["mean"])
+        assert encoder.std == tuple(vit.pretrained_cfg["std"])
+        assert f"mean={encoder.mean}" in repr(encoder)
+        # What the same name is built with for weights of one's own.
+        new = masked_encoder(name, img_size=SIZE, **options)
+        assert new.mean == IMAGENET_DEFAULT_MEAN
+        assert new.std == IMAGENET_DEFAULT_STD
+        # An encoder keeps what it has.
+        encoder.mean = (0.1, 0.2, 0.3)
+        assert masked_encoder(encoder).mean == (0.1, 0.2, 0.3)
+
+    @pytest.mark.parametrize("in_chans", [1, 2, 5])
+    def test_module__other_channels(self, in_chans: int) -> None:
+        for name, mean, std in ((VIT, 0.5, 0.5), (SWIN, 0.449, 0.226)):
+            options = STAGES if name == SWIN else PLAIN
+            vit = timm.create_model(name, img_size=SIZE, in_chans=in_chans, **options)
+            encoder = masked_encoder(vit)
+            assert encoder.mean == pytest.approx((mean,) * in_chans)
+            assert encoder.std == pytest.approx((std,) * in_chans)
+
+    def test_module__that_says_nothing(self) -> None:
+        vit = timm.create_model(VIT, img_size=SIZE, **PLAIN)
+        for config in ({}, None, {"mean": None, "std": None}):
+            vit.pretrained_cfg = config
+            assert masked_encoder(vit).mean == IMAGENET_DEFAULT_MEAN

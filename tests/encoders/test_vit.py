@@ -207,20 +207,81 @@ def test_forward__fc_norm(variant: str) -> None:
     assert not torch.allclose(mean, expected, atol=1e-2)
 
 
-def test_forward__is_the_mean_of_the_patch_tokens() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward__as_timm_pools(variant: str) -> None:
+    encoder = build(variant)
+    images, _ = draw(encoder)
+    vit = encoder.vit
+    expected = vit.forward_head(vit.forward_features(images))
+    if vit.global_pool == "":  # timm's are all tokens then, not one feature
+        expected = expected[:, encoder.num_prefix_tokens :].mean(dim=1)
+    assert encoder.pool == ("cls" if vit.global_pool == "token" else "mean")
+    torch.testing.assert_close(encoder(images), expected)
+    torch.testing.assert_close(encoder.embed(images, encoder.pool), expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_forward__as_lightlys(pool: str) -> None:
+    torch.manual_seed(0)
+    options = {"global_pool": pool, "fc_norm": False, "reg_tokens": 2}
+    vit = timm.create_model(NAME, **TINY, **options)
+    lightlys = MaskedVisionTransformerTIMM(
+        vit, weight_initialization="skip", pos_embed_initialization="skip"
+    ).eval()
+    encoder = masked_encoder(vit).eval()
+    images, _ = draw(encoder)
+    torch.testing.assert_close(encoder(images), lightlys(images))
+    idx_keep = torch.tensor([[0, 1, 2, 9, 11, 7]]).expand(3, -1)
+    torch.testing.assert_close(
+        encoder(images, idx_keep=idx_keep), lightlys(images, idx_keep=idx_keep)
+    )
+
+
+def test_pool__sets_what_forward_returns() -> None:
     encoder = build("registers")
     images, _ = draw(encoder)
-    expected = encoder.vit.forward_features(images)[:, 5:].mean(dim=1)
-    torch.testing.assert_close(encoder(images), expected)
-    torch.testing.assert_close(encoder.embed(images), expected)
+    tokens = encoder.vit.forward_features(images)
+    cls, mean = tokens[:, 0], tokens[:, 5:].mean(dim=1)
+    torch.testing.assert_close(encoder(images), cls)
+    assert "pool='cls'" in repr(encoder)
+    for pool, expected in (
+        ("mean", mean),
+        ("cls+mean", torch.cat([cls, mean], dim=1)),
+        ("cls", cls),
+    ):
+        encoder.pool = pool  # type: ignore[assignment]
+        assert f"pool='{pool}'" in repr(encoder)
+        torch.testing.assert_close(encoder(images), expected)
+        assert encoder.feature_dim == expected.shape[1]
+        # An evaluation that does not say its pooling takes the mean as ever.
+        torch.testing.assert_close(encoder.embed(images), mean)
+    assert copy.deepcopy(encoder).pool == "cls"
+    encoder.pool = "cls+mean"
+    assert pickle.loads(pickle.dumps(encoder)).pool == "cls+mean"
 
 
-def test_forward__idx_keep_in_any_order() -> None:
+def test_pool__that_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"mean, cls, cls\+mean, got 'max'"):
+        build("registers").pool = "max"  # type: ignore[assignment]
+    encoder = build("registers only")
+    for pool in ("cls", "cls+mean"):
+        with pytest.raises(ValueError, match="this encoder has none"):
+            encoder.pool = pool  # type: ignore[assignment]
+    assert encoder.pool == "mean"
+    for other in ("max", "avgmax"):
+        with pytest.raises(ValueError, match=f"pools by '{other}'.*'avg'.*'token'"):
+            masked_encoder(NAME, global_pool=other, **TINY)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "cls+mean"])
+def test_forward__idx_keep_in_any_order(pool: Any) -> None:
     encoder = build("registers")
+    encoder.pool = pool
     images, _ = draw(encoder)
     shuffled = torch.tensor([[9, 0, 11, 2, 7]]).expand(3, -1)
     tokens = encoder.encode(images, idx_keep=shuffled)
-    expected = tokens[:, [0, 2, 4]].mean(dim=1)
+    parts = {"cls": tokens[:, 1], "mean": tokens[:, [0, 2, 4]].mean(dim=1)}
+    expected = torch.cat([parts[name] for name in pool.split("+")], dim=1)
     torch.testing.assert_close(encoder(images, idx_keep=shuffled), expected)
 
 
@@ -228,7 +289,9 @@ def test_forward__idx_keep_and_fc_norm() -> None:
     encoder = build("fc_norm and class token")
     images, _ = draw(encoder)
     every = torch.arange(25).expand(3, -1)
-    torch.testing.assert_close(encoder(images, idx_keep=every), encoder(images))
+    for pool in ("mean", "cls", "cls+mean"):
+        encoder.pool = pool  # type: ignore[assignment]
+        torch.testing.assert_close(encoder(images, idx_keep=every), encoder(images))
 
 
 def test_embed__pools_and_layers() -> None:

@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
+from lightly_mim import EvalTransform, masked_encoder
 from lightly_mim.data import ImageDataset, TransformedDataset
+from lightly_mim.evaluation import load_encoder
 from lightly_mim.evaluation.fingerprints import data_fingerprint
-from lightly_mim.evaluation.images import EvaluationImages, _hold_out
+from lightly_mim.evaluation.images import EvaluationImages, _hold_out, image_notes
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,93 @@ def test_data_fingerprint__parts(folder: Path) -> None:
     found = [data_fingerprint(Subset(known, part)) for part in ([0], [0], [1], [0, 1])]
     assert found[0] == found[1]
     assert len({str(each) for each in found}) == 3
+
+
+class Sized(Dataset[Any]):
+    """Pictures of given (width, height)."""
+
+    classes = ("a", "b")
+
+    def __init__(self, *sizes: tuple[int, int]) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.new("RGB", self.sizes[index]), index % 2
+
+
+def notes_of(
+    images: Dataset[Any], size: tuple[int, int] = (32, 32), **options: Any
+) -> list[str]:
+    encoder = load_encoder(
+        "vit_tiny_patch16_224", img_size=size, pretrained=False, **options
+    )
+    return image_notes(images, EvalTransform(size, normalize=None), encoder)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "size", "lost"),
+    [
+        ([(64, 32), (32, 64), (40, 40)], (32, 32), 0),  # 2:1 itself is not beyond it
+        ([(65, 32), (32, 65), (40, 40)], (32, 32), 2),
+        ([(40, 40), (900, 100)], (32, 32), 1),
+        ([(96, 32), (32, 32)], (16, 48), 1),  # the square one loses two thirds
+        ([(32, 96), (96, 32)], (48, 16), 1),
+    ],
+)
+def test_image_notes__wide_pictures(
+    pictures: list[tuple[int, int]], size: tuple[int, int], lost: int
+) -> None:
+    notes = notes_of(TransformedDataset(Sized(*pictures), None), size)
+    assert len(notes) == (lost > 0)
+    if lost:
+        assert notes[0].startswith(f"{lost} of {len(pictures)} test images")
+        assert f"{size[0]} x {size[1]} pixels of the central crop" in notes[0]
+        assert "crop_ratio=1 cuts" in notes[0]
+        assert "img_size=(height, width) takes" in notes[0]
+
+
+def test_image_notes__of_a_folder(tmp_path: Path) -> None:
+    for number in range(80):
+        wide = Image.new("RGB", (60, 20) if number % 2 else (20, 20))
+        (tmp_path / str(number % 2)).mkdir(exist_ok=True)
+        wide.save(tmp_path / str(number % 2) / f"{number:02}.png")
+    (tmp_path / "0" / "00.png").write_bytes(b"no picture")
+    encoder = load_encoder("vit_tiny_patch16_224", img_size=32, pretrained=False)
+    images = ImageDataset(tmp_path, transform=len, on_error="skip")
+    state = torch.get_rng_state()
+    (note,) = image_notes(images, EvalTransform(32, normalize=None), encoder)
+    # From all over the folder; the broken one is for others to tell.
+    assert note.startswith("16 of 31 test images")
+    assert images.transform is len
+    assert images.on_error == "skip"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_image_notes__tensors_of_the_users_own() -> None:
+    class Floats(Sized):
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return torch.zeros(3, 32, 32), 0
+
+    assert notes_of(TransformedDataset(Floats((9, 1)), None)) == []
+
+
+def test_image_notes__normalisation() -> None:
+    images = TransformedDataset(Sized((32, 32)), None)
+    assert notes_of(images) == []
+    transform = EvalTransform(32, normalize=None)
+    options = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    for name, expected in (
+        ("vit_tiny_patch16_224", "mean 0.5, 0.5, 0.5 and deviation 0.5, 0.5, 0.5"),
+        ("vit_base_patch16_224.mae", "mean 0.485, 0.456, 0.406 and deviation 0.229"),
+        ("vit_base_patch16_clip_224", "mean 0.4815, 0.4578, 0.4082 and deviation"),
+    ):
+        encoder = load_encoder(timm.create_model(name, **options))
+        (note,) = image_notes(images, transform, encoder)
+        assert expected in note
+    named = masked_encoder("vit_tiny_patch16_224", **options)
+    named.mean = (0.1, 0.2, 0.3)
+    (note,) = image_notes(images, transform, named)
+    assert "mean 0.1, 0.2, 0.3 and" in note

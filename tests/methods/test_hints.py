@@ -1,0 +1,161 @@
+"""What the methods say of encoders, decoders and sizes that do not fit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from lightly.models.modules import (
+    MaskedVisionTransformerTIMM,
+    MaskedVisionTransformerTorchvision,
+)
+from lightly.models.modules.masked_vision_transformer_decoder_timm import (
+    MaskedVisionTransformerDecoderTIMM,
+)
+from torch import nn
+
+from lightly_mim import MAE, SimMIM
+from lightly_mim.decoders import MAEDecoder
+from lightly_mim.masking import BlockMasking, MixtureMasking, RandomMasking
+from lightly_mim.methods import CrossMAE, MaskedImageModel, MaskTokenMAE
+
+VIT = "vit_tiny_patch16_224"
+SWIN = "swin_tiny_patch4_window7_224"
+SMALL: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+}
+DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "options", "img_size", "unit"),
+    [
+        # 512, 504, 480, ... were proposed in turn.
+        (SimMIM, "vit_small_patch14_dinov2", {}, 504, 28),
+        (SimMIM, "vit_small_patch14_dinov2", {"img_size": 504}, 504, 28),
+        (SimMIM, "vit_small_patch14_dinov2", {"img_size": (224, 518)}, (224, 504), 28),
+        (SimMIM, "eva02_tiny_patch14_224", {}, 224, 28),
+        (SimMIM, VIT, {"mask_patch_size": (32, 24)}, 224, (32, 16)),
+        (SimMIM, VIT, {"mask_patch_size": 90}, 224, 112),
+        (SimMIM, SWIN, {"mask_patch_size": 30}, 224, 28),
+        (SimMIM, SWIN, {"mask_patch_size": 2}, 224, 4),
+        (MAE, VIT, {"mask_patch_size": 24}, 224, 16),
+        (MAE, "vit_small_patch14_dinov2", {"mask_patch_size": 16}, 518, 14),
+        (CrossMAE, VIT, {"mask_patch_size": 8}, 224, 16),
+    ],
+)
+def test_unit__names_a_pair_that_fits(
+    method: type[MaskedImageModel],
+    name: str,
+    options: dict[str, Any],
+    img_size: Any,
+    unit: Any,
+) -> None:
+    small = {"depths": (1, 1, 1, 1)} if name == SWIN else {"depth": 1}
+    hint = f"img_size={img_size} with mask_patch_size={unit}."
+    with pytest.raises(ValueError, match=re.escape(hint)) as error:
+        method(name, **small, **options)  # type: ignore[call-arg]
+    assert str(error.value).startswith(f"{method.__name__} masks whole patches")
+    # Who follows the advice is not sent on.
+    options = {**options, "img_size": img_size, "mask_patch_size": unit}
+    method(name, **small, **options).check_masking()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "masking",
+    [
+        BlockMasking(12, 0.5),
+        MixtureMasking([RandomMasking(16, 0.5), RandomMasking(12, 0.5)]),
+    ],
+)
+@pytest.mark.parametrize("method", [SimMIM, MAE])
+def test_unit__of_other_maskings(method: type[MaskedImageModel], masking: Any) -> None:
+    with pytest.raises(ValueError, match=r"multiple of 8 x 8, got 12 x 12.*=8\."):
+        method(VIT, masking=masking, **SMALL)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (SWIN, {"img_size": 128}),
+        (SWIN, {"img_size": 100}),
+        (SWIN, {"depth": 2}),  # which a Swin does not take either
+        ("swin_base_patch4_window12_384.ms_in22k", {"img_size": 100}),
+        ("swinv2_tiny_window8_256", {"img_size": 100, "in_chans": 1}),
+    ],
+)
+@pytest.mark.parametrize("method", [MAE, MaskTokenMAE])
+def test_mae__on_a_swin_is_impossible_first_of_all(
+    method: type[MAE], name: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(name)} needs all of.*SimMIM"):
+        method(name, **options)
+
+
+def test_mae__on_a_swin_by_hand() -> None:
+    vit = timm.create_model(SWIN, img_size=100, always_partition=True)
+    with pytest.raises(ValueError, match=r"SwinTransformer needs all of them"):
+        MAE(vit)
+    with pytest.raises(ValueError, match=r"no model 'swim_tiny.*Did you mean"):
+        MAE("swim_tiny_patch4_window7_224")
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("method", [SimMIM, MAE])
+def test_lightlys_encoder_is_taken(method: type[MaskedImageModel], pool: str) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model(VIT, global_pool=pool, **SMALL)
+    wrapper = MaskedVisionTransformerTIMM(vit)
+    weights = {name: value.clone() for name, value in vit.state_dict().items()}
+    options = DECODER if method is MAE else {}
+    model = method(wrapper, mask_patch_size=8, **options)  # type: ignore[call-arg]
+    assert model.encoder.vit is vit
+    for name, value in model.encoder.vit.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    model(torch.randn(2, 3, 32, 32)).loss.backward()
+    assert not [
+        n for n, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ]
+
+
+@pytest.mark.parametrize("method", [SimMIM, MAE])
+def test_torchvisions_encoder_is_refused(method: type[MaskedImageModel]) -> None:
+    vit = torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64)
+    for module, name in (
+        (vit, "torchvision's VisionTransformer"),
+        (
+            MaskedVisionTransformerTorchvision(vit),
+            "lightly's MaskedVisionTransformerTorchvision",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is.*Take timm's, such as 'vit_b"):
+            method(module)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("method", [MAE, CrossMAE, MaskTokenMAE])
+def test_decoder__that_cannot_decode_masked_tokens(method: type[MAE]) -> None:
+    model = method(VIT, **SMALL, **DECODER)
+    before = model.decoder
+    for decoder in (
+        MaskedVisionTransformerDecoderTIMM(16, 32, 1, 2),
+        nn.Linear(32, 32),
+        None,
+    ):
+        with pytest.raises(ValueError, match=r"decoder_depth.*decoders\.MAEDecoder"):
+            model.decoder = decoder  # type: ignore[assignment]
+    assert model.decoder is before
+
+
+def test_decoder__of_ones_own() -> None:
+    model = MAE(VIT, **SMALL, **DECODER)
+    model.decoder = MAEDecoder((4, 4), 32, depth=3, num_heads=4)
+    model(torch.randn(2, 3, 32, 32)).loss.backward()
+    assert model.decoder.blocks[2].mlp.fc1.weight.grad is not None
