@@ -92,7 +92,7 @@ class Study:
         Raises:
             ValueError: If there is none.
         """
-        path = Path(path).resolve()
+        path = Path(path).expanduser().resolve()
         try:
             stored = json.loads((path / "study.json").read_text())
             tasks = [TaskSpec(**task) for task in stored.pop("tasks")]

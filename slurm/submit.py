@@ -28,12 +28,12 @@ from cluster import (
     executor,
     machine,
     outside_of_jobs,
-    read_config,
     work,
 )
 from commands import Program, read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
+from sites import read_config
 from status import is_running_here, queue
 from study import Study, TaskSpec, alone, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -60,6 +60,10 @@ examples:
 
 Look at it with: python slurm/status.py STUDY
 """
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def parser() -> tuple[argparse.ArgumentParser, set[str]]:
@@ -92,7 +96,7 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
     )
     study.add_argument(
         "--study",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="new directory for everything (default: studies/DATE-COMMAND)",
     )
@@ -105,7 +109,7 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
     )
     study.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="YAML file with options of the cluster; the command line wins",
     )
@@ -238,7 +242,7 @@ def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> 
     if path.exists():
         raise ValueError(
             f"{path} is there already: pass another directory as --study, or --resume "
-            f"{path} to go on with it."
+            f"{shlex.quote(str(path))} to go on with it."
         )
     return Study(
         path=path.resolve(),

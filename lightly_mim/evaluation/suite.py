@@ -88,7 +88,7 @@ from lightly_mim.evaluation.results import (
     Results,
 )
 from lightly_mim.evaluation.scores import score
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, expand_user
 from lightly_mim.patches import Size
 from lightly_mim.transforms import EvalTransform
 
@@ -105,6 +105,7 @@ LABEL_FREE = "label_free"
 _MANY = 1_000_000
 
 
+@expand_user("encoder", "data", "val", "out", "cache")
 def evaluate(
     encoder: Encoder | Path,
     data: Data,

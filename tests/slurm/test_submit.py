@@ -413,12 +413,66 @@ def test_config__command_line_wins(
     assert "export A=1\nexport B='x y'\nmodule load a\nmodule load b\n" in script
 
 
+def test_config__values_are_taken_as_they_are_written(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "account: 0123\ntime: 1:30:00\nqos: 1e3\ncomment: 2026-11-25\n"
+        "exclude: 'no'\nnodelist: 0x1F\nmail-user: 1_000\n"
+        "env: {X: 010, Y: 1.50, Z: 'yes', W: 12:30}\nsetup: [007]\n"
+        "sbatch: {exclusive: , licenses: 08, reservation: 1_0}\n"
+    )
+    submit.main(shlex.split(f"--dry-run --config site.yaml {SOLAR}"))
+    script = scripts(capsys.readouterr().out)["train"]
+    for name, value in {
+        **{"account": "0123", "time": "90", "qos": "1e3", "comment": "2026-11-25"},
+        **{"exclude": "no", "nodelist": "0x1F", "mail-user": "1_000"},
+        **{"licenses": "08", "reservation": "1_0"},
+    }.items():
+        assert f"#SBATCH --{name}={value}\n" in script
+    assert "#SBATCH --exclusive\n" in script
+    assert (
+        "\nexport X=010\nexport Y=1.50\nexport Z=yes\nexport W=12:30\n007\n" in script
+    )
+
+
+def test_paths__of_the_home_directory(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "site.yaml").write_text("account: a\n")
+    words = "--dry-run --config=~/site.yaml --study=~/s"
+    submit.main(shlex.split(f"{words} {SOLAR}"))
+    output = capsys.readouterr().out
+    assert f"{tmp_path}/home/s/tasks/" in output and "--account=a\n" in output
+    study = submit._plan(
+        submit.parser()[0].parse_args(["--study=~/s"]), SOLAR.split()[1:], []
+    )
+    study.path.mkdir()
+    study.save()
+    assert submit.Study.load("~/s") == submit.Study.load(Path("~/s")) == study
+    (tmp_path / "home" / "a b").mkdir()
+    with pytest.raises(SystemExit):
+        submit.main(shlex.split(f"--study='~/a b' {SOLAR}"))
+    assert f"--resume '{tmp_path}/home/a b' to go on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("partitoin: gpu", "unknown key 'partitoin'"),
         ("sweep: x=1", "unknown key 'sweep'"),
-        ("time: 24:00:00", "quotes"),
+        ("exclude: no", "exclude: YAML reads the truth value False here: put quotes"),
+        ("env: {X: on}", "the truth value True"),
+        ("env: {y: 1, off: 2}", "the truth value False"),
+        ("sbatch: {exclusive: false}", "the truth value False"),
+        ("partition: ~", "YAML reads nothing here"),
+        ("account:", "YAML reads nothing here"),
+        ("setup: [export A: b]", "YAML reads a dict here"),
         ("[1, 2]", "no mapping"),
         ("a: [", "cannot be read"),
     ],
