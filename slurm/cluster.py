@@ -15,6 +15,7 @@ from typing import Any
 
 import submitit
 from commands import Machine
+from status import release_command
 from study import Study, TaskSpec
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
@@ -443,3 +444,17 @@ def cancel(jobs: Sequence[submitit.Job[Any]]) -> None:
     """Cancels jobs of a submission that could not be completed."""
     for job in {str(job.job_id).partition("_")[0] for job in jobs}:
         subprocess.run(["scancel", job], check=False)
+
+
+def release(jobs: Sequence[str]) -> None:
+    """Releases jobs that SLURM holds.
+
+    Raises:
+        ValueError: If SLURM refuses.
+    """
+    words = release_command(jobs)
+    try:
+        subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise ValueError(f"{shlex.join(words)} failed: {said}") from error

@@ -28,13 +28,14 @@ from cluster import (
     executor,
     machine,
     outside_of_jobs,
+    release,
     work,
 )
 from commands import Program, read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
 from sites import read_config
-from status import is_running_here, queue
+from status import held_jobs, is_running_here, queue, release_command
 from study import Study, TaskSpec, alone, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from task import Report
@@ -108,6 +109,11 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
         "with its own command, code and cluster options; those given here replace them",
     )
     study.add_argument(
+        "--release",
+        action="store_true",
+        help="with --resume: release the study's jobs that SLURM holds in the queue",
+    )
+    study.add_argument(
         "--config",
         type=_path,
         metavar="FILE",
@@ -142,6 +148,8 @@ def _main(
     made: argparse.ArgumentParser, site: set[str], own: list[str], command: list[str]
 ) -> None:
     first = made.parse_args(own)
+    if first.release and not first.resume:
+        raise ValueError("--release goes with --resume STUDY.")
     config = read_config(first.config, site) if first.config else []
     if first.resume:
         if command or first.sweep or first.study:
@@ -181,7 +189,7 @@ def _main(
 
 def _send(study: Study, options: argparse.Namespace, new: bool) -> None:
     """Sends what is left of a study to SLURM."""
-    pending = _pending(study, in_slurm=True)
+    pending = _pending(study, True, options.release)
     if not pending:
         print(f"Every task of {study.path} is finished or in the queue.")
         return
@@ -211,7 +219,7 @@ def _run_here(study: Study, options: argparse.Namespace) -> int:
     """Runs what is left of a study on this machine, and returns the exit code."""
     from local import run_debug, run_local
 
-    pending = _pending(study, in_slurm=False)
+    pending = _pending(study, False, options.release)
     if not pending:
         print(f"Every task of {study.path} is finished or running.")
         return 0
@@ -304,8 +312,11 @@ def _create(study: Study) -> None:
     study.save()
 
 
-def _pending(study: Study, in_slurm: bool) -> list[TaskSpec]:
-    """Returns the tasks that are neither finished nor in the queue."""
+def _pending(study: Study, in_slurm: bool, release_held: bool) -> list[TaskSpec]:
+    """Returns the tasks that are neither finished nor in the queue.
+
+    What SLURM holds there is released, or said.
+    """
     queued = queue()
     if queued is None:
         if in_slurm and study.submissions:
@@ -325,6 +336,17 @@ def _pending(study: Study, in_slurm: bool) -> list[TaskSpec]:
     if len(left) > len(pending):
         count = len(left) - len(pending)
         print(f"{count} task(s) are running or in the queue and stay there.")
+    held = [job for task in left for job in held_jobs(study, task, queued)]
+    if held and release_held:
+        release(held)
+        print(f"Released: {', '.join(held)}")
+    elif held:
+        reasons = ", ".join(dict.fromkeys(queued[job][1] for job in held))
+        print(
+            f"SLURM holds {len(held)} of their jobs ({reasons}) until they are "
+            f"released: {shlex.join(release_command(held))}, which "
+            f"{study.resume_command()} --release does."
+        )
     return pending
 
 

@@ -213,6 +213,55 @@ def test_resume__with_another_evaluation(
     assert code == 2 and "is evaluated: leave --evaluate out" in said
 
 
+def answering(folder: Path, **programs: str) -> str:
+    """Writes programs that print a text and note what they were asked for."""
+    folder.mkdir()
+    for name, text in programs.items():
+        program = folder / name
+        note = shlex.quote(str(folder / "asked"))
+        tell = f"printf '%s' {shlex.quote(text)}"
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {note}\n{tell}\n')
+        program.chmod(0o755)
+    return str(folder)
+
+
+def test_resume__releases_what_slurm_holds(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    sweep = shlex.split("--study s --sweep seed=0,1,2,3")
+    study = submit._plan(submit.parser()[0].parse_args(sweep), SOLAR.split()[1:], [])
+    names = [task.name for task in study.tasks]
+    jobs = {n: {"train": f"7_{i}", "evaluate": f"8_{i}"} for i, n in enumerate(names)}
+    study.submissions.append({"date": "", "cluster": "slurm", "jobs": jobs})
+    study.path.mkdir()
+    study.save()
+    study.update_state(study.tasks[1], done=["train"])
+    queue = (
+        "7_0|PENDING|launch failed requeued held\n7_1|PENDING|JobHeldUser\n"
+        "8_1|PENDING|JobHeldAdmin\n7_2|RUNNING|None\n7_3|PENDING|QOSUsageThreshold\n"
+        "99|PENDING|JobHeldUser\n"
+    )
+    programs = dict.fromkeys(("sbatch", "srun"), "") | {"squeue": queue}
+    monkeypatch.setenv("PATH", answering(tmp_path / "a", scontrol="", **programs))
+    submit.main(["--resume", "s"])
+    said = capsys.readouterr().out
+    assert "4 task(s) are running or in the queue" in said
+    assert "holds 2 of their jobs (launch failed requeued held, JobHeldAdmin)" in said
+    assert "scontrol release 7_0,8_1, which " in said
+    assert f"--resume {tmp_path}/s --release" in said
+    assert "scontrol" not in (tmp_path / "a" / "asked").read_text()
+    submit.main(["--resume", "s", "--release"])
+    assert "Released: 7_0, 8_1" in capsys.readouterr().out
+    assert "scontrol release 7_0,8_1\n" in (tmp_path / "a" / "asked").read_text()
+    monkeypatch.setenv("PATH", answering(tmp_path / "b", **programs))  # no scontrol
+    with pytest.raises(SystemExit):
+        submit.main(["--resume", "s", "--release"])
+    assert "scontrol release 7_0,8_1 failed" in capsys.readouterr().err
+
+
 def test_dry_run__swept_words_win(
     submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -342,6 +391,7 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--partitions x {SOLAR}", "unrecognized arguments: --partitions"),
         (f"--study . {SOLAR}", "is there already"),
         ("--resume nothing", "is not a study"),
+        (f"--release {SOLAR}", "--release goes with --resume"),
         (f"--resume x {SOLAR}", "takes command and sweep from the study"),
         (f"--cluster local --study {__file__}/s {SOLAR}", "cannot be written"),
     ],
