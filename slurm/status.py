@@ -261,6 +261,16 @@ def is_running_here(study: Study, task: TaskSpec) -> bool:
     return not command.exists() or b"submitit" in command.read_bytes()
 
 
+def is_busy(
+    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
+) -> bool:
+    """Returns whether a task runs or is in the queue."""
+    # Processes of this machine outlive a submit.py that is killed.
+    return is_running_here(study, task) or any(
+        study.job(task, stage) in queued for stage in task.stages
+    )
+
+
 def progress(run: Path) -> dict[str, str]:
     """Reads epoch, loss and images per second of the run that was written last.
 

@@ -213,6 +213,101 @@ def test_resume__with_another_evaluation(
     assert code == 2 and "is evaluated: leave --evaluate out" in said
 
 
+def test_resume__drops_and_changes_tasks(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+
+    def send(words: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            submit.main(shlex.split(words))
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, capsys.readouterr().err
+
+    sweep = "--sweep batch_size=8,16,32 seed=7 --evaluate '--data x --protocols knn'"
+    assert send(f"--cluster local --study s {sweep} {PRETRAIN}") == (0, "")
+    study = submit.Study.load("s")
+    study.update_state(study.tasks[2], done=["train", "evaluate"])
+    before = [task.name for task in study.tasks]
+    for words, message in {
+        "--drop 7": "has no task '7'. It has: 00-batch_size=8-seed=7, 01-",
+        "--drop 0 1 2": "leaves no task",
+        "--change 0": "one value for each KEY=VALUE",
+        "--change 0 lr=1,2": "one value for each KEY=VALUE",
+        "--change 0 lr=fast": '"lr"',
+        "--change 0 devices=2": "'devices' cannot be swept",
+        "--change 0 batch_size=16": f"{before[1]} has these values",
+        "--change 2 lr=0.1": "is finished",
+    }.items():
+        code, said = send(f"--resume s {words}")
+        assert code == 2 and message in said, said
+        assert [task.name for task in submit.Study.load("s").tasks] == before
+    changes = (
+        "--drop 00 --change 01 batch_size=4 lr=0.5 --change 01-batch_size=4-seed=7"
+    )
+    code, said = send(f"--resume s {changes} seed=8 --drop 02")
+    assert code == 2 and "has no task '01-batch_size=4-seed=7'" in said
+    submit.main(shlex.split("--resume s --drop 00 --change 1 seed=8 lr=0.5 --dry-run"))
+    assert "01-batch_size=16-seed=8-lr=0.5/run" in capsys.readouterr().out
+    assert [task.name for task in submit.Study.load("s").tasks] == before
+    assert send("--resume s --drop 00 --change 1 seed=8 lr=0.5") == (0, "")
+    changed, last = submit.Study.load("s").tasks
+    assert changed.name == "01-batch_size=16-seed=8-lr=0.5" and last.name == before[2]
+    train, evaluate = changed.stages.values()
+    assert " ".join(train).endswith(
+        "--batch_size 16 --seed 8 --lr 0.5 --out {out} --devices 1 --num_nodes 1 "
+        "--resume"
+    )
+    assert evaluate[-6:] == ["--seed", "8", "--data", "x", "--protocols", "knn"]
+    assert submit.Study.load("s").swept() == ["batch_size", "seed", "lr"]
+    page = load(monkeypatch, "report").write_report(submit.Study.load("s"))
+    assert "2 task(s), 1 done" in page
+
+
+def test_resume__changes_no_task_in_the_queue(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    sweep = shlex.split("--study s --sweep seed=0,1")
+    study = submit._plan(submit.parser()[0].parse_args(sweep), SOLAR.split()[1:], [])
+    jobs = {study.tasks[0].name: {"train": "7_0", "evaluate": "8_0"}}
+    study.submissions.append({"date": "", "cluster": "slurm", "jobs": jobs})
+    study.path.mkdir()
+    study.save()
+    programs = dict.fromkeys(("sbatch", "srun"), "")
+    queue = "8_0|PENDING|Dependency\n"
+    monkeypatch.setenv("PATH", answering(tmp_path / "a", squeue=queue, **programs))
+    for words in ("--drop 0", "--change 0 seed=3"):
+        with pytest.raises(SystemExit):
+            submit.main(shlex.split(f"--resume s {words}"))
+        said = capsys.readouterr().err
+        assert "00-seed=0 runs or is in the queue: end it first, scancel 8_0" in said
+    assert len(submit.Study.load("s").tasks) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        ("--gpus-per-node 2", True),
+        ("--gpus-per-node a100:1 --mem 8G", True),
+        ("--gpus-per-node 2 --cpus-per-gpu 8", False),
+        ("--gpus-per-node 2 --cpus-per-task 8", False),
+        ("--tasks-per-node 2", False),
+    ],
+)
+def test_dry_run__says_that_cpus_are_missing(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], words: str, warned: bool
+) -> None:
+    submit.main(shlex.split(f"--dry-run {words} {SOLAR}"))
+    said = capsys.readouterr().err
+    assert ("Neither --cpus-per-gpu nor --cpus-per-task" in said) == warned
+
+
 def answering(folder: Path, **programs: str) -> str:
     """Writes programs that print a text and note what they were asked for."""
     folder.mkdir()
@@ -392,6 +487,8 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--study . {SOLAR}", "is there already"),
         ("--resume nothing", "is not a study"),
         (f"--release {SOLAR}", "--release goes with --resume"),
+        (f"--drop 00 {SOLAR}", "--drop goes with --resume"),
+        (f"--change 00 seed=1 {SOLAR}", "--change goes with --resume"),
         (f"--resume x {SOLAR}", "takes command and sweep from the study"),
         (f"--cluster local --study {__file__}/s {SOLAR}", "cannot be written"),
     ],
