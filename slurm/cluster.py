@@ -11,12 +11,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import submitit
-import yaml
 from commands import Machine
+from status import release_command
 from study import Study, TaskSpec
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
@@ -232,40 +231,6 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
     return {option.removeprefix("--") for option in added}
 
 
-def read_config(path: Path, known: set[str]) -> list[str]:
-    """Reads a site's YAML file as words of the command line.
-
-    Raises:
-        ValueError: If it cannot be read or has keys that are not options.
-    """
-    try:
-        stored = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"--config {path} holds no mapping of option: value.")
-    words = []
-    for key, value in stored.items():
-        option = str(key).replace("_", "-")
-        if option not in known:
-            raise ValueError(
-                f"--config {path} has the unknown key {key!r}; there are: "
-                f"{', '.join(sorted(known))}."
-            )
-        if option == "time" and isinstance(value, int) and value >= 3600:
-            raise ValueError(  # YAML reads 24:00:00 as 86400
-                f"--config {path}: put quotes around the value of {key!r}."
-            )
-        if isinstance(value, dict):
-            value = [
-                name if text is True or text is None else f"{name}={text}"
-                for name, text in value.items()
-            ]
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{option}", *map(str, values)]
-    return words
-
-
 def machine(options: argparse.Namespace) -> Machine:
     """Returns what a training job gets.
 
@@ -479,3 +444,17 @@ def cancel(jobs: Sequence[submitit.Job[Any]]) -> None:
     """Cancels jobs of a submission that could not be completed."""
     for job in {str(job.job_id).partition("_")[0] for job in jobs}:
         subprocess.run(["scancel", job], check=False)
+
+
+def release(jobs: Sequence[str]) -> None:
+    """Releases jobs that SLURM holds.
+
+    Raises:
+        ValueError: If SLURM refuses.
+    """
+    words = release_command(jobs)
+    try:
+        subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise ValueError(f"{shlex.join(words)} failed: {said}") from error

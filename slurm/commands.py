@@ -117,7 +117,14 @@ class Script(Command):
         self._script = _load_script(path)
         self._parser = _parser(self._script, self._program)
         self._actions = self._parser._option_string_actions
+        self.words[1:] = [self._spell(word) for word in self.words[1:]]
         self._tried: set[str] = set()
+
+    def _spell(self, word: str) -> str:
+        """Returns a word with the option as the script spells it: --batch-size."""
+        name, equals, value = word.partition("=")
+        known = self.option(name[2:]) if name.startswith("--") else None
+        return f"{known}{equals}{value}" if known else word
 
     def check(self, words: Sequence[str], machine: Machine) -> None:
         """Parses the words after the script, and tries to build what they ask for."""
@@ -138,7 +145,9 @@ class Script(Command):
 
     def option(self, key: str) -> str | None:
         """Returns the option of a key."""
-        names = (f"--{key}", f"--{key.replace('_', '-')}")
+        names = (
+            f"--{each}" for each in (key, key.replace("_", "-"), key.replace("-", "_"))
+        )
         return next((name for name in names if name in self._actions), None)
 
     def keys(self) -> list[str]:
@@ -219,7 +228,7 @@ class Program(Command):
     def given(self) -> set[str]:
         """Returns the keys that the words have options of."""
         options = [word.partition("=")[0] for word in self.words]
-        return {word[2:] for word in options if word.startswith("--")}
+        return {w[2:].replace("-", "_") for w in options if w.startswith("--")}
 
     def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
         """Returns `train`, and `evaluate` if an evaluation was asked for; or `run`."""
@@ -369,31 +378,54 @@ def tasks(
     Raises:
         ValueError: If the command does not take a key, a value or a combination.
     """
-    options = {key: _sweep_option(command, key) for key in sweep}
-    found = []
-    for number, values in enumerate(itertools.product(*sweep.values())):
-        own = dict(zip(sweep, values, strict=True))
-        words = command.words[1:]
-        for key, value in own.items():
-            option = options[key]
-            dash = value.startswith("-")  # a separate word would be an option
-            swept = [f"{option}={value}"] if dash else [option, value]
-            # At the end, where it wins over a --config; but --method stands before
-            # --method.encoder.
-            own_options = (i for i, w in enumerate(words) if w.startswith(f"{option}."))
-            place = next(own_options, len(words))
-            words[place:place] = swept
-        try:
-            command.check(words, machine)
-        except ValueError as error:
-            having = f" with {label(own)}" if own else ""
-            raise ValueError(
-                f"{Path(command.words[0]).name}{having} refuses its words. {error}"
-            ) from error
-        parts = [f"{key}={value}" for key, value in own.items()] or [command.name]
-        name = re.sub(r"[^\w.=+-]", "_", "-".join([f"{number:02d}", *parts]))[:80]
-        found.append(TaskSpec(name, own, command.stages(words, machine)))
-    return found
+    for key in sweep:
+        if key.replace("-", "_") in command.given():
+            option = _sweep_option(command, key)
+            raise ValueError(f"{option} is in the command and in --sweep: say it once.")
+    return [
+        make_task(command, number, dict(zip(sweep, values, strict=True)), machine)
+        for number, values in enumerate(itertools.product(*sweep.values()))
+    ]
+
+
+def make_task(
+    command: Command, number: int, own: Mapping[str, str], machine: Machine
+) -> TaskSpec:
+    """Returns a task that runs a command with values of its own.
+
+    Args:
+        command:
+            The command.
+        number:
+            What the task's name begins with.
+        own:
+            The values by key. They win over the command's own.
+        machine:
+            What a training job gets.
+
+    Raises:
+        ValueError: If the command does not take a key, a value or the combination.
+    """
+    words = command.words[1:]
+    for key, value in own.items():
+        option = _sweep_option(command, key)
+        dash = value.startswith("-")  # a separate word would be an option
+        swept = [f"{option}={value}"] if dash else [option, value]
+        # At the end, where it wins over a --config; but --method stands before
+        # --method.encoder.
+        own_options = (i for i, w in enumerate(words) if w.startswith(f"{option}."))
+        place = next(own_options, len(words))
+        words[place:place] = swept
+    try:
+        command.check(words, machine)
+    except ValueError as error:
+        having = f" with {label(own)}" if own else ""
+        raise ValueError(
+            f"{Path(command.words[0]).name}{having} refuses its words. {error}"
+        ) from error
+    parts = [f"{key}={value}" for key, value in own.items()] or [command.name]
+    name = re.sub(r"[^\w.=+-]", "_", "-".join([f"{number:02d}", *parts]))[:80]
+    return TaskSpec(name, dict(own), command.stages(words, machine))
 
 
 def _sweep_option(command: Command, key: str) -> str:
@@ -411,6 +443,4 @@ def _sweep_option(command: Command, key: str) -> str:
         )
     if isinstance(command, Script) and command.is_flag(option):
         raise ValueError(f"{option} takes no value, so it cannot be swept.")
-    if plain in command.given():
-        raise ValueError(f"{option} is in the command and in --sweep: say it once.")
     return option

@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from status import ENDED, Row, progress, queue, rows
-from study import Study, TaskSpec
+from study import Study
 
 PRETRAINED = "pretrained"
 BASELINES = ("random initialisation", "raw pixels")
@@ -92,7 +92,8 @@ def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -
         f"`{shlex.join(study.command)}`, {len(found)} task(s), "
         f"{len(found) - len(failed)} done; written {time.strftime('%Y-%m-%d %H:%M')}.",
     ]
-    parts += _results(lines, _swept(study.tasks))
+    keys = [key for key in study.swept() if key not in ("seed", "seeds")]
+    parts += _results(lines, keys)
     parts += ["## Tasks", _tasks(study, found)]
     if failed:
         reasons = [f"- `{r.task.name}`: {r.state}. {r.detail}".rstrip() for r in failed]
@@ -111,10 +112,6 @@ def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -
     return "\n\n".join(parts) + "\n"
 
 
-def _swept(tasks: Sequence[TaskSpec]) -> list[str]:
-    return [key for key in tasks[0].sweep if key not in ("seed", "seeds")]
-
-
 def _results(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
     """Returns the table of accuracies: swept values down, protocols across."""
     scored = [line for line in lines if line.keys() >= _CELL_KEYS]
@@ -125,7 +122,7 @@ def _results(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
     own = [key for key in ("method",) if key not in keys and key in scored[0]]
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for line in scored:
-        group = (*(str(line[key]) for key in (*own, *keys)), str(line["model"]))
+        group = (*(str(line.get(key, "")) for key in (*own, *keys)), str(line["model"]))
         values = cells.setdefault(group, {}).setdefault(str(line["protocol"]), [])
         values.append(100 * float(line["top1"]))
     header = [*own, *keys, "model", *(f"{name} top-1 %" for name in protocols)]

@@ -10,6 +10,8 @@ import csv
 import getpass
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -34,7 +36,10 @@ from study import (
     run_directories,
 )
 
-_COLOURS = {"done": "green", "failed": "red", "lost": "red", "running": "cyan"}
+_COLOURS = {
+    **{"done": "green", "running": "cyan"},
+    **dict.fromkeys(("failed", "lost", "held"), "red"),
+}
 ENDED = ("done", "failed", "interrupted", "lost", "not begun")
 
 
@@ -46,9 +51,9 @@ class Row:
         task:
             The task.
         state:
-            `queued`, `starting`, `running`, `requeued`, `trained`, `done`, `failed`,
-            `interrupted` (by Ctrl-C), `lost` (its job ended without a word) or `not
-            begun`.
+            `queued`, `held` (in the queue until somebody releases it), `starting`,
+            `running`, `requeued`, `trained`, `done`, `failed`, `interrupted` (by
+            Ctrl-C), `lost` (its job ended without a word) or `not begun`.
         stage:
             The stage that it is at.
         detail:
@@ -79,6 +84,38 @@ def queue() -> dict[str, tuple[str, str]] | None:
         return None
     lines = [line.split("|") for line in answer.splitlines()]
     return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
+
+
+def held_jobs(
+    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
+) -> list[str]:
+    """Returns the jobs of a task that wait until somebody releases them.
+
+    Args:
+        study:
+            The study.
+        task:
+            The task.
+        queued:
+            What `queue` returned.
+    """
+    jobs = [study.job(task, stage) for stage in study.open_stages(task)]
+    return [job for job in jobs if job in queued and _is_held(*queued[job])]
+
+
+def _is_held(state: str, reason: str) -> bool:
+    """Returns whether SLURM starts a job by itself no more.
+
+    The reasons are JobHeldUser, JobHeldAdmin, JobHoldMaxRequeue and, after a node's
+    daemon died, "launch failed requeued held".
+    """
+    held = re.search("JobHold|[Hh]eld", reason) is not None
+    return state in ("REQUEUE_HOLD", "SPECIAL_EXIT") or (state == "PENDING" and held)
+
+
+def release_command(jobs: Sequence[str]) -> list[str]:
+    """Returns the command that releases held jobs."""
+    return ["scontrol", "release", ",".join(jobs)]
 
 
 def _ask(words: Sequence[str]) -> str | None:
@@ -132,6 +169,9 @@ def _state(
     reached = "trained" if recorded.get("done") else "queued"
     if cluster == "slurm" and queued is not None and job in queued:
         slurm, reason = queued[job]
+        if _is_held(slurm, reason):
+            release = shlex.join(release_command([job]))
+            return "held", f"{reason}: it stays so until you say {release}"
         if slurm == "PENDING":
             return ("requeued" if attempts else reached), reason
         if not attempts or status == REQUEUED:  # the next attempt has not begun
@@ -219,6 +259,16 @@ def is_running_here(study: Study, task: TaskSpec) -> bool:
     command = Path(f"/proc/{pid}/cmdline")
     # A number may have come to another process since.
     return not command.exists() or b"submitit" in command.read_bytes()
+
+
+def is_busy(
+    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
+) -> bool:
+    """Returns whether a task runs or is in the queue."""
+    # Processes of this machine outlive a submit.py that is killed.
+    return is_running_here(study, task) or any(
+        study.job(task, stage) in queued for stage in task.stages
+    )
 
 
 def progress(run: Path) -> dict[str, str]:
@@ -313,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = f"\nGo on with what has not ended: {study.resume_command()}"
         console.print(text, soft_wrap=True)
         parser.exit(1)
+    if any(row.state == "held" for row in listed):
+        release = f"{study.resume_command()} --release"
+        console.print(f"\nRelease all that SLURM holds: {release}", soft_wrap=True)
 
 
 def _look(path: Path) -> tuple[Study, list[Row]]:

@@ -75,6 +75,8 @@ class Study:
         submissions:
             One entry per submission: when, on what cluster, and the job of each task
             and stage.
+        evaluation:
+            The words of `--evaluate`.
     """
 
     path: Path
@@ -84,6 +86,7 @@ class Study:
     cluster: dict[str, Any]
     origin: dict[str, Any]
     submissions: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path | str) -> Study:
@@ -92,7 +95,7 @@ class Study:
         Raises:
             ValueError: If there is none.
         """
-        path = Path(path).resolve()
+        path = Path(path).expanduser().resolve()
         try:
             stored = json.loads((path / "study.json").read_text())
             tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
@@ -121,6 +124,10 @@ class Study:
     def jobs(self) -> Path:
         """Submitit's folder."""
         return self.path / "jobs"
+
+    def swept(self) -> list[str]:
+        """Returns the keys that tasks have values of their own of."""
+        return list(dict.fromkeys(key for task in self.tasks for key in task.sweep))
 
     def run(self, task: TaskSpec) -> Path:
         """Returns the directory that a task's command writes to."""

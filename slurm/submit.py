@@ -21,6 +21,7 @@ except ModuleNotFoundError:
         "submit.py needs the packages of this project: start it by the Python of its "
         ".venv, or install them with: pip install '.[benchmarks,slurm]'"
     )
+from changes import ask_queue, change_study
 from cluster import (
     add_options,
     cancel,
@@ -28,13 +29,14 @@ from cluster import (
     executor,
     machine,
     outside_of_jobs,
-    read_config,
+    release,
     work,
 )
-from commands import Program, read, read_sweep, tasks
+from commands import read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
-from status import is_running_here, queue
+from sites import read_config
+from status import held_jobs, is_busy, queue, release_command
 from study import Study, TaskSpec, alone, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from task import Report
@@ -58,8 +60,16 @@ examples:
   # once more what failed, and nothing else
   python slurm/submit.py --resume studies/2026-11-22-imagenette
 
+  # without task 3, and with other values for task 4
+  python slurm/submit.py --resume studies/2026-11-22-imagenette \\
+      --drop 03 --change 04 batch_size=256
+
 Look at it with: python slurm/status.py STUDY
 """
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def parser() -> tuple[argparse.ArgumentParser, set[str]]:
@@ -92,7 +102,7 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
     )
     study.add_argument(
         "--study",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="new directory for everything (default: studies/DATE-COMMAND)",
     )
@@ -104,8 +114,31 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
         "with its own command, code and cluster options; those given here replace them",
     )
     study.add_argument(
+        "--drop",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="with --resume: take tasks (their names or numbers) out of the study; "
+        "their directories stay",
+    )
+    study.add_argument(
+        "--change",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("TASK", "KEY=VALUE"),
+        help="with --resume: put a task with other values in the place of one that is "
+        "not finished; it begins anew, in a directory of its own",
+    )
+    study.add_argument(
+        "--release",
+        action="store_true",
+        help="with --resume: release the study's jobs that SLURM holds in the queue",
+    )
+    study.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="YAML file with options of the cluster; the command line wins",
     )
@@ -126,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    own, command = words[:cut], words[cut + 1 :]
+    own, command = spell(words[:cut]), words[cut + 1 :]
     made, site = parser()
     try:
         _main(made, site, own, command)
@@ -134,16 +167,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         made.exit(2, f"submit.py: error: {error}\n")
 
 
+def spell(words: Sequence[str]) -> list[str]:
+    """Returns words in which an option such as --gpus_per_node has hyphens."""
+    parts = [word.partition("=") for word in words]
+    return [
+        f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
+        for word, (name, equals, value) in zip(words, parts, strict=True)
+    ]
+
+
 def _main(
     made: argparse.ArgumentParser, site: set[str], own: list[str], command: list[str]
 ) -> None:
     first = made.parse_args(own)
+    for name in ("release", "drop", "change"):
+        if vars(first)[name] and not first.resume:
+            raise ValueError(f"--{name} goes with --resume STUDY.")
     config = read_config(first.config, site) if first.config else []
     if first.resume:
         if command or first.sweep or first.study:
             raise ValueError(
                 "--resume takes command and sweep from the study: leave out --sweep, "
-                "--study and what is behind --."
+                "--study and what is behind --. --change and --drop are for its tasks."
             )
         study = Study.load(first.resume)
         stored = [str(word) for word in study.cluster["words"]]
@@ -154,10 +199,9 @@ def _main(
         words = [*config, *_site_words(own, site)]
         study = _plan(options, command, words)
     new = not first.resume
-    another = first.resume and options.evaluate
     if options.dry_run:
-        if another:
-            _change_evaluation(study, options)
+        if not new:
+            change_study(study, options)
         _show(study, options, new)
         return
     if options.cluster == "slurm":
@@ -167,8 +211,7 @@ def _main(
     with alone(study):
         # As it is now: another submit.py may have added its jobs a moment ago.
         study = Study.load(study.path)
-        if another:
-            _change_evaluation(study, options)
+        if not new and change_study(study, options):
             study.save()
         if options.cluster != "slurm":
             sys.exit(_run_here(study, options))
@@ -177,7 +220,7 @@ def _main(
 
 def _send(study: Study, options: argparse.Namespace, new: bool) -> None:
     """Sends what is left of a study to SLURM."""
-    pending = _pending(study, in_slurm=True)
+    pending = _pending(study, True, options.release)
     if not pending:
         print(f"Every task of {study.path} is finished or in the queue.")
         return
@@ -191,10 +234,17 @@ def _send(study: Study, options: argparse.Namespace, new: bool) -> None:
 
 
 def _applicable(options: argparse.Namespace) -> argparse.Namespace:
-    """Leaves out what a site's file has for all studies, and this one cannot use."""
+    """Leaves out what a site's file has and this study cannot use; says what lacks."""
     if options.cpus_per_gpu and not options.gpus_per_node:
         print("--cpus-per-gpu is left out: no --gpus-per-node.", file=sys.stderr)
         options.cpus_per_gpu = None
+    alone = not (options.cpus_per_gpu or options.cpus_per_task)
+    if options.cluster == "slurm" and options.gpus_per_node and alone:
+        print(
+            "Neither --cpus-per-gpu nor --cpus-per-task: most clusters give a process "
+            "one CPU then, which reads images for a GPU too slowly.",
+            file=sys.stderr,
+        )
     return options
 
 
@@ -207,7 +257,7 @@ def _run_here(study: Study, options: argparse.Namespace) -> int:
     """Runs what is left of a study on this machine, and returns the exit code."""
     from local import run_debug, run_local
 
-    pending = _pending(study, in_slurm=False)
+    pending = _pending(study, False, options.release)
     if not pending:
         print(f"Every task of {study.path} is finished or running.")
         return 0
@@ -238,7 +288,7 @@ def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> 
     if path.exists():
         raise ValueError(
             f"{path} is there already: pass another directory as --study, or --resume "
-            f"{path} to go on with it."
+            f"{shlex.quote(str(path))} to go on with it."
         )
     return Study(
         path=path.resolve(),
@@ -248,6 +298,7 @@ def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> 
         cluster={"words": cluster, "nodes": options.nodes,
                  "devices": machine(options).devices},
         origin=origin(),
+        evaluation=options.evaluate,
     )  # fmt: skip
 
 
@@ -260,30 +311,6 @@ def _check_same_machine(study: Study, options: argparse.Namespace) -> None:
             f"The study's tasks have {had[0]} node(s) with {had[1]} process(es) each, "
             f"which cannot change half-way; got {got.nodes} and {got.devices}."
         )
-
-
-def _change_evaluation(study: Study, options: argparse.Namespace) -> None:
-    """Gives the tasks that are not evaluated yet the evaluation that was asked for.
-
-    Raises:
-        ValueError: If there is no such task, or if the evaluation does not fit one.
-    """
-    sys.path.insert(0, study.cwd)  # where a method of one's own lies
-    command = read(study.command, options.evaluate)
-    assert isinstance(command, Program)  # or it was refused
-    left = [
-        task
-        for task in study.tasks
-        if "evaluate" not in study.state(task).get("done", [])
-    ]
-    if not left:
-        raise ValueError(
-            f"Every task of {study.path} is evaluated: leave --evaluate out, and "
-            "evaluate their run directories with lightly-mim evaluate."
-        )
-    for task in left:
-        task.stages.update(command.evaluation(task.stages["train"]))
-        command.check(task.stages["train"][1:], machine(options))
 
 
 def _create(study: Study) -> None:
@@ -300,27 +327,28 @@ def _create(study: Study) -> None:
     study.save()
 
 
-def _pending(study: Study, in_slurm: bool) -> list[TaskSpec]:
-    """Returns the tasks that are neither finished nor in the queue."""
-    queued = queue()
-    if queued is None:
-        if in_slurm and study.submissions:
-            raise ValueError(
-                "squeue does not say which tasks are in the queue, and a task must not "
-                "run twice: try again when SLURM answers."
-            )
-        queued = {}
+def _pending(study: Study, in_slurm: bool, release_held: bool) -> list[TaskSpec]:
+    """Returns the tasks that are neither finished nor in the queue.
+
+    What SLURM holds there is released, or said.
+    """
+    queued = ask_queue(study) if in_slurm else queue() or {}
     left = [task for task in study.tasks if study.open_stages(task)]
-    pending = [
-        task
-        for task in left
-        # Processes of this machine outlive a submit.py that is killed.
-        if not is_running_here(study, task)
-        and not any(study.job(task, stage) in queued for stage in task.stages)
-    ]
+    pending = [task for task in left if not is_busy(study, task, queued)]
     if len(left) > len(pending):
         count = len(left) - len(pending)
         print(f"{count} task(s) are running or in the queue and stay there.")
+    held = [job for task in left for job in held_jobs(study, task, queued)]
+    if held and release_held:
+        release(held)
+        print(f"Released: {', '.join(held)}")
+    elif held:
+        reasons = ", ".join(dict.fromkeys(queued[job][1] for job in held))
+        print(
+            f"SLURM holds {len(held)} of their jobs ({reasons}) until they are "
+            f"released: {shlex.join(release_command(held))}, which "
+            f"{study.resume_command()} --release does."
+        )
     return pending
 
 
@@ -427,12 +455,12 @@ def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
     if options.cluster == "slurm":
         _show_scripts(study, options, pending)
     table = Table(title=f"{len(pending)} task(s)", title_justify="left", box=None)
-    keys = list(study.tasks[0].sweep)
+    keys = study.swept()
     for name in ("array index", *keys, "directory"):
         table.add_column(name, overflow="fold")
     for chain in waves(study, pending):
         for index, (task, _) in enumerate(chain[0]):
-            values = [task.sweep[key] for key in keys]
+            values = [task.sweep.get(key, "") for key in keys]
             where = study.run(task).relative_to(study.path)
             table.add_row(str(index), *values, str(where))
     console.print(table)

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ class Task(Checkpointable):
         """Runs the command and, if it is preempted, has its job requeued."""
         out = str(study.run(task))
         words = [word.replace("{out}", out) for word in task.stages[self.stage]]
-        print(f"{task.name}, {self.stage}: {' '.join(words)}", flush=True)
+        print(f"{task.name}, {self.stage}: {shlex.join(words)}", flush=True)
         self._check_gpus(task)
         if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
             _call(words, study)

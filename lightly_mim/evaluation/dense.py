@@ -70,7 +70,7 @@ from lightly_mim.evaluation.record import (
     to_text,
 )
 from lightly_mim.evaluation.results import RANDOM
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, expand_user
 from lightly_mim.patches import Size
 from lightly_mim.transforms import EvalTransform
 
@@ -81,6 +81,7 @@ _MAX_HELD_OUT = 100  # images: bounds memory and the time of the choice
 _AT_A_TIME = 8  # images whose pixels are predicted
 
 
+@expand_user("encoder", "data", "val", "out")
 def evaluate_dense(
     encoder: Encoder | Path,
     data: str | Path,

@@ -34,9 +34,11 @@ from lightly_mim.evaluation.adaptors import (
     TorchvisionEncoder,
 )
 from lightly_mim.evaluation.features import evaluating
+from lightly_mim.files import expand_user
 from lightly_mim.patches import Size
 
 
+@expand_user("encoder")
 def load_encoder(
     encoder: Encoder | Path,
     *,

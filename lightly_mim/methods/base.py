@@ -346,7 +346,7 @@ def check_unit(method: str, masking: Masking, encoder: MaskedEncoder) -> None:
         method:
             Name of the method, for the error message.
         masking:
-            The masking. One of a user's own is checked when its mask is laid on the grid.
+            The masking. One of a user is checked when its mask is laid on the grid.
         encoder:
             The encoder.
 

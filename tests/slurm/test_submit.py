@@ -133,6 +133,18 @@ def test_dry_run__what_sites_ask_for(
     assert captured.out.count("#SBATCH --cpus-per-task=3\n") == 2
 
 
+def test_dry_run__takes_hyphens_and_underscores(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--dry_run --gpus_per_node=2 --cpus_per_gpu 3"
+    submit.main(shlex.split(f"{words} {SOLAR} --batch_size 64 --num_workers=0"))
+    output = capsys.readouterr().out
+    assert "--gpus-per-node=2\n" in output and "--cpus-per-task=3\n" in output
+    assert "solar_cells.py --batch-size 64 --num-workers=0 --out" in output
+    submit.main(shlex.split(f"--dry-run --sweep batch-size=8,16 {PRETRAIN}"))
+    assert "--batch_size 8 --out" in capsys.readouterr().out
+
+
 def test_dry_run__one_task_is_no_array(
     submit: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +223,150 @@ def test_resume__with_another_evaluation(
     study.update_state(second, done=["train", "evaluate"])
     code, said = send(f"--resume s {evaluate.format('knn')}")
     assert code == 2 and "is evaluated: leave --evaluate out" in said
+
+
+def test_resume__drops_and_changes_tasks(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+
+    def send(words: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            submit.main(shlex.split(words))
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, capsys.readouterr().err
+
+    sweep = "--sweep batch_size=8,16,32 seed=7 --evaluate '--data x --protocols knn'"
+    assert send(f"--cluster local --study s {sweep} {PRETRAIN}") == (0, "")
+    study = submit.Study.load("s")
+    study.update_state(study.tasks[2], done=["train", "evaluate"])
+    before = [task.name for task in study.tasks]
+    for words, message in {
+        "--drop 7": "has no task '7'. It has: 00-batch_size=8-seed=7, 01-",
+        "--drop 0 1 2": "leaves no task",
+        "--change 0": "one value for each KEY=VALUE",
+        "--change 0 lr=1,2": "one value for each KEY=VALUE",
+        "--change 0 lr=fast": "--lr takes a number",
+        "--change 0 devices=2": "'devices' cannot be swept",
+        "--change 0 batch_size=16": f"{before[1]} has these values",
+        "--change 2 lr=0.1": "is finished",
+    }.items():
+        code, said = send(f"--resume s {words}")
+        assert code == 2 and message in said, said
+        assert [task.name for task in submit.Study.load("s").tasks] == before
+    changes = (
+        "--drop 00 --change 01 batch_size=4 lr=0.5 --change 01-batch_size=4-seed=7"
+    )
+    code, said = send(f"--resume s {changes} seed=8 --drop 02")
+    assert code == 2 and "has no task '01-batch_size=4-seed=7'" in said
+    submit.main(shlex.split("--resume s --drop 00 --change 1 seed=8 lr=0.5 --dry-run"))
+    assert "01-batch_size=16-seed=8-lr=0.5/run" in capsys.readouterr().out
+    assert [task.name for task in submit.Study.load("s").tasks] == before
+    assert send("--resume s --drop 00 --change 1 seed=8 lr=0.5") == (0, "")
+    changed, last = submit.Study.load("s").tasks
+    assert changed.name == "01-batch_size=16-seed=8-lr=0.5" and last.name == before[2]
+    train, evaluate = changed.stages.values()
+    assert " ".join(train).endswith(
+        "--batch_size 16 --seed 8 --lr 0.5 --out {out} --devices 1 --num_nodes 1 "
+        "--resume"
+    )
+    assert evaluate[-6:] == ["--seed", "8", "--data", "x", "--protocols", "knn"]
+    assert submit.Study.load("s").swept() == ["batch_size", "seed", "lr"]
+    page = load(monkeypatch, "report").write_report(submit.Study.load("s"))
+    assert "2 task(s), 1 done" in page
+
+
+def test_resume__changes_no_task_in_the_queue(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    sweep = shlex.split("--study s --sweep seed=0,1")
+    study = submit._plan(submit.parser()[0].parse_args(sweep), SOLAR.split()[1:], [])
+    jobs = {study.tasks[0].name: {"train": "7_0", "evaluate": "8_0"}}
+    study.submissions.append({"date": "", "cluster": "slurm", "jobs": jobs})
+    study.path.mkdir()
+    study.save()
+    programs = dict.fromkeys(("sbatch", "srun"), "")
+    queue = "8_0|PENDING|Dependency\n"
+    monkeypatch.setenv("PATH", answering(tmp_path / "a", squeue=queue, **programs))
+    for words in ("--drop 0", "--change 0 seed=3"):
+        with pytest.raises(SystemExit):
+            submit.main(shlex.split(f"--resume s {words}"))
+        said = capsys.readouterr().err
+        assert "00-seed=0 runs or is in the queue: end it first, scancel 8_0" in said
+    assert len(submit.Study.load("s").tasks) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        ("--gpus-per-node 2", True),
+        ("--gpus-per-node a100:1 --mem 8G", True),
+        ("--gpus-per-node 2 --cpus-per-gpu 8", False),
+        ("--gpus-per-node 2 --cpus-per-task 8", False),
+        ("--tasks-per-node 2", False),
+    ],
+)
+def test_dry_run__says_that_cpus_are_missing(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], words: str, warned: bool
+) -> None:
+    submit.main(shlex.split(f"--dry-run {words} {SOLAR}"))
+    said = capsys.readouterr().err
+    assert ("Neither --cpus-per-gpu nor --cpus-per-task" in said) == warned
+
+
+def answering(folder: Path, **programs: str) -> str:
+    """Writes programs that print a text and note what they were asked for."""
+    folder.mkdir()
+    for name, text in programs.items():
+        program = folder / name
+        note = shlex.quote(str(folder / "asked"))
+        tell = f"printf '%s' {shlex.quote(text)}"
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {note}\n{tell}\n')
+        program.chmod(0o755)
+    return str(folder)
+
+
+def test_resume__releases_what_slurm_holds(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    sweep = shlex.split("--study s --sweep seed=0,1,2,3")
+    study = submit._plan(submit.parser()[0].parse_args(sweep), SOLAR.split()[1:], [])
+    names = [task.name for task in study.tasks]
+    jobs = {n: {"train": f"7_{i}", "evaluate": f"8_{i}"} for i, n in enumerate(names)}
+    study.submissions.append({"date": "", "cluster": "slurm", "jobs": jobs})
+    study.path.mkdir()
+    study.save()
+    study.update_state(study.tasks[1], done=["train"])
+    queue = (
+        "7_0|PENDING|launch failed requeued held\n7_1|PENDING|JobHeldUser\n"
+        "8_1|PENDING|JobHeldAdmin\n7_2|RUNNING|None\n7_3|PENDING|QOSUsageThreshold\n"
+        "99|PENDING|JobHeldUser\n"
+    )
+    programs = dict.fromkeys(("sbatch", "srun"), "") | {"squeue": queue}
+    monkeypatch.setenv("PATH", answering(tmp_path / "a", scontrol="", **programs))
+    submit.main(["--resume", "s"])
+    said = capsys.readouterr().out
+    assert "4 task(s) are running or in the queue" in said
+    assert "holds 2 of their jobs (launch failed requeued held, JobHeldAdmin)" in said
+    assert "scontrol release 7_0,8_1, which " in said
+    assert f"--resume {tmp_path}/s --release" in said
+    assert "scontrol" not in (tmp_path / "a" / "asked").read_text()
+    submit.main(["--resume", "s", "--release"])
+    assert "Released: 7_0, 8_1" in capsys.readouterr().out
+    assert "scontrol release 7_0,8_1\n" in (tmp_path / "a" / "asked").read_text()
+    monkeypatch.setenv("PATH", answering(tmp_path / "b", **programs))  # no scontrol
+    with pytest.raises(SystemExit):
+        submit.main(["--resume", "s", "--release"])
+    assert "scontrol release 7_0,8_1 failed" in capsys.readouterr().err
 
 
 def test_dry_run__swept_words_win(
@@ -295,9 +451,11 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"{SOLAR} --stage train", "Leave --stage to the study"),
         (f"{PRETRAIN} --out x", "Leave --out to the study"),
         (f"{PRETRAIN} --num_nodes 2", "Leave --num-nodes to the study"),
+        (f"{PRETRAIN} --num-nodes 2", "Leave --num-nodes to the study"),
+        (f"{SOLAR} --num_nodes 2", "Leave --num-nodes to the study"),
         (f"{PRETRAIN} --colour red", "--colour"),
-        (f"{PRETRAIN} --epochs three", '"epochs"'),
-        (f"{PRETRAIN} --epochs 0", "epochs=0"),
+        (f"{PRETRAIN} --epochs three", "--epochs takes a whole number, got three"),
+        (f"{PRETRAIN} --epochs 0", "got --epochs 0"),
         (f"{PRETRAIN} --recipe best", "no recipe 'best'"),
         (f"{PRETRAIN} --method.mask_ratio 2", "mask ratio lies strictly between"),
         (f"{SOLAR} --method-option mask_ratio=2", "mask ratio lies strictly between"),
@@ -342,6 +500,9 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--partitions x {SOLAR}", "unrecognized arguments: --partitions"),
         (f"--study . {SOLAR}", "is there already"),
         ("--resume nothing", "is not a study"),
+        (f"--release {SOLAR}", "--release goes with --resume"),
+        (f"--drop 00 {SOLAR}", "--drop goes with --resume"),
+        (f"--change 00 seed=1 {SOLAR}", "--change goes with --resume"),
         (f"--resume x {SOLAR}", "takes command and sweep from the study"),
         (f"--cluster local --study {__file__}/s {SOLAR}", "cannot be written"),
     ],
@@ -413,12 +574,66 @@ def test_config__command_line_wins(
     assert "export A=1\nexport B='x y'\nmodule load a\nmodule load b\n" in script
 
 
+def test_config__values_are_taken_as_they_are_written(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "account: 0123\ntime: 1:30:00\nqos: 1e3\ncomment: 2026-11-25\n"
+        "exclude: 'no'\nnodelist: 0x1F\nmail-user: 1_000\n"
+        "env: {X: 010, Y: 1.50, Z: 'yes', W: 12:30}\nsetup: [007]\n"
+        "sbatch: {exclusive: , licenses: 08, reservation: 1_0}\n"
+    )
+    submit.main(shlex.split(f"--dry-run --config site.yaml {SOLAR}"))
+    script = scripts(capsys.readouterr().out)["train"]
+    for name, value in {
+        **{"account": "0123", "time": "90", "qos": "1e3", "comment": "2026-11-25"},
+        **{"exclude": "no", "nodelist": "0x1F", "mail-user": "1_000"},
+        **{"licenses": "08", "reservation": "1_0"},
+    }.items():
+        assert f"#SBATCH --{name}={value}\n" in script
+    assert "#SBATCH --exclusive\n" in script
+    assert (
+        "\nexport X=010\nexport Y=1.50\nexport Z=yes\nexport W=12:30\n007\n" in script
+    )
+
+
+def test_paths__of_the_home_directory(
+    submit: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "site.yaml").write_text("account: a\n")
+    words = "--dry-run --config=~/site.yaml --study=~/s"
+    submit.main(shlex.split(f"{words} {SOLAR}"))
+    output = capsys.readouterr().out
+    assert f"{tmp_path}/home/s/tasks/" in output and "--account=a\n" in output
+    study = submit._plan(
+        submit.parser()[0].parse_args(["--study=~/s"]), SOLAR.split()[1:], []
+    )
+    study.path.mkdir()
+    study.save()
+    assert submit.Study.load("~/s") == submit.Study.load(Path("~/s")) == study
+    (tmp_path / "home" / "a b").mkdir()
+    with pytest.raises(SystemExit):
+        submit.main(shlex.split(f"--study='~/a b' {SOLAR}"))
+    assert f"--resume '{tmp_path}/home/a b' to go on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("partitoin: gpu", "unknown key 'partitoin'"),
         ("sweep: x=1", "unknown key 'sweep'"),
-        ("time: 24:00:00", "quotes"),
+        ("exclude: no", "exclude: YAML reads the truth value False here: put quotes"),
+        ("env: {X: on}", "the truth value True"),
+        ("env: {y: 1, off: 2}", "the truth value False"),
+        ("sbatch: {exclusive: false}", "the truth value False"),
+        ("partition: ~", "YAML reads nothing here"),
+        ("account:", "YAML reads nothing here"),
+        ("setup: [export A: b]", "YAML reads a dict here"),
         ("[1, 2]", "no mapping"),
         ("a: [", "cannot be read"),
     ],
