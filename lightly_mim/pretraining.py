@@ -38,7 +38,7 @@ from lightly_mim.callbacks import (
     ReconstructionPictures,
     SaveBetweenBatches,
 )
-from lightly_mim.checkpoints import save_encoder
+from lightly_mim.checkpoints import put_encoder, save_encoder
 from lightly_mim.cluster import choose_layout
 from lightly_mim.config import to_config
 from lightly_mim.data import (
@@ -105,6 +105,11 @@ class Pretraining(pl.LightningModule):
     Examples:
         >>> module = Pretraining(SimMIM("vit_tiny_patch16_224"))  # doctest: +SKIP
         >>> pl.Trainer(max_epochs=10).fit(module, dataloader)  # doctest: +SKIP
+
+        A checkpoint holds the weights of the whole method:
+
+        >>> method = SimMIM("vit_tiny_patch16_224")  # doctest: +SKIP
+        >>> Pretraining.load_from_checkpoint(path, method=method)  # doctest: +SKIP
     """
 
     def __init__(
@@ -344,13 +349,26 @@ class Pretraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the rows of `metrics.csv` that are going to be written again."""
         self._loader_state = checkpoint.get("train_loader")
-        for logger in self.trainer.loggers:
+        # Without a Trainer the weights alone are loaded, by `load_from_checkpoint`.
+        for logger in self._trainer.loggers if self._trainer else ():
             if isinstance(logger, MetricsLogger):
                 logger.drop_after(checkpoint["global_step"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps weights that a non-finite loss has spoilt out of a checkpoint."""
+        """Keeps weights that a non-finite loss has spoilt out of a checkpoint.
+
+        The checkpoint says which encoder it holds, so that it can be evaluated.
+        """
         self.check_finite()
+        epoch, epochs = self.current_epoch + 1, self.trainer.max_epochs
+        place = {
+            "epoch": epoch,
+            "epochs": epochs if epochs and epochs > 0 else None,
+            "step": self.global_step,
+            "steps": self._total_steps,
+        }
+        at_end = self.global_step >= self._total_steps
+        put_encoder(self.method.encoder, checkpoint, None if at_end else place)
         loader = self.trainer.train_dataloader
         if isinstance(loader, KeyedLoader):
             checkpoint["train_loader"] = loader.state_dict()

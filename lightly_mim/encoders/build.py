@@ -174,6 +174,7 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     resized.name, resized.options = encoder.name, options
     resized.pos_embed = encoder.pos_embed
     resized.mean, resized.std = encoder.mean, encoder.std
+    resized.unfinished = encoder.unfinished
     return resized
 
 

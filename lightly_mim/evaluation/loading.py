@@ -51,7 +51,9 @@ def load_encoder(
         encoder:
             One of:
 
-            - the directory of a pretraining run, or its `encoder.safetensors`
+            - the directory of a pretraining run, its `encoder.safetensors`, or one of
+              its checkpoints; the directory of a run that has not finished stands for
+              its last checkpoint
             - the name of a timm model
             - a timm model, whose classifier is removed if it is of a family that can
               encode masked images; see `TimmEncoder` for the others
@@ -146,6 +148,26 @@ def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
             )
     other.mean, other.std = encoder.mean, encoder.std
     return other
+
+
+def origin_notes(encoder: FeatureEncoder) -> list[str]:
+    """Returns what a reader of results must know of where the weights come from.
+
+    Args:
+        encoder:
+            The encoder.
+    """
+    place = getattr(encoder, "unfinished", None)
+    if place is None:
+        return []
+    epoch, step = (
+        f"{place[name]}" + (f" of {place[total]}" if place[total] else "")
+        for name, total in (("epoch", "epochs"), ("step", "steps"))
+    )
+    return [
+        f"The encoder is from a checkpoint of a run that had not finished: epoch "
+        f"{epoch}, after optimiser step {step}."
+    ]
 
 
 def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
@@ -267,6 +289,7 @@ def _load_saved(path: Path) -> MaskedEncoder:
             f"of timm builds it: {error}"
         ) from error
     encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
+    encoder.unfinished = spec.get("unfinished")
     return encoder
 
 
