@@ -127,12 +127,15 @@ def _spell_out(args: Sequence[str]) -> list[str]:
 
 
 def _split(words: Sequence[str]) -> list[str]:
-    """Turns `--epochs=3` into `--epochs 3`, so that there is one form to read."""
-    return [
-        part
-        for word in words
-        for part in (word.split("=", 1) if word.startswith("--") else [word])
-    ]
+    """Turns `--allow-changes=x` into `--allow_changes x`: one form to read."""
+    parts: list[str] = []
+    for word in words:
+        if not word.startswith("--"):
+            parts.append(word)
+            continue
+        option, *value = word.split("=", 1)
+        parts += ["--" + option[2:].replace("-", "_"), *value]
+    return parts
 
 
 def _say_interrupted(words: Sequence[str]) -> None:

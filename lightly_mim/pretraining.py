@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from lightly_mim.callbacks import (
 )
 from lightly_mim.checkpoints import put_encoder, save_encoder
 from lightly_mim.cluster import choose_layout
-from lightly_mim.config import to_config
+from lightly_mim.config import from_config, is_named_only, to_config
 from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
@@ -57,13 +58,14 @@ from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
-from lightly_mim.runs import RunDirectory, TakenOverError
+from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
 from lightly_mim.transforms import EvalTransform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 NUM_PICTURES = 8
 NUM_TO_FIT = 512  # images for a target that learns from them
+NUM_SIZES = 1000  # files whose sizes tell a list of images
 
 
 class Pretraining(pl.LightningModule):
@@ -89,6 +91,8 @@ class Pretraining(pl.LightningModule):
             which the learning rate is scaled by. None to read it from the loader.
         seed:
             Seed of masks and noise.
+        takes_other_images:
+            Whether a run that goes on may do so with other images.
 
     Args:
         compile:
@@ -125,6 +129,7 @@ class Pretraining(pl.LightningModule):
         self.recipe = recipe
         self.batch_size = batch_size
         self.seed = seed
+        self.takes_other_images = False
         self._loader_state: dict[str, Any] | None = None
         # In the checkpoint, so that an epoch that was cut has the mean of all of it.
         self.train_loss = MeanMetric(nan_strategy="disable")
@@ -381,13 +386,18 @@ class Pretraining(pl.LightningModule):
         """
         loader = self.trainer.train_dataloader
         if self._loader_state is not None and isinstance(loader, KeyedLoader):
-            loader.load_state_dict(self._loader_state)
+            state = dict(self._loader_state)
+            if self.takes_other_images:
+                new = loader.state_dict()
+                state |= {name: new[name] for name in ("num_images", "filenames")}
+                state["batch"] = min(state["batch"], len(loader))
+            loader.load_state_dict(state)
 
 
 def pretrain(
     out: str | Path,
-    data: Data,
-    method: Callable[[], MaskedImageModel] | MaskedImageModel,
+    data: Data | None = None,
+    method: Callable[[], MaskedImageModel] | MaskedImageModel | None = None,
     *,
     val: Data | None = None,
     validate: bool = True,
@@ -421,6 +431,7 @@ def pretrain(
     callbacks: list[Callback] | None = None,
     progress: bool | None = None,
     resume: bool = False,
+    allow_changes: Sequence[str] = (),
     overwrite: bool = False,
 ) -> MaskedImageModel:
     """Pretrains an encoder on images and writes everything into a run directory.
@@ -440,7 +451,7 @@ def pretrain(
             the name of a data set (see `lightly_mim.data.open_data`); or a Dataset
             that yields (sample, ...): samples that are still PIL images or uint8
             tensors get the method's augmentation, float tensors and lists of views are
-            taken as they are.
+            taken as they are. Labels are of use to a probe alone.
         method:
             The method, or a function that makes it. `seed` covers the initial weights
             only of what is made by a function: on the command line, always.
@@ -530,8 +541,18 @@ def pretrain(
             Show a progress bar. By default on a terminal; elsewhere a line is printed
             for every epoch.
         resume:
-            Go on with the run in `out`, or begin it if there is none. Other arguments
-            than the run's own are refused.
+            Go on with the run in `out`, or begin it if there is none. `out` is enough:
+            without data or without method, all that is left at its default is the run's
+            own, as its config.yaml says. Other arguments than the run's own are
+            refused, but for those that no weight depends on, such as `val`, `probe`,
+            `num_workers` or `tensorboard`. Images are known by their names and sizes:
+            their folder may have moved.
+        allow_changes:
+            Arguments that a run that goes on may change although its result depends on
+            them: some of 'accelerator', 'callbacks', 'compile', 'data' (other images),
+            'devices', 'grad_checkpointing', 'num_nodes', 'on_error', 'precision' and
+            'strategy'. The run then does not end bit for bit as one that never was cut;
+            what was changed is in `history.json` and `finished.json`.
         overwrite:
             Replace the run in `out`.
 
@@ -545,14 +566,18 @@ def pretrain(
         Preempted: If a signal told the process to stop, when the run is saved.
     """
     arguments = dict(locals())
+    run = RunDirectory(out)
+    if resume and (data is None or method is None):
+        return pretrain(**_run_arguments(run, arguments))
     _check_arguments(arguments)
+    assert data is not None and method is not None
     for name in ("data", "val"):
         if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
             arguments[name] = str(Path(arguments[name]))  # photos/ is photos
+    built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
             method = method()
-    run = RunDirectory(out)
     settings = _settings(method, arguments)
     if recipe is None:
         settings = dataclasses.replace(settings, drop_path=None)
@@ -569,8 +594,9 @@ def pretrain(
     for folder in (data, val):
         if isinstance(folder, str | Path) and Path(folder).is_dir():
             run.check_outside(Path(folder))
+    changes: Changes = {}
     if _rank() == 0:
-        run.check(config, resume, overwrite)
+        changes = run.check(config, resume, overwrite, allow_changes)
     if run.finished and resume:
         print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
@@ -603,7 +629,7 @@ def pretrain(
             *([layout.environment] if layout.environment else []),
         ],
         logger=[
-            MetricsLogger(out),
+            MetricsLogger(out, run.check_owner),
             *([TensorBoardLogger(out, "tensorboard", "")] if tensorboard else []),
             *(loggers or []),
         ],
@@ -633,11 +659,20 @@ def pretrain(
     method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
     if trainer.is_global_zero:
-        run.begin(config, overwrite)
+        facts = images.facts(trainer)
+        if checkpoint is not None:
+            changes |= run.check_facts(facts, allow_changes)
+        fresh = not (resume or overwrite)
+        run.begin(
+            config, overwrite, fresh=fresh, facts=facts, built=built, changes=changes
+        )
         print(_summary(trainer, settings, images, checkpoint), flush=True)
+        if checkpoint is not None and changes:
+            print(_withdrawal(changes), flush=True)
     if checkpoint is None:
         method.fit_target(images.sample)
     module = Pretraining(method, settings, settings.batch_size, seed, compile)
+    module.takes_other_images = "data" in allow_changes
     # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore
     with listening(), deferred():
@@ -692,7 +727,9 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
     """
     parameters = inspect.signature(pretrain).parameters.values()
     arguments = {p.name: p.default for p in parameters} | dict(arguments)
-    _check_arguments(arguments)
+    if arguments["resume"] and arguments["method"] is None:
+        return None  # it is the run's own
+    _check_arguments(arguments | {"data": ""})
     build = arguments["method"]
     if isinstance(build, partial) and build.keywords.get("pretrained"):
         build = partial(build, pretrained=False)
@@ -795,6 +832,14 @@ class _Images(pl.LightningDataModule):
         _check_shares(
             self.batch_size, trainer.world_size, trainer.accumulate_grad_batches
         )
+
+    def facts(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Returns what the result depends on and the arguments do not say."""
+        return {
+            "images": _image_list(self.train),
+            "processes": trainer.world_size,
+            "device": trainer.strategy.root_device.type,
+        }
 
     def pictures(self) -> tuple[Tensor, Mask]:
         """Returns a few images, normalised, and their masks: the same in every run."""
@@ -933,9 +978,113 @@ def _trainer(**options: Any) -> pl.Trainer:
         ) from error
 
 
+def _run_arguments(run: RunDirectory, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the run that is there, and those that were given."""
+    stored = run.stored_arguments()
+    parameters = inspect.signature(pretrain).parameters
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if value is not parameters[name].default and value != parameters[name].default
+    }
+    complete = {
+        name: value for name, value in stored.items() if name in parameters
+    } | given
+    for name in ("data", "val"):
+        if is_named_only(complete.get(name)):
+            raise ValueError(
+                f"The run in {run.path} was begun with {name}={complete[name]}, which "
+                f"is not a folder to open again: pass {name}=... as well."
+            )
+    for name in ("loggers", "callbacks"):
+        if name not in given:  # they cannot be made again from words
+            complete[name] = None
+    if stored.get("loggers") and complete["loggers"] is None:
+        print(f"Without the run's own loggers: {', '.join(stored['loggers'])}.")
+    if "recipe" not in given:
+        complete["recipe"] = _stored_recipe(run, stored)
+    if "method" not in given:
+        try:
+            from_config(stored["method"])  # says what is wrong before anything starts
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"The method of the run in {run.path} cannot be built from its "
+                f"config.yaml: {error}. Pass the method and its arguments again."
+            ) from error
+        complete["method"] = partial(from_config, stored["method"])
+    return complete
+
+
+def _stored_recipe(run: RunDirectory, stored: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe of a run that is there."""
+    try:
+        return Recipe(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in stored["recipe"].items()
+            }
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The recipe in {run.config} is not one of this version: {error}. Pass the "
+            "run's arguments again."
+        ) from error
+
+
+def _image_list(dataset: Dataset[Any]) -> str:
+    """Returns what tells a list of images from others, wherever they lie.
+
+    Their number, the hash of their names, and that of the sizes of a thousand files:
+    asking a network's file system for those of a million takes minutes.
+    """
+    told = [f"{len(dataset)} images"]  # type: ignore[arg-type]
+    names: Sequence[str] = getattr(dataset, "filenames", ())
+    if names:
+        text = "\n".join(names).encode(errors="surrogateescape")
+        told.append(f"names {zlib.crc32(text):08x}")
+    paths: Sequence[Path] = getattr(dataset, "paths", ())
+    some = (
+        [paths[index] for index in spread_out(dataset, NUM_SIZES).indices]
+        if paths
+        else []
+    )
+    sizes = [path.stat().st_size if path.exists() else -1 for path in some]
+    if sizes:
+        told.append(f"sizes {zlib.crc32(str(sizes).encode()):08x}")
+    return ", ".join(told)
+
+
+def _withdrawal(changes: Changes) -> str:
+    """Returns the sentence that takes back the promise of a resumed run."""
+    said = "; ".join(
+        f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items()
+    )
+    return (
+        f"Going on with changes ({said}): this run does not end bit for bit as one "
+        "that never was cut."
+    )
+
+
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises a ValueError for what is wrong at first sight."""
+    changes = arguments["allow_changes"]
+    unknown = [changes] if isinstance(changes, str) else set(changes) - set(CHANGEABLE)
+    if unknown:
+        raise ValueError(
+            f"allow_changes is a list of some of {', '.join(CHANGEABLE)}, got "
+            f"{changes!r}. With other arguments begin another run."
+        )
+    if changes and not arguments["resume"]:
+        raise ValueError(
+            "allow_changes is for a run that goes on: pass resume as well, or leave it "
+            "out."
+        )
     method = arguments["method"]
+    if method is None or arguments["data"] is None:
+        raise ValueError(
+            "A run begins with data and method: pass both, or resume to go on with the "
+            "run in out."
+        )
     if isinstance(method, type) or not (
         isinstance(method, MaskedImageModel) or callable(method)
     ):
@@ -994,12 +1143,17 @@ def _settings(method: MaskedImageModel, arguments: Mapping[str, Any]) -> Recipe:
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `pretrain` as YAML can hold them."""
-    # resume and overwrite are said anew each time, or a rerun would replace a run.
-    return {
+    # These are said anew each time, or a rerun would replace a run.
+    config = {
         name: to_config(value)
         for name, value in arguments.items()
-        if name not in ("resume", "overwrite")
+        if name not in ("resume", "allow_changes", "overwrite")
     }
+    for name in ("data", "val"):
+        if not isinstance(arguments[name], str | Path | None):
+            # A data set, even if it is a list.
+            config[name] = to_config(type(arguments[name]))
+    return config
 
 
 def _summary(
