@@ -78,9 +78,8 @@ def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
             How often, besides the last epoch. 0 for the last epoch only.
     """
     epoch = trainer.current_epoch + 1
-    return epoch == trainer.max_epochs or bool(
-        every_n_epochs and epoch % every_n_epochs == 0
-    )
+    last = epoch == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+    return last or bool(every_n_epochs and epoch % every_n_epochs == 0)
 
 
 def method_of(pl_module: pl.LightningModule) -> MaskedImageModel:

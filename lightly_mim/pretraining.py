@@ -20,9 +20,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import (
-    Callback,
-)
+from pytorch_lightning.callbacks import Callback, Timer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Generator, Tensor
@@ -55,7 +53,13 @@ from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.masking import Mask
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
-from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
+from lightly_mim.monitoring import (
+    CollapseAlarm,
+    OnlineProbe,
+    Probe,
+    check_finite_images,
+    match_classes,
+)
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
 from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
@@ -85,7 +89,8 @@ class Pretraining(pl.LightningModule):
             The method that is trained.
         recipe:
             Optimiser settings. None for the method's default, stretched to the
-            Trainer's epochs.
+            Trainer's epochs or steps. A Trainer with `max_time` alone takes the
+            recipe's epochs for the schedule.
         batch_size:
             Images per optimiser step over all devices and accumulated micro-batches,
             which the learning rate is scaled by. None to read it from the loader.
@@ -100,7 +105,7 @@ class Pretraining(pl.LightningModule):
             arguments are the attributes.
 
     Raises:
-        ValueError: When the training starts, if the Trainer has no `max_epochs`, if the
+        ValueError: When the training starts, if the Trainer has no length, if the
             loader does not tell its batch size and none is given, or if a batch has
             another number of views than the method or images that are neither uint8 nor
             float.
@@ -130,6 +135,7 @@ class Pretraining(pl.LightningModule):
         self.batch_size = batch_size
         self.seed = seed
         self.takes_other_images = False
+        self._bad_validation = torch.tensor(False)
         self._loader_state: dict[str, Any] | None = None
         # In the checkpoint, so that an epoch that was cut has the mean of all of it.
         self.train_loss = MeanMetric(nan_strategy="disable")
@@ -174,6 +180,8 @@ class Pretraining(pl.LightningModule):
             first_row=sum(rows[: self.global_rank]),
             num_rows=sum(rows),
         )
+        bad = ~torch.isfinite(output.loss.detach())
+        self._bad_validation = self._bad_validation | bad
         self.log(
             "val_loss",
             output.loss,
@@ -225,14 +233,8 @@ class Pretraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and the schedule of the recipe."""
         trainer = self.trainer
-        epochs = trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise ValueError(
-                "The learning rate schedule needs the length of the run: pass "
-                "max_epochs to the Trainer."
-            )
-        total_steps = int(trainer.estimated_stepping_batches)
-        recipe = self.recipe or self.method.recipe().for_epochs(epochs)
+        recipe = self.recipe or self.method.recipe()
+        total_steps, steps_per_epoch = self._length(recipe)
         exempt = self.method.no_weight_decay()
         if recipe.decay_mask_token:
             exempt = {name for name in exempt if not name.endswith("mask_token")}
@@ -240,7 +242,7 @@ class Pretraining(pl.LightningModule):
             self.method,
             recipe,
             batch_size=self._global_batch_size(),
-            steps_per_epoch=total_steps / epochs,
+            steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             no_weight_decay=exempt,
             fused=trainer.precision != "16-mixed",
@@ -252,6 +254,45 @@ class Pretraining(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
+
+    def _length(self, recipe: Recipe) -> tuple[int, float]:
+        """Returns the steps of the run, and those of an epoch of the recipe.
+
+        The Trainer says how long the run is, in epochs or in steps; one that says a
+        time alone leaves the length to the recipe. Without a recipe of the user's own,
+        the method's is stretched to it.
+        """
+        trainer = self.trainer
+        per_epoch = math.inf
+        if trainer.max_epochs != -1 or self.recipe is not None or self._timed:
+            if trainer.train_dataloader is None:
+                trainer.fit_loop.setup_data()
+            batches = trainer.num_training_batches
+            per_epoch = (
+                math.ceil(batches / trainer.accumulate_grad_batches)
+                if (math.isfinite(batches))
+                else math.inf
+            )
+        epochs = trainer.max_epochs or -1
+        limits = [
+            trainer.max_steps if trainer.max_steps > 0 else math.inf,
+            epochs * per_epoch if epochs > 0 else math.inf,
+        ]
+        total = min(limits)
+        if math.isinf(total) and self._timed:
+            total = recipe.epochs * per_epoch
+        if not math.isfinite(total) or total < 1:
+            raise ValueError(
+                "The learning rate schedule needs the length of the run: pass "
+                "max_epochs or, for a loader without a length, max_steps to the "
+                "Trainer. max_time may end it earlier."
+            )
+        stretched = self.recipe is None or math.isinf(per_epoch)
+        return int(total), total / recipe.epochs if stretched else per_epoch
+
+    @property
+    def _timed(self) -> bool:
+        return any(isinstance(c, Timer) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes an optimiser step, after which the method may act."""
@@ -302,6 +343,24 @@ class Pretraining(pl.LightningModule):
         self._log_every = log_every or sys.maxsize
         self._start_clock()
 
+    def on_validation_epoch_start(self) -> None:
+        """Prepares the note of non-finite losses."""
+        self._bad_validation = torch.tensor(False, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Ends the run if a validation loss was not finite.
+
+        Raises:
+            NonFiniteLossError: If so.
+        """
+        bad = self.trainer.strategy.reduce(self._bad_validation.int(), reduce_op="max")
+        if int(bad):
+            raise NonFiniteLossError(
+                f"The validation loss became NaN or infinite in epoch "
+                f"{self.current_epoch + 1}: look for NaN among the validation images, "
+                "or lower the learning rate."
+            )
+
     def _note_non_finite(self, value: Tensor) -> None:
         bad = (self._bad_step < 0) & ~torch.isfinite(value)
         self._bad_step = torch.where(bad, self.global_step, self._bad_step)
@@ -323,7 +382,8 @@ class Pretraining(pl.LightningModule):
         raise NonFiniteLossError(
             f"The loss or its gradient became NaN or infinite in optimiser step {step} "
             f"at a learning rate of {lr:.3g}. The last good checkpoint: {last_good}. "
-            "Lower the learning rate, lengthen the warm-up, or use float32 precision."
+            "Lower the learning rate, lengthen the warm-up, use float32 precision, or "
+            "look for NaN among the images if they are floats of your own."
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -816,9 +876,9 @@ class _Images(pl.LightningDataModule):
             in_chans=encoder.in_chans,
             on_error=on_error,
             min_size=getattr(method.masking, "mask_patch_size", encoder.patch_size),
+            with_val=validate,
+            same_classes=False,  # of which the loss knows nothing
         )
-        if not validate:
-            self.val = None
         num_images = len(self.train)  # type: ignore[arg-type]
         if not 0 < self.batch_size <= num_images:
             raise ValueError(
@@ -856,7 +916,9 @@ class _Images(pl.LightningDataModule):
     def _some(self, dataset: Dataset[Any], number: int) -> Tensor:
         few = spread_out(dataset, number)
         encoder = self.method.encoder
-        images = batch_images(next(iter(self._loader(few, len(few), num_workers=0))))
+        batch = next(iter(self._loader(few, len(few), num_workers=0)))
+        images = batch_images(batch)
+        check_finite_images(images, batch[2])
         return normalize_images(images, encoder.mean, encoder.std)
 
     def plain(self) -> Dataset[Any]:
@@ -945,7 +1007,8 @@ def _watching(
                 "the probe out."
             )
     options |= {"every_n_epochs": probe_every, "seed": images.seed}
-    return [alarm, OnlineProbe(train, images.val, probe, **options)]
+    val = match_classes(images.val, getattr(train, "classes", []))
+    return [alarm, OnlineProbe(train, val, probe, **options)]
 
 
 def default_precision(accelerator: str) -> Precision:
@@ -1018,12 +1081,11 @@ def _run_arguments(run: RunDirectory, arguments: Mapping[str, Any]) -> dict[str,
 def _stored_recipe(run: RunDirectory, stored: Mapping[str, Any]) -> Recipe:
     """Returns the recipe of a run that is there."""
     try:
-        return Recipe(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in stored["recipe"].items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in stored["recipe"].items()
+        }
+        return Recipe(**values)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"The recipe in {run.config} is not one of this version: {error}. Pass the "

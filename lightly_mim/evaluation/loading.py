@@ -54,7 +54,7 @@ def load_encoder(
             - the directory of a pretraining run, its `encoder.safetensors`, or one of
               its checkpoints; the directory of a run that has not finished stands for
               its last checkpoint
-            - the name of a timm model
+            - the name of a timm model, or hf-hub:OWNER/MODEL or local-dir:FOLDER
             - a timm model, whose classifier is removed if it is of a family that can
               encode masked images; see `TimmEncoder` for the others
             - lightly's `MaskedVisionTransformerTIMM`, whose timm model is taken, or
@@ -94,21 +94,12 @@ def load_encoder(
     if isinstance(encoder, nn.Module):
         return _adapt(encoder, img_size, in_chans)
     name = str(encoder)
-    if not timm.is_model(name.split(".")[0]):
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(
             f"'{name}' is neither the directory of a run nor the name of a timm model. "
             "Check the path, or see timm.list_models('*vit*') for names."
         )
-    try:
-        return _build_timm(name, img_size, in_chans, pretrained)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise ValueError(
-            f"Cannot load timm's pretrained weights of '{name}': {error} Weights come "
-            "from the Hugging Face hub, or from its cache on this machine. "
-            "pretrained=False takes random weights."
-        ) from error
+    return _build_timm(name, img_size, in_chans, pretrained)
 
 
 def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
