@@ -78,9 +78,8 @@ def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
             How often, besides the last epoch. 0 for the last epoch only.
     """
     epoch = trainer.current_epoch + 1
-    return epoch == trainer.max_epochs or bool(
-        every_n_epochs and epoch % every_n_epochs == 0
-    )
+    last = epoch == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+    return last or bool(every_n_epochs and epoch % every_n_epochs == 0)
 
 
 def method_of(pl_module: pl.LightningModule) -> MaskedImageModel:
@@ -327,17 +326,22 @@ class MetricsLogger(CSVLogger):
     """Lightning's CSV logger, but a run that goes on keeps its `metrics.csv`.
 
     Lightning's own deletes the file when a run is resumed.
+
+    Attributes:
+        may_write:
+            Called before rows are written; raises if they must not be.
     """
 
-    def __init__(self, out: Path | str) -> None:
+    def __init__(self, out: Path | str, may_write: Callable[[], None]) -> None:
         super().__init__(save_dir=str(out), name="", version="")
+        self.may_write = may_write
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer of the file, made on rank zero when it is first needed."""
         if self._experiment is None:
-            self._experiment = _MetricsFile(log_dir=self.log_dir)
+            self._experiment = _MetricsFile(self.log_dir, self.may_write)
         return self._experiment
 
     @rank_zero_only
@@ -365,6 +369,17 @@ def _step(row: Mapping[str, str | None]) -> float:
 
 
 class _MetricsFile(ExperimentWriter):
+    def __init__(self, log_dir: str, may_write: Callable[[], None]) -> None:
+        self.may_write = may_write
+        super().__init__(log_dir)
+
+    def save(self) -> None:
+        if self.metrics:
+            rows, self.metrics = self.metrics, []  # not tried again if it raises
+            self.may_write()
+            self.metrics = rows
+        super().save()
+
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.exists():

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +24,7 @@ import rich
 import yaml
 from jsonargparse import auto_cli, auto_parser
 
+import lightly_mim.methods
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     DenseResults,

@@ -1,12 +1,13 @@
 """What `config.yaml` says of a method and its parts: class and arguments.
 
 These are the words that jsonargparse reads, so that a run's configuration builds the
-same method again.
+same method again. A file is data: `from_config` imports nothing but this package.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -118,6 +119,59 @@ def to_config(value: Any) -> Any:
         return value
     told = value if hasattr(value, "__qualname__") else type(value)
     return f"<{told.__module__}.{told.__qualname__}>"
+
+
+def from_config(value: Any) -> Any:
+    """Makes again what `to_config` has written down.
+
+    Args:
+        value:
+            What YAML has made of it.
+
+    Raises:
+        ValueError: If it names anything but a recorded class of this package, or was
+            something that words do not make again, such as a module or a function.
+    """
+    if isinstance(value, list):
+        return [from_config(item) for item in value]
+    if isinstance(value, str) and is_named_only(value):
+        raise ValueError(f"{value} cannot be made again from words")
+    if not isinstance(value, dict):
+        return value
+    if "class_path" not in value:
+        return {name: from_config(item) for name, item in value.items()}
+    path = str(value["class_path"])
+    arguments = {
+        name: from_config(item)
+        for part in ("init_args", "dict_kwargs")
+        for name, item in (value.get(part) or {}).items()
+    }
+    return _own_class(path)(**arguments)
+
+
+def _own_class(path: str) -> Any:
+    """Returns a recorded class of this package by its dotted path."""
+    package = __name__.partition(".")[0]
+    module, _, name = path.rpartition(".")
+    if module.split(".")[0] != package:
+        raise ValueError(f"{path} is not of {package}, and no file has it imported")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Recorded)):
+        raise ValueError(f"there is no class {path} that a run is made of")
+    return found
+
+
+def is_named_only(value: Any) -> bool:
+    """Returns whether `to_config` could but tell the name of a thing's class.
+
+    Args:
+        value:
+            What `to_config` returned.
+    """
+    return isinstance(value, str) and value.startswith("<") and value.endswith(">")
 
 
 def _import_path(cls: type) -> str:

@@ -20,19 +20,27 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightly_mim.callbacks import is_due, method_of, undisturbed
-from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from, spread_out
+from lightly_mim.data import (
+    ImageDataset,
+    KeyedLoader,
+    keyed_random_state,
+    seed_from,
+    spread_out,
+)
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.attentive import Attentive
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
     batch_images,
+    check_labels,
     collect_features,
 )
 from lightly_mim.evaluation.linear import Linear
 from lightly_mim.evaluation.protocol import FeatureProtocol
 from lightly_mim.evaluation.rank import rank_me, uniformity
 from lightly_mim.methods.base import MaskedImageModel
+from lightly_mim.optim import NonFiniteLossError
 
 Probe = Literal["linear", "attentive"]
 
@@ -346,7 +354,7 @@ class CollapseAlarm(Callback):
         """
         if self._read is None:
             few = spread_out(self.images, self.num_images)
-            self._read = _read_images(few, self.num_workers)
+            self._read = _read_images(few, self.num_workers, labelled=False)
         encoder = method.encoder
         function = EncoderFeatures(encoder, [-1], ["mean"])
         with _undisturbed(method, 0, "rank") as device:
@@ -370,8 +378,75 @@ _PROTOCOLS: Mapping[str, FeatureProtocol] = {
 }
 
 
-def _read_images(dataset: Dataset[Any], num_workers: int | None) -> FixedImages:
-    """Decodes all images of a data set, in its order."""
+def match_classes(
+    dataset: Dataset[Any] | None, classes: list[str]
+) -> Dataset[Any] | None:
+    """Returns the images of classes that training has, numbered as they are there.
+
+    Args:
+        dataset:
+            The images to score on, if there are any.
+        classes:
+            Names of the classes of the training images, empty if they are not known.
+
+    Raises:
+        ValueError: If there are no such images, or if the data set is of one's own and
+            its classes cannot be told apart.
+    """
+    theirs: list[str] = getattr(dataset, "classes", [])
+    if not classes or not theirs or theirs == classes:
+        return dataset
+    numbers = {name: number for number, name in enumerate(classes)}
+    others = [name for name in theirs if name not in numbers]
+    kept: list[int] = []
+    if isinstance(dataset, ImageDataset):
+        targets = dataset.targets
+        kept = [i for i, target in enumerate(targets) if theirs[target] in numbers]
+    if not isinstance(dataset, ImageDataset) or not kept:
+        raise ValueError(
+            f"The probe is fitted on the classes {', '.join(classes)} and would be "
+            f"scored on {', '.join(theirs)}: give both the same, or leave the probe "
+            "out."
+        )
+    matched = dataset.take(kept)
+    matched.targets = [numbers[theirs[targets[i]]] for i in kept]
+    matched.classes = list(classes)
+    if others:
+        rank_zero_warn(
+            f"The probe leaves out {len(dataset) - len(kept)} validation images of "
+            f"classes without training images: {', '.join(others)}."
+        )
+    return matched
+
+
+def check_finite_images(images: Tensor, filenames: Sequence[str]) -> None:
+    """Raises an error that names the images with values that are not finite.
+
+    Args:
+        images:
+            Tensor with shape (num_images, channels, height, width).
+        filenames:
+            Their names.
+
+    Raises:
+        NonFiniteLossError: If there are such: the loss of them would be none.
+    """
+    if not images.is_floating_point():
+        return
+    bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        named = ", ".join(str(filenames[index]) for index in bad[:5])
+        raise NonFiniteLossError(
+            f"{len(bad)} of {len(images)} images that were looked at hold NaN or "
+            f"infinite values, which would make the loss so: {named}. Mend them, or "
+            "leave them out of the data set."
+        )
+
+
+def _read_images(
+    dataset: Dataset[Any], num_workers: int | None, labelled: bool = True
+) -> FixedImages:
+    """Decodes all images of a data set, in its order; without labels they are 0."""
     loader = KeyedLoader(
         dataset,
         min(_BATCH_SIZE, len(dataset)),  # type: ignore[arg-type]
@@ -383,8 +458,23 @@ def _read_images(dataset: Dataset[Any], num_workers: int | None) -> FixedImages:
     labels: list[Tensor] = []
     for batch in loader:
         images.append(batch_images(batch))
-        labels.append(batch[1])
+        check_finite_images(images[-1], batch[2])
+        if labelled:
+            labels.append(_classes_of(batch))
+        else:
+            labels.append(torch.zeros(len(images[-1]), dtype=torch.int64))
     return FixedImages(torch.cat(images), torch.cat(labels))
+
+
+def _classes_of(batch: Any) -> Tensor:
+    """Returns the labels of a batch if they are classes."""
+    try:
+        return check_labels(batch[1])
+    except ValueError as error:
+        raise ValueError(
+            f"The probe: {error} They are those of {', '.join(batch[2][:3])}, ... "
+            "Leave the probe out, or give classes."
+        ) from error
 
 
 def _encode(

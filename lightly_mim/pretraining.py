@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import (
-    Callback,
-)
+from pytorch_lightning.callbacks import Callback, Timer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Generator, Tensor
@@ -38,9 +37,9 @@ from lightly_mim.callbacks import (
     ReconstructionPictures,
     SaveBetweenBatches,
 )
-from lightly_mim.checkpoints import save_encoder
+from lightly_mim.checkpoints import put_encoder, save_encoder
 from lightly_mim.cluster import choose_layout
-from lightly_mim.config import to_config
+from lightly_mim.config import from_config, is_named_only, to_config
 from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
@@ -54,16 +53,23 @@ from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
-from lightly_mim.monitoring import CollapseAlarm, OnlineProbe, Probe
+from lightly_mim.monitoring import (
+    CollapseAlarm,
+    OnlineProbe,
+    Probe,
+    check_finite_images,
+    match_classes,
+)
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
-from lightly_mim.runs import RunDirectory, TakenOverError
+from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
 from lightly_mim.transforms import EvalTransform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 NUM_PICTURES = 8
 NUM_TO_FIT = 512  # images for a target that learns from them
+NUM_SIZES = 1000  # files whose sizes tell a list of images
 
 
 class Pretraining(pl.LightningModule):
@@ -83,12 +89,15 @@ class Pretraining(pl.LightningModule):
             The method that is trained.
         recipe:
             Optimiser settings. None for the method's default, stretched to the
-            Trainer's epochs.
+            Trainer's epochs or steps. A Trainer with `max_time` alone takes the
+            recipe's epochs for the schedule.
         batch_size:
             Images per optimiser step over all devices and accumulated micro-batches,
             which the learning rate is scaled by. None to read it from the loader.
         seed:
             Seed of masks and noise.
+        takes_other_images:
+            Whether a run that goes on may do so with other images.
 
     Args:
         compile:
@@ -96,7 +105,7 @@ class Pretraining(pl.LightningModule):
             arguments are the attributes.
 
     Raises:
-        ValueError: When the training starts, if the Trainer has no `max_epochs`, if the
+        ValueError: When the training starts, if the Trainer has no length, if the
             loader does not tell its batch size and none is given, or if a batch has
             another number of views than the method or images that are neither uint8 nor
             float.
@@ -105,6 +114,11 @@ class Pretraining(pl.LightningModule):
     Examples:
         >>> module = Pretraining(SimMIM("vit_tiny_patch16_224"))  # doctest: +SKIP
         >>> pl.Trainer(max_epochs=10).fit(module, dataloader)  # doctest: +SKIP
+
+        A checkpoint holds the weights of the whole method:
+
+        >>> method = SimMIM("vit_tiny_patch16_224")  # doctest: +SKIP
+        >>> Pretraining.load_from_checkpoint(path, method=method)  # doctest: +SKIP
     """
 
     def __init__(
@@ -120,6 +134,8 @@ class Pretraining(pl.LightningModule):
         self.recipe = recipe
         self.batch_size = batch_size
         self.seed = seed
+        self.takes_other_images = False
+        self._bad_validation = torch.tensor(False)
         self._loader_state: dict[str, Any] | None = None
         # In the checkpoint, so that an epoch that was cut has the mean of all of it.
         self.train_loss = MeanMetric(nan_strategy="disable")
@@ -179,6 +195,8 @@ class Pretraining(pl.LightningModule):
             first_row=sum(rows[: self.global_rank]),
             num_rows=sum(rows),
         )
+        bad = ~torch.isfinite(output.loss.detach())
+        self._bad_validation = self._bad_validation | bad
         self.log(
             "val_loss",
             output.loss,
@@ -230,14 +248,8 @@ class Pretraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and the schedule of the recipe."""
         trainer = self.trainer
-        epochs = trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise ValueError(
-                "The learning rate schedule needs the length of the run: pass "
-                "max_epochs to the Trainer."
-            )
-        total_steps = int(trainer.estimated_stepping_batches)
-        recipe = self.recipe or self.method.recipe().for_epochs(epochs)
+        recipe = self.recipe or self.method.recipe()
+        total_steps, steps_per_epoch = self._length(recipe)
         exempt = self.method.no_weight_decay()
         if recipe.decay_mask_token:
             exempt = {name for name in exempt if not name.endswith("mask_token")}
@@ -245,7 +257,7 @@ class Pretraining(pl.LightningModule):
             self.method,
             recipe,
             batch_size=self._global_batch_size(),
-            steps_per_epoch=total_steps / epochs,
+            steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             no_weight_decay=exempt,
             fused=trainer.precision != "16-mixed",
@@ -257,6 +269,45 @@ class Pretraining(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
+
+    def _length(self, recipe: Recipe) -> tuple[int, float]:
+        """Returns the steps of the run, and those of an epoch of the recipe.
+
+        The Trainer says how long the run is, in epochs or in steps; one that says a
+        time alone leaves the length to the recipe. Without a recipe of the user's own,
+        the method's is stretched to it.
+        """
+        trainer = self.trainer
+        per_epoch = math.inf
+        if trainer.max_epochs != -1 or self.recipe is not None or self._timed:
+            if trainer.train_dataloader is None:
+                trainer.fit_loop.setup_data()
+            batches = trainer.num_training_batches
+            per_epoch = (
+                math.ceil(batches / trainer.accumulate_grad_batches)
+                if (math.isfinite(batches))
+                else math.inf
+            )
+        epochs = trainer.max_epochs or -1
+        limits = [
+            trainer.max_steps if trainer.max_steps > 0 else math.inf,
+            epochs * per_epoch if epochs > 0 else math.inf,
+        ]
+        total = min(limits)
+        if math.isinf(total) and self._timed:
+            total = recipe.epochs * per_epoch
+        if not math.isfinite(total) or total < 1:
+            raise ValueError(
+                "The learning rate schedule needs the length of the run: pass "
+                "max_epochs or, for a loader without a length, max_steps to the "
+                "Trainer. max_time may end it earlier."
+            )
+        stretched = self.recipe is None or math.isinf(per_epoch)
+        return int(total), total / recipe.epochs if stretched else per_epoch
+
+    @property
+    def _timed(self) -> bool:
+        return any(isinstance(c, Timer) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes an optimiser step, after which the method may act."""
@@ -307,6 +358,24 @@ class Pretraining(pl.LightningModule):
         self._log_every = log_every or sys.maxsize
         self._start_clock()
 
+    def on_validation_epoch_start(self) -> None:
+        """Prepares the note of non-finite losses."""
+        self._bad_validation = torch.tensor(False, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Ends the run if a validation loss was not finite.
+
+        Raises:
+            NonFiniteLossError: If so.
+        """
+        bad = self.trainer.strategy.reduce(self._bad_validation.int(), reduce_op="max")
+        if int(bad):
+            raise NonFiniteLossError(
+                f"The validation loss became NaN or infinite in epoch "
+                f"{self.current_epoch + 1}: look for NaN among the validation images, "
+                "or lower the learning rate."
+            )
+
     def _note_non_finite(self, value: Tensor) -> None:
         bad = (self._bad_step < 0) & ~torch.isfinite(value)
         self._bad_step = torch.where(bad, self.global_step, self._bad_step)
@@ -328,7 +397,8 @@ class Pretraining(pl.LightningModule):
         raise NonFiniteLossError(
             f"The loss or its gradient became NaN or infinite in optimiser step {step} "
             f"at a learning rate of {lr:.3g}. The last good checkpoint: {last_good}. "
-            "Lower the learning rate, lengthen the warm-up, or use float32 precision."
+            "Lower the learning rate, lengthen the warm-up, use float32 precision, or "
+            "look for NaN among the images if they are floats of your own."
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -359,13 +429,26 @@ class Pretraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the rows of `metrics.csv` that are going to be written again."""
         self._loader_state = checkpoint.get("train_loader")
-        for logger in self.trainer.loggers:
+        # Without a Trainer the weights alone are loaded, by `load_from_checkpoint`.
+        for logger in self._trainer.loggers if self._trainer else ():
             if isinstance(logger, MetricsLogger):
                 logger.drop_after(checkpoint["global_step"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps weights that a non-finite loss has spoilt out of a checkpoint."""
+        """Keeps weights that a non-finite loss has spoilt out of a checkpoint.
+
+        The checkpoint says which encoder it holds, so that it can be evaluated.
+        """
         self.check_finite()
+        epoch, epochs = self.current_epoch + 1, self.trainer.max_epochs
+        place = {
+            "epoch": epoch,
+            "epochs": epochs if epochs and epochs > 0 else None,
+            "step": self.global_step,
+            "steps": self._total_steps,
+        }
+        at_end = self.global_step >= self._total_steps
+        put_encoder(self.method.encoder, checkpoint, None if at_end else place)
         loader = self.trainer.train_dataloader
         if isinstance(loader, KeyedLoader):
             checkpoint["train_loader"] = loader.state_dict()
@@ -378,13 +461,18 @@ class Pretraining(pl.LightningModule):
         """
         loader = self.trainer.train_dataloader
         if self._loader_state is not None and isinstance(loader, KeyedLoader):
-            loader.load_state_dict(self._loader_state)
+            state = dict(self._loader_state)
+            if self.takes_other_images:
+                new = loader.state_dict()
+                state |= {name: new[name] for name in ("num_images", "filenames")}
+                state["batch"] = min(state["batch"], len(loader))
+            loader.load_state_dict(state)
 
 
 def pretrain(
     out: str | Path,
-    data: Data,
-    method: Callable[[], MaskedImageModel] | MaskedImageModel,
+    data: Data | None = None,
+    method: Callable[[], MaskedImageModel] | MaskedImageModel | None = None,
     *,
     val: Data | None = None,
     validate: bool = True,
@@ -418,6 +506,7 @@ def pretrain(
     callbacks: list[Callback] | None = None,
     progress: bool | None = None,
     resume: bool = False,
+    allow_changes: Sequence[str] = (),
     overwrite: bool = False,
 ) -> MaskedImageModel:
     """Pretrains an encoder on images and writes everything into a run directory.
@@ -437,7 +526,7 @@ def pretrain(
             the name of a data set (see `lightly_mim.data.open_data`); or a Dataset
             that yields (sample, ...): samples that are still PIL images or uint8
             tensors get the method's augmentation, float tensors and lists of views are
-            taken as they are.
+            taken as they are. Labels are of use to a probe alone.
         method:
             The method, or a function that makes it. `seed` covers the initial weights
             only of what is made by a function: on the command line, always.
@@ -527,8 +616,18 @@ def pretrain(
             Show a progress bar. By default on a terminal; elsewhere a line is printed
             for every epoch.
         resume:
-            Go on with the run in `out`, or begin it if there is none. Other arguments
-            than the run's own are refused.
+            Go on with the run in `out`, or begin it if there is none. `out` is enough:
+            without data or without method, all that is left at its default is the run's
+            own, as its config.yaml says. Other arguments than the run's own are
+            refused, but for those that no weight depends on, such as `val`, `probe`,
+            `num_workers` or `tensorboard`. Images are known by their names and sizes:
+            their folder may have moved.
+        allow_changes:
+            Arguments that a run that goes on may change although its result depends on
+            them: some of 'accelerator', 'callbacks', 'compile', 'data' (other images),
+            'devices', 'grad_checkpointing', 'num_nodes', 'on_error', 'precision' and
+            'strategy'. The run then does not end bit for bit as one that never was cut;
+            what was changed is in `history.json` and `finished.json`.
         overwrite:
             Replace the run in `out`.
 
@@ -542,14 +641,18 @@ def pretrain(
         Preempted: If a signal told the process to stop, when the run is saved.
     """
     arguments = dict(locals())
+    run = RunDirectory(out)
+    if resume and (data is None or method is None):
+        return pretrain(**_run_arguments(run, arguments))
     _check_arguments(arguments)
+    assert data is not None and method is not None
     for name in ("data", "val"):
         if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
             arguments[name] = str(Path(arguments[name]))  # photos/ is photos
+    built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
             method = method()
-    run = RunDirectory(out)
     settings = _settings(method, arguments)
     if recipe is None:
         settings = dataclasses.replace(settings, drop_path=None)
@@ -566,8 +669,9 @@ def pretrain(
     for folder in (data, val):
         if isinstance(folder, str | Path) and Path(folder).is_dir():
             run.check_outside(Path(folder))
+    changes: Changes = {}
     if _rank() == 0:
-        run.check(config, resume, overwrite)
+        changes = run.check(config, resume, overwrite, allow_changes)
     if run.finished and resume:
         print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
@@ -600,7 +704,7 @@ def pretrain(
             *([layout.environment] if layout.environment else []),
         ],
         logger=[
-            MetricsLogger(out),
+            MetricsLogger(out, run.check_owner),
             *([TensorBoardLogger(out, "tensorboard", "")] if tensorboard else []),
             *(loggers or []),
         ],
@@ -630,11 +734,20 @@ def pretrain(
     method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
     if trainer.is_global_zero:
-        run.begin(config, overwrite)
+        facts = images.facts(trainer)
+        if checkpoint is not None:
+            changes |= run.check_facts(facts, allow_changes)
+        fresh = not (resume or overwrite)
+        run.begin(
+            config, overwrite, fresh=fresh, facts=facts, built=built, changes=changes
+        )
         print(_summary(trainer, settings, images, checkpoint), flush=True)
+        if checkpoint is not None and changes:
+            print(_withdrawal(changes), flush=True)
     if checkpoint is None:
         method.fit_target(images.sample)
     module = Pretraining(method, settings, settings.batch_size, seed, compile)
+    module.takes_other_images = "data" in allow_changes
     # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore
     with listening(), deferred():
@@ -689,7 +802,9 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
     """
     parameters = inspect.signature(pretrain).parameters.values()
     arguments = {p.name: p.default for p in parameters} | dict(arguments)
-    _check_arguments(arguments)
+    if arguments["resume"] and arguments["method"] is None:
+        return None  # it is the run's own
+    _check_arguments(arguments | {"data": ""})
     build = arguments["method"]
     if isinstance(build, partial) and build.keywords.get("pretrained"):
         build = partial(build, pretrained=False)
@@ -776,9 +891,9 @@ class _Images(pl.LightningDataModule):
             in_chans=encoder.in_chans,
             on_error=on_error,
             min_size=_smallest(method),
+            with_val=validate,
+            same_classes=False,  # of which the loss knows nothing
         )
-        if not validate:
-            self.val = None
         num_images = len(self.train)  # type: ignore[arg-type]
         if not 0 < self.batch_size <= num_images:
             raise ValueError(
@@ -792,6 +907,14 @@ class _Images(pl.LightningDataModule):
         _check_shares(
             self.batch_size, trainer.world_size, trainer.accumulate_grad_batches
         )
+
+    def facts(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Returns what the result depends on and the arguments do not say."""
+        return {
+            "images": _image_list(self.train),
+            "processes": trainer.world_size,
+            "device": trainer.strategy.root_device.type,
+        }
 
     def pictures(self) -> tuple[Tensor, Mask]:
         """Returns a few images, normalised, and their masks: the same in every run."""
@@ -808,7 +931,9 @@ class _Images(pl.LightningDataModule):
     def _some(self, dataset: Dataset[Any], number: int) -> Tensor:
         few = spread_out(dataset, number)
         encoder = self.method.encoder
-        images = batch_images(next(iter(self._loader(few, len(few), num_workers=0))))
+        batch = next(iter(self._loader(few, len(few), num_workers=0)))
+        images = batch_images(batch)
+        check_finite_images(images, batch[2])
         return normalize_images(images, encoder.mean, encoder.std)
 
     def plain(self) -> Dataset[Any]:
@@ -904,7 +1029,8 @@ def _watching(
                 "the probe out."
             )
     options |= {"every_n_epochs": probe_every, "seed": images.seed}
-    return [alarm, OnlineProbe(train, images.val, probe, **options)]
+    val = match_classes(images.val, getattr(train, "classes", []))
+    return [alarm, OnlineProbe(train, val, probe, **options)]
 
 
 def default_precision(accelerator: str) -> Precision:
@@ -937,9 +1063,112 @@ def _trainer(**options: Any) -> pl.Trainer:
         ) from error
 
 
+def _run_arguments(run: RunDirectory, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the run that is there, and those that were given."""
+    stored = run.stored_arguments()
+    parameters = inspect.signature(pretrain).parameters
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if value is not parameters[name].default and value != parameters[name].default
+    }
+    complete = {
+        name: value for name, value in stored.items() if name in parameters
+    } | given
+    for name in ("data", "val"):
+        if is_named_only(complete.get(name)):
+            raise ValueError(
+                f"The run in {run.path} was begun with {name}={complete[name]}, which "
+                f"is not a folder to open again: pass {name}=... as well."
+            )
+    for name in ("loggers", "callbacks"):
+        if name not in given:  # they cannot be made again from words
+            complete[name] = None
+    if stored.get("loggers") and complete["loggers"] is None:
+        print(f"Without the run's own loggers: {', '.join(stored['loggers'])}.")
+    if "recipe" not in given:
+        complete["recipe"] = _stored_recipe(run, stored)
+    if "method" not in given:
+        try:
+            from_config(stored["method"])  # says what is wrong before anything starts
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"The method of the run in {run.path} cannot be built from its "
+                f"config.yaml: {error}. Pass the method and its arguments again."
+            ) from error
+        complete["method"] = partial(from_config, stored["method"])
+    return complete
+
+
+def _stored_recipe(run: RunDirectory, stored: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe of a run that is there."""
+    try:
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in stored["recipe"].items()
+        }
+        return Recipe(**values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The recipe in {run.config} is not one of this version: {error}. Pass the "
+            "run's arguments again."
+        ) from error
+
+
+def _image_list(dataset: Dataset[Any]) -> str:
+    """Returns what tells a list of images from others, wherever they lie.
+
+    Their number, the hash of their names, and that of the sizes of a thousand files:
+    asking a network's file system for those of a million takes minutes.
+    """
+    told = [f"{len(dataset)} images"]  # type: ignore[arg-type]
+    names: Sequence[str] = getattr(dataset, "filenames", ())
+    if names:
+        text = "\n".join(names).encode(errors="surrogateescape")
+        told.append(f"names {zlib.crc32(text):08x}")
+    paths: Sequence[Path] = getattr(dataset, "paths", ())
+    some = (
+        [paths[index] for index in spread_out(dataset, NUM_SIZES).indices]
+        if paths
+        else []
+    )
+    sizes = [path.stat().st_size if path.exists() else -1 for path in some]
+    if sizes:
+        told.append(f"sizes {zlib.crc32(str(sizes).encode()):08x}")
+    return ", ".join(told)
+
+
+def _withdrawal(changes: Changes) -> str:
+    """Returns the sentence that takes back the promise of a resumed run."""
+    said = "; ".join(
+        f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items()
+    )
+    return (
+        f"Going on with changes ({said}): this run does not end bit for bit as one "
+        "that never was cut."
+    )
+
+
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises a ValueError for what is wrong at first sight."""
+    changes = arguments["allow_changes"]
+    unknown = [changes] if isinstance(changes, str) else set(changes) - set(CHANGEABLE)
+    if unknown:
+        raise ValueError(
+            f"allow_changes is a list of some of {', '.join(CHANGEABLE)}, got "
+            f"{changes!r}. With other arguments begin another run."
+        )
+    if changes and not arguments["resume"]:
+        raise ValueError(
+            "allow_changes is for a run that goes on: pass resume as well, or leave it "
+            "out."
+        )
     method = arguments["method"]
+    if method is None or arguments["data"] is None:
+        raise ValueError(
+            "A run begins with data and method: pass both, or resume to go on with the "
+            "run in out."
+        )
     if isinstance(method, type) or not (
         isinstance(method, MaskedImageModel) or callable(method)
     ):
@@ -998,12 +1227,17 @@ def _settings(method: MaskedImageModel, arguments: Mapping[str, Any]) -> Recipe:
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `pretrain` as YAML can hold them."""
-    # resume and overwrite are said anew each time, or a rerun would replace a run.
-    return {
+    # These are said anew each time, or a rerun would replace a run.
+    config = {
         name: to_config(value)
         for name, value in arguments.items()
-        if name not in ("resume", "overwrite")
+        if name not in ("resume", "allow_changes", "overwrite")
     }
+    for name in ("data", "val"):
+        if not isinstance(arguments[name], str | Path | None):
+            # A data set, even if it is a list.
+            config[name] = to_config(type(arguments[name]))
+    return config
 
 
 def _summary(

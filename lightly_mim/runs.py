@@ -1,6 +1,7 @@
 """A run directory: what is in it, and when it may be written.
 
 config.yaml           the arguments, rerunnable with `--config`
+history.json          what the arguments do not say: processes, images, later changes
 checkpoints/last.ckpt all that a resume needs
 encoder.safetensors   the encoder alone, under timm's names
 metrics.csv           losses, learning rate, gradient norm, images per second
@@ -11,6 +12,11 @@ features/ rows/       what an evaluation keeps, see `lightly_mim.evaluation`
 dense.json            what `evaluate_dense` found
 finished.json         the marker of a run that came to its end
 .owner                which process writes here: the last that began
+
+What a kill leaves can be gone on with or replaced, wherever it struck: .owner is
+written first and marks the folder as a run's, what a run that is replaced had left goes
+before its config.yaml does, and what was logged before the first checkpoint goes when
+the run begins again.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +33,27 @@ import yaml
 
 from lightly_mim.files import atomic_write
 
-# Arguments that a resumed run may change: they do not change its numbers.
-_FREE_TO_CHANGE = {
-    "out",
-    "num_workers",
-    "progress",
-    "reconstruct_every",
-    "probe",
-    "probe_every",
-    "rank_every",
-    "log_every",
-    "save_every_minutes",
+# Arguments that a resumed run may change: no weight depends on them.
+_FREE = {
+    *("out", "val", "validate", "num_workers", "progress", "loggers", "tensorboard"),
+    *("reconstruct_every", "probe", "probe_every", "rank_every", "avg_dist"),
+    *("log_every", "save_every_minutes"),
 }
+# Arguments that it may change if the user says so: the result is another one then.
+CHANGEABLE = (
+    *("accelerator", "callbacks", "compile", "data", "devices", "grad_checkpointing"),
+    *("num_nodes", "on_error", "precision", "strategy"),
+)
+# Facts of a run, and the arguments whose words they stand for: `auto` is another number
+# of devices elsewhere, and a folder may be moved.
+_FACTS = {
+    "images": ("data",),
+    "processes": ("devices", "num_nodes"),
+    "device": ("accelerator",),
+}
+_TOKEN_LENGTH = 32
+
+Changes = dict[str, tuple[Any, Any]]  # what was in the run, and what is now
 
 
 class TakenOverError(SystemExit):
@@ -64,6 +80,7 @@ class RunDirectory:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.history = self.path / "history.json"
         self.checkpoint = self.path / "checkpoints" / "last.ckpt"
         self.encoder = self.path / "encoder.safetensors"
         self.reconstructions = self.path / "reconstructions"
@@ -76,7 +93,13 @@ class RunDirectory:
         """Whether the run came to its end."""
         return self.marker.exists()
 
-    def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+    def check(
+        self,
+        config: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
+        allow_changes: Collection[str] = (),
+    ) -> Changes:
         """Refuses what would lose a run or mix two of them. Writes nothing.
 
         Args:
@@ -86,6 +109,11 @@ class RunDirectory:
                 Whether to go on with a run that is there.
             overwrite:
                 Whether to replace a run that is there.
+            allow_changes:
+                Those of `CHANGEABLE` that a run that goes on may change.
+
+        Returns:
+            What is changed of them.
 
         Raises:
             ValueError: If the directory is in use and neither was asked for, or both;
@@ -97,8 +125,9 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: pass another folder as out.")
         if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not self._is_run():
+            return {}
+        stored = self.stored_config()
+        if stored is None and not self._began():
             raise ValueError(
                 f"The folder {self.path} is not empty and is not a run directory (it "
                 "has no config.yaml of a run): pass another folder as out."
@@ -109,8 +138,136 @@ class RunDirectory:
                 f"There is {state} run in {self.path} already: pass resume to go on "
                 "with it, overwrite to replace it, or another folder as out."
             )
-        if resume:
-            self._check_same(config)
+        if not resume or stored is None:  # killed before it had recorded anything
+            return {}
+        return self._changes(stored, config, allow_changes)
+
+    def check_facts(
+        self, facts: Mapping[str, Any], allow_changes: Collection[str] = ()
+    ) -> Changes:
+        """Refuses to go on under other facts than the run's. Writes nothing.
+
+        Args:
+            facts:
+                What the arguments do not say: `images`, the list of the training
+                images, `processes`, their number, and `device`, its kind.
+            allow_changes:
+                Those of `CHANGEABLE` that a run that goes on may change.
+
+        Returns:
+            What is changed of them.
+
+        Raises:
+            ValueError: If they differ, and their arguments may not change.
+        """
+        known = self._stored_history().get("facts", {})
+        changes: Changes = {
+            _FACTS[name][0]: (known[name], value)
+            for name, value in facts.items()
+            if name in known and known[name] != value
+        }
+        self._refuse(changes, allow_changes)
+        return changes
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """Returns the arguments of the run that is there, None if there is none."""
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        is_run = isinstance(config, dict) and {"out", "data", "method"} <= config.keys()
+        return config if is_run else None
+
+    def stored_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of the run that is there, to go on with it.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        stored = self.stored_config()
+        if stored is None:
+            raise ValueError(
+                f"There is no run in {self.path} to go on with: pass data and method "
+                "to begin one, or check the path."
+            )
+        if self._stored_history().get("built") and not self.checkpoint.exists():
+            raise ValueError(
+                f"The run in {self.path} began with a method that was passed as an "
+                "object, with weights of its own, and has no checkpoint yet: pass the "
+                "method and the other arguments again."
+            )
+        return stored
+
+    def _began(self) -> bool:
+        """Returns whether a run was killed here before it recorded its arguments."""
+        try:
+            return self._owner.stat().st_size in (0, _TOKEN_LENGTH)
+        except OSError:
+            return False
+
+    def _stored_history(self) -> dict[str, Any]:
+        try:
+            history = json.loads(self.history.read_text())
+        except FileNotFoundError:  # of an earlier version
+            return {}
+        except ValueError as error:
+            raise ValueError(
+                f"{self.history} is damaged: {error}. Delete it: the run is then known "
+                "by its arguments alone."
+            ) from error
+        return history if isinstance(history, dict) else {}
+
+    def _changes(
+        self,
+        stored: Mapping[str, Any],
+        config: Mapping[str, Any],
+        allow_changes: Collection[str],
+    ) -> Changes:
+        facts = self._stored_history().get("facts", {})
+        free = _FREE.union(*(_FACTS[name] for name in facts if name in _FACTS))
+        # What was recorded is what YAML makes of it: tuples become lists.
+        was, now = _flat(stored), _flat(yaml.safe_load(yaml.safe_dump(dict(config))))
+        changes = {
+            name: (was.get(name), now.get(name))
+            for name in sorted(was.keys() | now.keys())
+            if name not in free and was.get(name) != now.get(name)
+        }
+        if self.finished and {"epochs", "recipe.epochs"} & changes.keys():
+            raise ValueError(
+                f"The run in {self.path} has finished its {was.get('recipe.epochs')} "
+                "epochs, with which its learning rate has come to its end. To go on "
+                "from its weights, begin another run with them, in Python: method = "
+                f'pretrain(out="{self.path}", resume=True), and then '
+                'pretrain(out="another folder", data=..., method=method, epochs=...).'
+            )
+        self._refuse(changes, allow_changes)
+        return changes
+
+    def _refuse(self, changes: Changes, allow_changes: Collection[str]) -> None:
+        """Raises a ValueError that lists the changes that are not allowed."""
+        begun = self.checkpoint.exists()  # otherwise nothing is mixed
+        differences = {
+            name: f"{name}: {was!r} in the run, {now!r} now"
+            for name, (was, now) in changes.items()
+            if not (name in CHANGEABLE and (name in allow_changes or not begun))
+        }
+        if not differences:
+            return
+        names = [name for name in differences if name in CHANGEABLE]
+        if len(names) == len(differences):
+            remedy = (
+                "Pass the run's own arguments. Or change them: with allow_changes="
+                f"{tuple(names)} (--allow-changes {' '.join(names)}) the run goes on, "
+                "but does not end bit for bit as it would have."
+            )
+        else:
+            remedy = "Pass the run's own arguments, or another folder as out."
+        raise ValueError(
+            f"The run in {self.path} was started with other arguments, so going on "
+            "would mix two runs:\n  "
+            + "\n  ".join(differences.values())
+            + f"\n{remedy}"
+        )
 
     def check_outside(self, images: Path) -> None:
         """Raises a ValueError if the run would write its pictures among the images."""
@@ -121,31 +278,16 @@ class RunDirectory:
                 "another folder as out."
             )
 
-    def _is_run(self) -> bool:
-        try:
-            config = yaml.safe_load(self.config.read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            return False
-        return isinstance(config, dict) and {"out", "data", "method"} <= config.keys()
-
-    def _check_same(self, config: Mapping[str, Any]) -> None:
-        stored = yaml.safe_load(self.config.read_text()) or {}
-        # What was recorded is what YAML makes of it: tuples become lists.
-        wanted = yaml.safe_load(yaml.safe_dump(dict(config)))
-        stored, wanted = _flat(stored), _flat(wanted)
-        differences = [
-            f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} now"
-            for name in sorted(stored.keys() | wanted.keys())
-            if name not in _FREE_TO_CHANGE and stored.get(name) != wanted.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"The run in {self.path} was started with other arguments, so going on "
-                "would mix two runs:\n  " + "\n  ".join(differences) + "\nPass the "
-                "run's own arguments, or another folder as out."
-            )
-
-    def begin(self, config: Mapping[str, Any], overwrite: bool) -> None:
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        overwrite: bool,
+        *,
+        fresh: bool = False,
+        facts: Mapping[str, Any] | None = None,
+        built: bool = False,
+        changes: Changes | None = None,
+    ) -> None:
         """Makes the directory ready and records the arguments.
 
         Args:
@@ -154,24 +296,71 @@ class RunDirectory:
             overwrite:
                 Whether to remove a run that is there first. Only what a run writes is
                 removed.
+            fresh:
+                Whether there must be none.
+            facts:
+                See `check_facts`.
+            built:
+                Whether the method was passed as an object, which the arguments do not
+                make again with the same weights.
+            changes:
+                What a run that goes on changes. They are recorded.
+
+        Raises:
+            ValueError: If another process began a run there since `check`.
         """
-        for remains in self.checkpoint.parent.glob(f".{self.checkpoint.stem}.*"):
-            remains.unlink()  # of a run that was killed while it saved
-        if overwrite:
-            # First of all: without it, what is left is an unfinished run.
-            self.marker.unlink(missing_ok=True)
-            written = "checkpoints", "reconstructions", "tensorboard"
-            for name in (*written, "features", "rows"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("metrics.csv", "results.json", "dense.json", "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-            self.encoder.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self._token = uuid.uuid4().hex
-        with atomic_write(self._owner) as temporary:
-            temporary.write_text(self._token)
+        if fresh:
+            try:
+                with self._owner.open("x") as file:
+                    file.write(self._token)
+            except FileExistsError as error:
+                raise ValueError(
+                    f"Another process begins a run in {self.path} at this moment: pass "
+                    "another folder as out."
+                ) from error
+        else:
+            with atomic_write(self._owner) as temporary:
+                temporary.write_text(self._token)
+        self._remove_remains()
+        history = {} if overwrite else self._stored_history()
+        if overwrite:
+            # The marker first: without it, what is left is an unfinished run. Its
+            # encoder next, which would count as the run's.
+            for path in (self.marker, self.encoder, self.checkpoint):
+                path.unlink(missing_ok=True)
+        if not self.checkpoint.exists():
+            self._remove_results()
+            changes = None
+        record = {
+            "built": built or bool(history.get("built")),
+            "facts": dict(facts) if facts is not None else history.get("facts", {}),
+            "changes": history.get("changes", []),
+        }
+        if changes:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            record["changes"].append({"time": now, "changes": changes})
+        with atomic_write(self.history) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
         with atomic_write(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+
+    def _remove_remains(self) -> None:
+        """Removes what is left of files of a process that was killed as it wrote."""
+        files = [self.checkpoint, self.encoder, self.config, self.history, self.marker]
+        for file in (*files, self._owner, self.path / "metrics.csv"):
+            for remains in file.parent.glob(f".{file.stem}.*{file.suffix}"):
+                remains.unlink(missing_ok=True)
+
+    def _remove_results(self) -> None:
+        """Removes what a run writes but for its arguments."""
+        written = "checkpoints", "reconstructions", "tensorboard", "features", "rows"
+        for name in written:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("metrics.csv", "results.json", "dense.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
+        self.encoder.unlink(missing_ok=True)
 
     def check_owner(self) -> None:
         """Raises a TakenOverError if another process has begun since this one did."""
@@ -183,6 +372,9 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes the marker of a run that came to its end."""
         self.check_owner()
+        changes = self._stored_history().get("changes")
+        if changes:  # not the run that never was cut
+            summary = {**summary, "changes": changes}
         with atomic_write(self.marker) as temporary:
             temporary.write_text(json.dumps(dict(summary), indent=2) + "\n")
 

@@ -3,8 +3,15 @@
 from lightly_mim.checkpoints.encoder import (
     EncoderCheckpoint,
     encoder_spec,
+    put_encoder,
     read_encoder,
     save_encoder,
 )
 
-__all__ = ["EncoderCheckpoint", "encoder_spec", "read_encoder", "save_encoder"]
+__all__ = [
+    "EncoderCheckpoint",
+    "encoder_spec",
+    "put_encoder",
+    "read_encoder",
+    "save_encoder",
+]

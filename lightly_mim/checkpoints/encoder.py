@@ -2,15 +2,19 @@
 
 timm's own models load it, `model.load_state_dict(safetensors.torch.load_file(path))`,
 for a model without classifier. The file's metadata says which model that is.
+
+Until a run has come to its end, its last checkpoint holds the encoder.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +24,8 @@ from lightly_mim.files import atomic_write
 from lightly_mim.runs import RunDirectory
 
 _METADATA_KEY = "lightly_mim"
+_CHECKPOINT_KEY = "encoder"
+_WEIGHTS = "method.encoder.vit."  # what a checkpoint calls them
 
 
 class EncoderCheckpoint(NamedTuple):
@@ -32,7 +38,9 @@ class EncoderCheckpoint(NamedTuple):
             What `lightly_mim.encoders.masked_encoder` builds the encoder from: `name`
             (None if the model was passed by hand), `img_size`, `in_chans`, `options`
             and `pos_embed`; besides `mean` and `std` of the images, the `pool` of the
-            encoder and the `version` of lightly_mim that wrote the file.
+            encoder and the `version` of lightly_mim that wrote the file. `unfinished`,
+            see `MaskedEncoder`, if the weights are of a run that had not come to its
+            end.
     """
 
     state_dict: dict[str, Tensor]
@@ -46,7 +54,7 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         encoder:
             The encoder.
     """
-    return {
+    spec = {
         "name": encoder.name,
         "img_size": list(encoder.img_size),
         "in_chans": encoder.in_chans,
@@ -57,6 +65,30 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         "pool": encoder.pool,
         "version": importlib.metadata.version("lightly-mim"),
     }
+    if encoder.unfinished is not None:
+        spec["unfinished"] = encoder.unfinished
+    return spec
+
+
+def put_encoder(
+    encoder: MaskedEncoder,
+    checkpoint: dict[str, Any],
+    unfinished: dict[str, int | None] | None,
+) -> None:
+    """Lets a checkpoint of `Pretraining` say which encoder its weights are of.
+
+    Args:
+        encoder:
+            The encoder.
+        checkpoint:
+            What Lightning is about to save.
+        unfinished:
+            Where the run is, see `MaskedEncoder`. None at its end.
+    """
+    spec = encoder_spec(encoder)
+    if unfinished is not None:
+        spec["unfinished"] = unfinished
+    checkpoint[_CHECKPOINT_KEY] = json.dumps(spec)
 
 
 def save_encoder(encoder: MaskedEncoder, path: Path | str) -> None:
@@ -88,11 +120,12 @@ def save_encoder(encoder: MaskedEncoder, path: Path | str) -> None:
 
 
 def read_encoder(path: Path | str) -> EncoderCheckpoint:
-    """Reads a file that `save_encoder` wrote.
+    """Reads a file that `save_encoder` wrote, or the encoder in a checkpoint.
 
     Args:
         path:
-            The file, or a run directory with an `encoder.safetensors`.
+            The file, a checkpoint of `Pretraining`, or the directory of a run, of which
+            `encoder.safetensors` is read, and the last checkpoint until that is there.
 
     Returns:
         The weights, and what to build the encoder from.
@@ -102,6 +135,8 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
             something else.
     """
     file = _find_encoder(Path(path))
+    if _is_pytorch(file):
+        return _read_checkpoint(file)
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
@@ -120,22 +155,61 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
     return EncoderCheckpoint(weights, json.loads(metadata[_METADATA_KEY]))
 
 
+def _is_pytorch(file: Path) -> bool:
+    """Returns whether a file begins like one of `torch.save`: a zip, or a pickle."""
+    with file.open("rb") as content:
+        head = content.read(9)
+    # A safetensors file begins with the length of its header, in eight bytes, and "{".
+    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[8:] != b"{")
+
+
+def _read_checkpoint(file: Path) -> EncoderCheckpoint:
+    foreign = (
+        f"{file} is a PyTorch file, and not a checkpoint of a run of lightly_mim that "
+        "says which encoder it holds. Build the model, load the weights with "
+        "torch.load(..., weights_only=True) and load_state_dict, and pass the model "
+        "itself. A run that an earlier version began says it once it has gone on with "
+        "resume."
+    )
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # objects, or a pickle that is cut
+        raise ValueError(foreign) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged: {error}. Copy it again, or go on with the run from "
+            "another checkpoint."
+        ) from error
+    known = isinstance(checkpoint, dict) and {_CHECKPOINT_KEY, "state_dict"} <= (
+        checkpoint.keys()
+    )
+    if not known or not isinstance(checkpoint[_CHECKPOINT_KEY], str):
+        raise ValueError(foreign)
+    weights = {
+        name.removeprefix(_WEIGHTS): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_WEIGHTS)
+    }
+    return EncoderCheckpoint(weights, json.loads(checkpoint[_CHECKPOINT_KEY]))
+
+
 def _find_encoder(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(
-            f"{path} does not exist; the directory of a run, or a .safetensors file of "
-            "an encoder, is expected."
+            f"{path} does not exist; the directory of a run, a .safetensors file of an "
+            "encoder, or a checkpoint of a run is expected."
         )
     run = RunDirectory(path)
-    if run.encoder.is_file():
-        return run.encoder
+    for file in (run.encoder, run.checkpoint):
+        if file.is_file():
+            return file
     if run.finished:
         state = "The run has finished, so the file was moved or deleted since."
     else:
         state = (
-            "The run has not finished, or this is not the directory of a run: the "
-            "encoder is written at the end. Resume the run to finish it."
+            "The run has not finished and has no checkpoint yet, or this is not the "
+            "directory of a run. Resume the run."
         )
     raise ValueError(f"There is no {run.encoder.name} in {path}. {state}")

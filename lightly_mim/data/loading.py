@@ -86,27 +86,59 @@ def collate(items: Sequence[Item | BrokenImageError]) -> Any:
     Returns:
         ([views], targets, filenames) or (samples, targets, filenames); each view and
         the samples are a tensor with shape (batch_size, ...), the targets int64 with
-        shape (batch_size,). An error among the items is returned in their place.
+        shape (batch_size,). Targets that are not numbers are the list of them: who
+        needs classes checks that. An error among the items is returned in their place.
 
     Raises:
-        ValueError: If the samples are neither lists nor tensors.
+        ValueError: If the samples are neither lists nor tensors, or of other shapes
+            than the first one; the sample is named.
     """
     whole: list[Item] = []
     for item in items:
         if isinstance(item, BrokenImageError):
             return item
         whole.append(item)
-    sample = whole[0][0]
-    if isinstance(sample, list):
-        return MultiViewCollate()(whole)
-    if not isinstance(sample, Tensor):
-        raise ValueError(
-            f"The data set yields samples of type {type(sample).__name__}; a batch is "
-            f"made of tensors or of lists of them. Give it a transform, for example "
-            f"lightly_mim.SimMIMTransform()."
-        )
     samples, targets, filenames = zip(*whole, strict=True)
-    return torch.stack(samples), torch.tensor(targets), list(filenames)
+    first = _shapes(samples[0])
+    for sample, filename in zip(samples, filenames, strict=True):
+        shapes = _shapes(sample)
+        if shapes is None:
+            raise ValueError(
+                f"Sample {filename} of the data set is of type "
+                f"{type(sample).__name__}; a batch is made of tensors or of lists of "
+                f"them. Give it a transform, for example "
+                f"lightly_mim.SimMIMTransform()."
+            )
+        if shapes != first:
+            raise ValueError(
+                f"Sample {filename} of the data set has the shape {shapes}, and "
+                f"{filenames[0]} in the same batch has {first}. Give the data set a "
+                "transform that makes them equal."
+            )
+    numbers = _as_numbers(targets)
+    if isinstance(samples[0], list):
+        unlabelled = [(views, 0, "") for views in samples]
+        return MultiViewCollate()(unlabelled)[0], numbers, list(filenames)
+    return torch.stack(samples), numbers, list(filenames)
+
+
+def _shapes(sample: Any) -> Any:
+    """Returns the shape of a tensor, or those of a list of them, else None."""
+    if isinstance(sample, Tensor):
+        return tuple(sample.shape)
+    if isinstance(sample, list) and all(isinstance(view, Tensor) for view in sample):
+        return [tuple(view.shape) for view in sample]
+    return None
+
+
+def _as_numbers(targets: Sequence[Any]) -> Any:
+    """Returns targets as a tensor if they are numbers, else the list of them."""
+    if not any(getattr(target, "ndim", 0) for target in targets):  # a mask, for example
+        try:
+            return torch.tensor(targets)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # strings, dictionaries, None
+    return list(targets)
 
 
 class GlobalBatches(Sampler[list[Key]]):

@@ -108,6 +108,8 @@ def open_data(
     min_size: Size | None = None,
     data_dir: str | os.PathLike[str] = "datasets",
     download: bool = False,
+    with_val: bool = True,
+    same_classes: bool = True,
 ) -> tuple[Dataset[Item], Dataset[Item] | None]:
     """Opens images for training and, if there are any, for validation.
 
@@ -137,6 +139,10 @@ def open_data(
             Where Imagenette lies, or is put by `download`.
         download:
             Fetch Imagenette if it is not there.
+        with_val:
+            Whether to open validation images. False does not look at them.
+        same_classes:
+            Whether training and validation must have the same classes.
 
     Returns:
         Training and validation data sets of (sample, target, filename) with `classes`,
@@ -165,10 +171,11 @@ def open_data(
         return ImageDataset(source, transform, **options)
 
     train = open_split(train_source, "train", transform)
-    if val_source is None:
+    if val_source is None or not with_val:
         return train, None
     validation = open_split(val_source, "val", val_transform or transform)
-    _check_same_classes(train.classes, validation.classes)
+    if same_classes:
+        _check_same_classes(train.classes, validation.classes)
     return train, validation
 
 

@@ -80,6 +80,9 @@ class MaskedEncoder(ABC, nn.Module):
             Per channel, what they are divided by afterwards.
         can_drop_tokens:
             Whether `encode_visible` works.
+        unfinished:
+            Where the run of the weights is, if they are from a checkpoint of one that
+            had not come to its end: `epoch` of `epochs` and `step` of `steps`.
     """
 
     can_drop_tokens: ClassVar[bool] = False
@@ -108,6 +111,7 @@ class MaskedEncoder(ABC, nn.Module):
         self.name: str | None = None
         self.options: dict[str, Any] = {}
         self.pos_embed: str | None = None
+        self.unfinished: dict[str, int | None] | None = None
 
         self.img_size = to_pair(img_size, "img_size")
         self.in_chans = in_chans

@@ -212,6 +212,7 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     resized.pos_embed = encoder.pos_embed
     resized.mean, resized.std = encoder.mean, encoder.std
     resized.pool = encoder.pool
+    resized.unfinished = encoder.unfinished
     return resized
 
 
@@ -249,6 +250,21 @@ def _build(
     except (AssertionError, TypeError) as error:
         raise ValueError(
             f"timm cannot build '{name}' with {arguments}: {error}. {_SUPPORTED}"
+        ) from error
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        if ":" in name:
+            raise ValueError(
+                f"Cannot load '{name}': {error} Names with hf-hub: come with their "
+                "settings and weights from the Hugging Face hub, or from its cache on "
+                "this machine; fetch them once where there is a network, or pass "
+                "local-dir:FOLDER, which holds config.json and the weights."
+            ) from error
+        if not pretrained or isinstance(error, KeyError | ValueError):
+            raise
+        raise ValueError(
+            f"Cannot load timm's pretrained weights of '{name}': {error} Weights come "
+            "from the Hugging Face hub, or from its cache on this machine: fetch them "
+            "once where there is a network. pretrained=False takes random weights."
         ) from error
 
     encoder = _wrap(model)

@@ -59,7 +59,12 @@ from lightly_mim.evaluation.dense_results import (
     miou_interval,
 )
 from lightly_mim.evaluation.features import Precision, evaluating, normalize_images
-from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
+from lightly_mim.evaluation.loading import (
+    at_random,
+    describe_encoder,
+    load_encoder,
+    origin_notes,
+)
 from lightly_mim.evaluation.record import (
     check_choice,
     choose_device,
@@ -202,7 +207,7 @@ def evaluate_dense(
         SegmentationDataset(files, transform, values, model.in_chans)
         for files in (train_files, test_files)
     )
-    notes = []
+    notes = origin_notes(model)
     if held_out:
         notes.append(
             f"{len(test)} of {len(train) + len(test)} images were held out for testing."

@@ -53,8 +53,10 @@ def load_encoder(
         encoder:
             One of:
 
-            - the directory of a pretraining run, or its `encoder.safetensors`
-            - the name of a timm model
+            - the directory of a pretraining run, its `encoder.safetensors`, or one of
+              its checkpoints; the directory of a run that has not finished stands for
+              its last checkpoint
+            - the name of a timm model, or hf-hub:OWNER/MODEL or local-dir:FOLDER
             - a timm model, whose classifier is removed if it is of a family that can
               encode masked images; see `TimmEncoder` for the others
             - lightly's `MaskedVisionTransformerTIMM`, whose timm model is taken, or
@@ -94,21 +96,12 @@ def load_encoder(
     if isinstance(encoder, nn.Module):
         return _adapt(encoder, img_size, in_chans)
     name = str(encoder)
-    if not timm.is_model(name.split(".")[0]):
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(
             f"'{name}' is neither the directory of a run nor the name of a timm model. "
             "Check the path, or see timm.list_models('*vit*') for names."
         )
-    try:
-        return _build_timm(name, img_size, in_chans, pretrained)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise ValueError(
-            f"Cannot load timm's pretrained weights of '{name}': {error} Weights come "
-            "from the Hugging Face hub, or from its cache on this machine. "
-            "pretrained=False takes random weights."
-        ) from error
+    return _build_timm(name, img_size, in_chans, pretrained)
 
 
 def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
@@ -149,6 +142,26 @@ def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
             )
     other.mean, other.std = encoder.mean, encoder.std
     return other
+
+
+def origin_notes(encoder: FeatureEncoder) -> list[str]:
+    """Returns what a reader of results must know of where the weights come from.
+
+    Args:
+        encoder:
+            The encoder.
+    """
+    place = getattr(encoder, "unfinished", None)
+    if place is None:
+        return []
+    epoch, step = (
+        f"{place[name]}" + (f" of {place[total]}" if place[total] else "")
+        for name, total in (("epoch", "epochs"), ("step", "steps"))
+    )
+    return [
+        f"The encoder is from a checkpoint of a run that had not finished: epoch "
+        f"{epoch}, after optimiser step {step}."
+    ]
 
 
 def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
@@ -272,6 +285,7 @@ def _load_saved(path: Path) -> MaskedEncoder:
     encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
     # Files that do not say it are of a version whose encoders all had the mean.
     encoder.pool = spec.get("pool", "mean")
+    encoder.unfinished = spec.get("unfinished")
     return encoder
 
 

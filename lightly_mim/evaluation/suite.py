@@ -68,7 +68,12 @@ from lightly_mim.evaluation.keeper import Keeper, Task
 from lightly_mim.evaluation.knn import KNN
 from lightly_mim.evaluation.linear import Linear
 from lightly_mim.evaluation.linear_mae import LinearMAE
-from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
+from lightly_mim.evaluation.loading import (
+    at_random,
+    describe_encoder,
+    load_encoder,
+    origin_notes,
+)
 from lightly_mim.evaluation.logistic import Logistic
 from lightly_mim.evaluation.low_label import LowLabel
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome
@@ -295,7 +300,8 @@ def evaluate(
         data, val, transform, model.in_chans, holdout, seed, num_workers
     )
     train, test = images.train, images.test
-    notes = [note for name in protocols for note in settings[name].check(_len(train))]
+    notes = origin_notes(model)
+    notes += [note for name in protocols for note in settings[name].check(_len(train))]
     if "low_label" in protocols and isinstance(train, ImageDataset):
         low_label.check_labels(torch.tensor(train.targets), len(train.classes))
     if holdout is not None:

@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightly_mim.checkpoints import read_encoder, save_encoder
+from lightly_mim.checkpoints import put_encoder, read_encoder, save_encoder
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 
 OPTIONS = {"depth": 2, "embed_dim": 24, "num_heads": 2, "reg_tokens": 1}
@@ -85,7 +86,7 @@ def test_save_encoder__full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_read_encoder__run_directory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has not finished"):
+    with pytest.raises(ValueError, match=r"has no checkpoint yet.*Resume the run"):
         read_encoder(tmp_path)
     (tmp_path / "finished.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has finished, so the file was moved"):
@@ -103,11 +104,73 @@ def test_read_encoder__truncated(tmp_path: Path, kept: int) -> None:
         read_encoder(path)
 
 
+def checkpoint_of(encoder: MaskedEncoder, path: Path) -> Path:
+    state = encoder.state_dict(prefix="method.encoder.")
+    content: dict[str, Any] = {"state_dict": state | {"method.head": torch.zeros(2)}}
+    place = {"epoch": 2, "epochs": None, "step": 7, "steps": 9}
+    put_encoder(encoder, content, place)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def test_read_encoder__checkpoint(tmp_path: Path) -> None:
+    encoder = small_encoder()
+    encoder.add_mask_token()
+    path = checkpoint_of(encoder, tmp_path / "checkpoints" / "last.ckpt")
+    for place in (path, tmp_path):
+        weights, spec = read_encoder(place)
+        assert weights.keys() == encoder.vit.state_dict().keys()
+        for name, value in encoder.vit.state_dict().items():
+            assert torch.equal(weights[name], value)
+        assert spec["unfinished"] == {
+            "epoch": 2,
+            "epochs": None,
+            "step": 7,
+            "steps": 9,
+        }
+        assert spec["options"] == OPTIONS
+    # The encoder that is written at the end comes first.
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    assert "unfinished" not in read_encoder(tmp_path).spec
+
+
+@pytest.mark.parametrize("kept", [5, 500, -1000])
+def test_read_encoder__damaged_checkpoint(tmp_path: Path, kept: int) -> None:
+    path = checkpoint_of(small_encoder(), tmp_path / "last.ckpt")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        read_encoder(path)
+
+
+class Thing:
+    """What only unpickling could bring back."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight": torch.zeros(3)},
+        {"state_dict": {"method.encoder.vit.norm.weight": torch.zeros(3)}},
+        [1, 2],
+        Thing(),
+        {"encoder": Thing(), "state_dict": {}},
+        {"encoder": 3, "state_dict": {}},
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_read_encoder__pytorch_file_of_others(
+    tmp_path: Path, content: Any, zipped: bool
+) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"model\.pth is a PyTorch file") as error:
+        read_encoder(path)
+    assert "Copy it again" not in str(error.value)
+    assert "weights_only=False" not in str(error.value)
+
+
 def test_read_encoder__other_files(tmp_path: Path) -> None:
-    pickled = tmp_path / "model.pth"
-    torch.save({"weight": torch.zeros(3)}, pickled)
-    with pytest.raises(ValueError, match=r"model\.pth is damaged or not a safetensors"):
-        read_encoder(pickled)
     foreign = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(3)}, foreign, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lightly_mim did not write it"):

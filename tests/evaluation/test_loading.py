@@ -111,7 +111,7 @@ def test_load_encoder__neither_run_nor_name() -> None:
 
 
 def test_load_encoder__run_without_encoder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has not finished"):
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
         load_encoder(tmp_path)
 
 

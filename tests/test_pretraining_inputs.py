@@ -1,0 +1,342 @@
+"""What comes in: labels that nobody asked for, values that are no numbers, lengths."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightly_mim.encoders import masked_encoder
+from lightly_mim.evaluation import load_encoder
+from lightly_mim.methods import SimMIM
+from lightly_mim.monitoring import CollapseAlarm, OnlineProbe
+from lightly_mim.optim import NonFiniteLossError, learning_rate_factor
+from lightly_mim.pretraining import Pretraining, pretrain
+
+from .conftest import SHORT_RUN, TINY_VIT
+from .test_pretraining import build, few_batches, no_validation, rows_of, run, trainer
+
+pytestmark = [no_validation, few_batches]
+
+
+class Labelled(Dataset[Any]):
+    """Images with any kind of label, as pictures, bytes, floats or views."""
+
+    def __init__(self, label: Any, kind: str = "bytes", num_images: int = 16) -> None:
+        self.label, self.kind, self.num_images = label, kind, num_images
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        pixels = torch.randint(256, (3, 32, 32), generator=generator).to(torch.uint8)
+        sample: Any = pixels
+        if self.kind == "picture":
+            sample = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        elif self.kind == "views":
+            sample = [pixels / 255]
+        label = self.label(index) if callable(self.label) else self.label
+        return sample, label
+
+
+LABELS: dict[str, Any] = {
+    "dictionary": lambda i: {"boxes": torch.rand(i, 4), "labels": [1] * i},
+    "mask": lambda i: torch.zeros(32, 32),
+    "array": lambda i: np.zeros((i + 1, 2)),
+    "picture": lambda i: Image.new("L", (8, 8)),
+    "string": "cat",
+    "float": lambda i: i / 3,
+    "nothing": None,
+    "unknown": -1,
+    "sometimes": lambda i: None if i % 2 else i,
+    "list": lambda i: list(range(i)),
+}
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("kind", ["bytes", "views"])
+def test_pretrain__needs_no_labels(tmp_path: Path, label: str, kind: str) -> None:
+    data = Labelled(LABELS[label], kind)
+    options = SHORT_RUN | {"epochs": 1, "rank_every": 1}
+    pretrain(tmp_path / "run", data, build, val=data, **options)
+    (rank,) = [r["rankme"] for r in rows_of(tmp_path / "run") if r["rankme"]]
+    assert float(rank) > 1
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_probe__names_labels_that_are_no_classes(label: str) -> None:
+    with pytest.raises(ValueError, match=r"The probe.*one class per image"):
+        OnlineProbe(Labelled(LABELS[label]), num_workers=0).read()
+
+
+def shape_of(index: int) -> Any:
+    return torch.zeros(3, 32, 32 + 8 * (index == 11))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (shape_of, r"Sample 11 of the data set has the shape \(3, 32, 40\)"),
+        (lambda i: [shape_of(i)], r"Sample 11 of the data set has the shape \[\("),
+        (lambda i: None if i == 11 else shape_of(0), "Sample 11 .*type NoneType"),
+        (lambda i: "x", r"Sample \d+ .*type str"),
+    ],
+)
+def test_pretrain__names_the_sample(tmp_path: Path, sample: Any, message: str) -> None:
+    data = [(sample(index), 0) for index in range(16)]
+    with pytest.raises(ValueError, match=message):
+        pretrain(tmp_path / "run", data, build, **SHORT_RUN | {"batch_size": 16})  # type: ignore[arg-type]
+
+
+# NaN.
+
+
+class Holed(Labelled):
+    """Float images, some of which have a value that is no number."""
+
+    def __init__(self, bad: dict[int, float], num_images: int = 16) -> None:
+        super().__init__(lambda index: index % 2, num_images=num_images)
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> Any:
+        pixels, label = super().__getitem__(index)
+        images = pixels / 255
+        if index in self.bad:
+            images[0, 3] = self.bad[index]
+        return images, label
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank_every": 0},
+        {"rank_every": 0, "reconstruct_every": 0},
+        {"rank_every": 1},
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pretrain__nan_in_images(
+    tmp_path: Path, options: dict[str, Any], value: float
+) -> None:
+    for bad in ({i: value for i in range(16)}, {0: value}):
+        with pytest.raises(NonFiniteLossError, match="NaN"):
+            pretrain(
+                tmp_path / "run",
+                Holed(bad),
+                build,
+                **SHORT_RUN | options,
+                overwrite=True,
+            )
+
+
+def test_pretrain__nan_in_validation_images(tmp_path: Path) -> None:
+    for bad, message in (
+        ({0: math.nan}, r"hold NaN .* 0\."),
+        (
+            {21: math.nan, 23: math.inf},
+            "validation loss became NaN or infinite in epoch 1",
+        ),
+    ):
+        val = Holed(bad, 40)
+        with pytest.raises(NonFiniteLossError, match=message):
+            pretrain(
+                tmp_path / "run",
+                Labelled(0),
+                build,
+                val=val,
+                **SHORT_RUN | {"overwrite": True},
+            )
+
+
+def test_watchers__name_images_with_nan() -> None:
+    data = Holed({3: math.nan, 5: -math.inf})
+    with pytest.raises(NonFiniteLossError, match=r"2 of 16 images .*: 3, 5\."):
+        CollapseAlarm(data, num_workers=0).measure(SimMIM(**TINY_VIT))
+    with pytest.raises(NonFiniteLossError, match=r"hold NaN or infinite"):
+        OnlineProbe(data, num_workers=0).read()
+
+
+# Classes.
+
+
+def without(photos: Path, tmp_path: Path, part: str, name: str) -> Path:
+    data = Path(shutil.copytree(photos, tmp_path / "photos"))
+    shutil.rmtree(data / part / name)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("val", "temple"), ("train", "temple"), ("val", "flower")]
+)
+def test_pretrain__classes_may_differ(
+    photos: Path, tmp_path: Path, part: str, name: str
+) -> None:
+    data = without(photos, tmp_path, part, name)
+    run(tmp_path / "run", data, epochs=1)
+    assert any(row["val_loss"] for row in rows_of(tmp_path / "run"))
+
+
+def test_pretrain__validate_false_opens_no_validation_images(
+    photos: Path, tmp_path: Path
+) -> None:
+    data = without(photos, tmp_path, "val", "temple")
+    shutil.rmtree(data / "val")
+    (data / "val").mkdir()  # no image in it
+    run(tmp_path / "run", data, epochs=1, validate=False)
+    with pytest.raises(ValueError, match="No images"):
+        run(tmp_path / "other", data, epochs=1)
+
+
+def test_probe__matches_classes_by_name(photos: Path, tmp_path: Path) -> None:
+    """Here the numbers differ: flower is class 0 in training, 1 in validation."""
+    data = Path(shutil.copytree(photos, tmp_path / "photos"))
+    shutil.copytree(data / "val" / "temple", data / "val" / "abbey")
+    with pytest.warns(UserWarning, match="leaves out 6 validation images .*: abbey"):
+        run(tmp_path / "run", data, epochs=1, probe="linear")
+    run(tmp_path / "plain", photos, epochs=1, probe="linear")
+    tops = [
+        [row["probe_top1"] for row in rows_of(tmp_path / name) if row["probe_top1"]]
+        for name in ("run", "plain")
+    ]
+    assert tops[0] == tops[1] != []
+    (data / "val" / "flower").rename(data / "val" / "f")
+    (data / "val" / "temple").rename(data / "val" / "t")
+    with pytest.raises(ValueError, match="fitted on the classes flower, temple"):
+        run(tmp_path / "other", data, probe="linear")
+
+
+# How long a run is.
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.rand(3, 32, 32), 0
+
+
+def fitted(loader: Any, tmp_path: Path, **options: Any) -> Pretraining:
+    module = Pretraining(SimMIM(**TINY_VIT), options.pop("recipe", None), 4)
+    fit: pl.Trainer = trainer(tmp_path, **{"max_epochs": None, **options})
+    fit.fit(module, loader)
+    return module
+
+
+def rates(module: Pretraining, steps: int) -> list[float]:
+    return [module._schedule.lr_lambdas[0](step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("num_images", [8, 40])
+def test_pretraining__max_steps(tmp_path: Path, num_images: int) -> None:
+    """10 steps are the same run in 5 epochs, in one, or without epochs."""
+    recipe = SimMIM.recipe()
+    expected = [
+        learning_rate_factor(step, 10 / recipe.epochs, 10, recipe) for step in range(10)
+    ]
+    images: Any = DataLoader(Labelled(0, num_images=num_images), batch_size=4)
+    for loader in (images, DataLoader(Endless(), batch_size=4)):
+        module = fitted(loader, tmp_path, max_steps=10)
+        assert module.trainer.global_step == module._total_steps == 10
+        assert rates(module, 10) == pytest.approx(expected)
+        assert expected[1] != expected[9]
+
+
+def test_pretraining__shorter_of_steps_and_epochs(tmp_path: Path) -> None:
+    loader: Any = DataLoader(Labelled(0), batch_size=4)  # 4 steps in an epoch
+    for options, steps in (
+        ({"max_epochs": 3, "max_steps": 6}, 6),
+        ({"max_epochs": 1, "max_steps": 6}, 4),
+        ({"max_epochs": 3, "accumulate_grad_batches": 3}, 6),
+    ):
+        module = fitted(loader, tmp_path, **options)
+        assert module.trainer.global_step == module._total_steps == steps
+
+
+def test_pretraining__own_recipe_keeps_its_epochs(tmp_path: Path) -> None:
+    recipe = SimMIM.recipe().for_epochs(10)
+    module = fitted(
+        DataLoader(Labelled(0), batch_size=4), tmp_path, max_steps=6, recipe=recipe
+    )
+    warmup = round(recipe.warmup_epochs * 4)
+    expected = [learning_rate_factor(step, 4, 6, recipe) for step in range(6)]
+    assert warmup > 0
+    assert rates(module, 6) == pytest.approx(expected)
+
+
+def test_pretraining__max_time(tmp_path: Path) -> None:
+    """The schedule is that of the recipe's epochs, and the time cuts it."""
+    loader: Any = DataLoader(Labelled(0), batch_size=4)
+    module = fitted(loader, tmp_path, max_time=timedelta(seconds=1))
+    assert module._total_steps == 4 * SimMIM.recipe().epochs
+    assert 0 < module.trainer.global_step < module._total_steps
+    with pytest.raises(ValueError, match="for a loader without a length, max_steps"):
+        fitted(DataLoader(Endless(), batch_size=4), tmp_path, max_time="00:00:00:01")
+    with pytest.raises(ValueError, match="for a loader without a length, max_steps"):
+        fitted(DataLoader(Endless(), batch_size=4), tmp_path, max_epochs=2)
+
+
+# Names of models that come with their settings.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model as timm writes it for the hub."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1}
+    options["num_heads"] = 2
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": options,
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": 0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_local_dir__in_pretrain_and_evaluate(folder: Path) -> None:
+    name = f"local-dir:{folder}"
+    one = load_encoder(name, img_size=32)
+    two = masked_encoder(name, img_size=32, pretrained=True)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(one.eval()(images), two.eval()(images))
+    assert one.mean == two.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf-hub:nobody/nothing", "Cannot load 'hf-hub:nobody/nothing': no route.*hub"),
+        ("local-dir:nowhere", "Cannot load 'local-dir:nowhere'.*local-dir:FOLDER"),
+        ("vit_tiny_patch16_224", "weights of 'vit_tiny_patch16_224': no route.*=False"),
+    ],
+)
+def test_weights_that_cannot_be_fetched(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = timm.create_model
+
+    def no_network(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith("local-dir:"):
+            return original(name, *arguments, **options)
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(ValueError, match=message):
+        load_encoder(name)
+    with pytest.raises(ValueError, match=message):
+        SimMIM(name, pretrained=True)
