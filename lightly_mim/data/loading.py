@@ -18,8 +18,8 @@ from lightly.data.multi_view_collate import MultiViewCollate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightly_mim.data.decode import BrokenImageError
 from lightly_mim.data.folder import ReplacementName
+from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.seeding import keyed_random_state, seed_from
 
 Key = tuple[int, int]  # (epoch, index)
