@@ -14,9 +14,16 @@ from PIL import ExifTags, Image
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.data.decode import TRANSPOSED, BrokenImageError, decode_image
-from lightly_mim.data.folder import ARRAY_EXTENSIONS, PICTURE_EXTENSIONS, find_images
+from lightly_mim.data.decode import (
+    ARRAY_EXTENSIONS,
+    PICTURE_EXTENSIONS,
+    TRANSPOSED,
+    decode_image,
+)
+from lightly_mim.data.listing import find_images
+from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.seeding import seed_from
+from lightly_mim.data.splits import find_splits
 from lightly_mim.transforms import EvalTransform
 
 IGNORED = -1  # what a pixel without a class becomes
@@ -132,11 +139,11 @@ def open_segmentation(
         ValueError: If there are no such folders, if an image has no mask or a mask no
             image, or if there are too few images.
     """
-    root = Path(data)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        places = [root / "train", root / "val" if val is None else Path(val)]
-    else:
-        places = [root] if val is None else [root, Path(val)]
+    root, own_val = Path(data), None
+    if root.is_dir():  # otherwise `find_masked` says what is missing
+        root, own_val = find_splits(root)
+    val = own_val if val is None else Path(val)
+    places = [root] if val is None else [root, val]
     found = [find_masked(place, in_chans) for place in places]
     if len(found) == 2:
         return found[0], found[1], False

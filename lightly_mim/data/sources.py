@@ -13,9 +13,15 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.loading import Item, as_item
 from lightly_mim.data.named import NAMED_DATA, Split, open_named
+from lightly_mim.data.splits import (
+    check_no_splits_below,
+    find_splits,
+    find_val,
+)
 from lightly_mim.patches import Size
 
 if TYPE_CHECKING:
@@ -106,6 +112,7 @@ def open_data(
     in_chans: int = 3,
     on_error: OnError = "raise",
     min_size: Size | None = None,
+    value_range: ValueRange | None = None,
     data_dir: str | os.PathLike[str] = "datasets",
     download: bool = False,
 ) -> tuple[Dataset[Item], Dataset[Item] | None]:
@@ -115,7 +122,8 @@ def open_data(
         data:
             One of:
 
-            - a folder that holds train/ and val/, or train/ alone
+            - a folder that holds train/ and val/, or train/ alone, in the usual
+              spellings (Train, training, validation)
             - a folder of class folders, or of images; see `ImageDataset`
             - a name: "imagenette", "imagenette-320", "imagenette-160" or "solar-cells"
               (a folder of that name is written "./imagenette")
@@ -133,6 +141,9 @@ def open_data(
             What a broken file does, "raise" or "skip"; see `ImageDataset`.
         min_size:
             Smallest size of an image; see `ImageDataset`.
+        value_range:
+            The values of 16-bit pictures that become 0 and 255; see `decode_image`.
+            For folders: those with a name have 8 bits.
         data_dir:
             Where Imagenette lies, or is put by `download`.
         download:
@@ -160,9 +171,15 @@ def open_data(
             "min_size": min_size,
         }
         if source in NAMED_DATA:
+            if value_range is not None:
+                raise ValueError(
+                    f"value_range is for pictures of 16 bits, those of {source} have 8."
+                )
             options |= {"data_dir": data_dir, "download": download}
             return open_named(str(source), split, transform, **options)
-        return ImageDataset(source, transform, **options)
+        images = ImageDataset(source, transform, value_range=value_range, **options)
+        check_no_splits_below(images.root, images.filenames)
+        return images
 
     train = open_split(train_source, "train", transform)
     if val_source is None:
@@ -178,20 +195,7 @@ def _train_and_val(data: Data) -> tuple[Data, Data | None]:
         return _check_dataset(data), None
     if data in NAMED_DATA:
         return data, data
-    root = _check_folder(data)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return root / "train", root / "val"
-    splits = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-    if splits == ["train"] and len(_folders(root)) == 1:
-        return root / "train", None
-    if splits and splits != ["test"]:
-        raise ValueError(
-            f"Which images of {root} are for training? It holds the folders "
-            f"{', '.join(_folders(root)[:10])}, but not both train and val. Give "
-            f'data="{root / splits[0]}", and val="..." for validation, or '
-            f'lightly_mim.data.ImageDataset("{root}") if these are classes.'
-        )
-    return root, None
+    return find_splits(_check_folder(data))
 
 
 def _val_only(val: Data) -> Data:
@@ -199,13 +203,7 @@ def _val_only(val: Data) -> Data:
         return _check_dataset(val)
     if val in NAMED_DATA:
         return val
-    root = _check_folder(val)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        raise ValueError(
-            f"val is a folder of validation images, but {root} holds train and val. "
-            f'Give val="{root / "val"}".'
-        )
-    return root
+    return find_val(_check_folder(val))
 
 
 def _check_folder(path: str | os.PathLike[str]) -> Path:
@@ -228,11 +226,6 @@ def _check_dataset(dataset: Dataset[Any]) -> Dataset[Any]:
             f"folder of images, or one of these names: {', '.join(NAMED_DATA)}."
         )
     return dataset
-
-
-def _folders(root: Path) -> list[str]:
-    entries = (entry for entry in root.iterdir() if entry.is_dir())
-    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
 
 
 def _check_same_classes(train: list[str], val: list[str]) -> None:

@@ -48,7 +48,7 @@ class TestOpenData:
             (("a/0.jpg", "b/1.jpg"), ".", ["a", "b"]),
             (("train/0.jpg", "train/1.jpg"), "train", []),
             (("train/a/0.jpg", ".cache/x.jpg"), "train", ["a"]),
-            (("test/0.jpg", "bench/1.jpg"), ".", ["bench", "test"]),
+            (("testbed/0.jpg", "bench/1.jpg"), ".", ["bench", "testbed"]),
         ],
     )
     def test_no_val(self, tmp_path: Path, names, folder: str, classes) -> None:
@@ -68,7 +68,12 @@ class TestOpenData:
 
     @pytest.mark.parametrize(
         "names",
-        [("train/0.jpg", "test/1.jpg"), ("val/0.jpg",), ("train/0.jpg", "a/b.jpg")],
+        [
+            ("train/0.jpg", "test/1.jpg"),
+            ("val/0.jpg",),
+            ("train/0.jpg", "a/b.jpg"),
+            ("test/0.jpg", "bench/1.jpg"),
+        ],
     )
     def test_unclear_split(self, tmp_path: Path, names) -> None:
         with pytest.raises(ValueError, match="Which images of .* are for training"):
