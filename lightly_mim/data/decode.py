@@ -149,7 +149,9 @@ def picture_formats() -> list[str]:
 def read_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation; 1, upright, if there is none or it is damaged."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as for pictures
         return 1
     return orientation if orientation in _UPRIGHT else 1

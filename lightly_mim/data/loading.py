@@ -369,7 +369,8 @@ class KeyedLoader(DataLoader[Any]):
         dataset = self.dataset
         assert isinstance(dataset, KeyedDataset)
         names: list[str] = getattr(dataset.dataset, "filenames", [])
-        return zlib.crc32("\n".join(names).encode())
+        # Names need not be UTF-8; those that are keep the hash that they had.
+        return zlib.crc32("\n".join(names).encode(errors="backslashreplace"))
 
     def _identity(self) -> dict[str, int]:
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import stat
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -71,9 +70,7 @@ def read_regular(path: str, kind: str, read: Callable[[BinaryIO], Read]) -> Read
     for pause in (*_PAUSES, None):
         try:
             _check_regular(path)
-            with Path(path).open("rb") as file, warnings.catch_warnings():
-                # Of metadata; `open_picture` sees to those that matter.
-                warnings.simplefilter("ignore")
+            with Path(path).open("rb") as file:
                 return read(file)
         except BrokenImageError:
             raise
