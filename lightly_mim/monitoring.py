@@ -346,7 +346,7 @@ class CollapseAlarm(Callback):
         """
         if self._read is None:
             few = spread_out(self.images, self.num_images)
-            self._read = _read_images(few, self.num_workers)
+            self._read = _read_images(few, self.num_workers, labels=False)
         encoder = method.encoder
         function = EncoderFeatures(encoder, [-1], ["mean"])
         with _undisturbed(method, 0, "rank") as device:
@@ -370,21 +370,24 @@ _PROTOCOLS: Mapping[str, FeatureProtocol] = {
 }
 
 
-def _read_images(dataset: Dataset[Any], num_workers: int | None) -> FixedImages:
+def _read_images(
+    dataset: Dataset[Any], num_workers: int | None, labels: bool = True
+) -> FixedImages:
     """Decodes all images of a data set, in its order."""
     loader = KeyedLoader(
         dataset,
         min(_BATCH_SIZE, len(dataset)),  # type: ignore[arg-type]
         training=False,
         num_workers=num_workers,
+        labels=labels,
         persistent_workers=False,
     )
     images: list[Tensor] = []
-    labels: list[Tensor] = []
+    targets: list[Tensor] = []
     for batch in loader:
         images.append(batch_images(batch))
-        labels.append(batch[1])
-    return FixedImages(torch.cat(images), torch.cat(labels))
+        targets.append(batch[1])
+    return FixedImages(torch.cat(images), torch.cat(targets))
 
 
 def _encode(

@@ -45,6 +45,7 @@ from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
     keyed_random_state,
+    match_classes,
     open_data,
     seed_from,
     spread_out,
@@ -761,6 +762,7 @@ class _Images(pl.LightningDataModule):
             in_chans=encoder.in_chans,
             on_error=on_error,
             min_size=getattr(method.masking, "mask_patch_size", encoder.patch_size),
+            labels=False,  # only a probe needs them
         )
         if not validate:
             self.val = None
@@ -847,6 +849,7 @@ class _Images(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             num_workers=self.num_workers if num_workers is None else num_workers,
+            labels=False,  # a probe reads them for itself
         )
 
 
@@ -881,6 +884,8 @@ def _watching(
                 "have no labels: give a folder with one folder per class, or leave "
                 "the probe out."
             )
+    if images.val is not None:
+        match_classes(train, images.val)
     options |= {"every_n_epochs": probe_every, "seed": images.seed}
     return [alarm, OnlineProbe(train, images.val, probe, **options)]
 

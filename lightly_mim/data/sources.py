@@ -17,6 +17,7 @@ from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.loading import Item, as_item
 from lightly_mim.data.named import NAMED_DATA, Split, open_named
+from lightly_mim.data.notes import printable, say
 from lightly_mim.data.splits import (
     check_no_splits_below,
     find_splits,
@@ -47,6 +48,8 @@ class TransformedDataset(Dataset[Item]):
             Function from an image to a sample. None transforms nothing.
         classes:
             Names of the classes if the data set tells them, else empty.
+        numbers:
+            What each label becomes, see `match_classes`. None keeps them.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Transform | None) -> None:
@@ -54,6 +57,7 @@ class TransformedDataset(Dataset[Item]):
         self.transform = transform
         inner = getattr(dataset, "dataset", dataset)  # of a LightlyDataset or a Subset
         classes = getattr(dataset, "classes", None) or getattr(inner, "classes", None)
+        self.numbers: list[int] | None = None
         self.classes: list[str] = [str(name) for name in classes or ()]
 
     def take(self, indices: Sequence[int]) -> TransformedDataset:
@@ -74,6 +78,8 @@ class TransformedDataset(Dataset[Item]):
         sample, target, filename = as_item(self.dataset[index], index)
         if self.transform is not None and is_image(sample):
             sample = self.transform(sample)
+        if self.numbers is not None:
+            target = self.numbers[target]
         return sample, target, filename
 
 
@@ -115,6 +121,7 @@ def open_data(
     value_range: ValueRange | None = None,
     data_dir: str | os.PathLike[str] = "datasets",
     download: bool = False,
+    labels: bool = True,
 ) -> tuple[Dataset[Item], Dataset[Item] | None]:
     """Opens images for training and, if there are any, for validation.
 
@@ -148,6 +155,9 @@ def open_data(
             Where Imagenette lies, or is put by `download`.
         download:
             Fetch Imagenette if it is not there.
+        labels:
+            Whether labels count: validation images then get the numbers of the training
+            images' classes, see `match_classes`. False takes any classes.
 
     Returns:
         Training and validation data sets of (sample, target, filename) with `classes`,
@@ -156,7 +166,8 @@ def open_data(
 
     Raises:
         ValueError: If there are no such images, if it is not clear which ones are for
-            training, or if training and validation have different classes.
+            training, or if labels count and there are validation images of other
+            classes.
     """
     train_source, val_source = _train_and_val(data)
     if val is not None:
@@ -185,7 +196,8 @@ def open_data(
     if val_source is None:
         return train, None
     validation = open_split(val_source, "val", val_transform or transform)
-    _check_same_classes(train.classes, validation.classes)
+    if labels:
+        match_classes(train, validation)
     return train, validation
 
 
@@ -228,15 +240,40 @@ def _check_dataset(dataset: Dataset[Any]) -> Dataset[Any]:
     return dataset
 
 
-def _check_same_classes(train: list[str], val: list[str]) -> None:
-    """Refuses different classes, whose numbers would not mean the same."""
-    if not train or not val or train == val:
+def match_classes(train: Dataset[Item], val: Dataset[Item]) -> None:
+    """Gives the validation images the numbers that the training images' classes have.
+
+    Classes are matched by name; what the validation images lack is said. Nothing is
+    done if one of them names no classes.
+
+    Args:
+        train:
+            Training images, from `open_data`.
+        val:
+            Validation images, from `open_data`. Changed in place.
+
+    Raises:
+        ValueError: If there are validation images of a class without training images.
+    """
+    names: list[str] = train.classes  # type: ignore[attr-defined]
+    others: list[str] = val.classes  # type: ignore[attr-defined]
+    if not names or not others or names == others:
         return
-    only_train = [name for name in train if name not in val]
-    only_val = [name for name in val if name not in train]
-    raise ValueError(
-        f"Training and validation images have different classes. Only in training: "
-        f"{', '.join(only_train) or 'none'}; only in validation: "
-        f"{', '.join(only_val) or 'none'}. Give both the same folders, or no class "
-        f"folders to one of them."
-    )
+    lacking = [printable(name) for name in names if name not in others]
+    unknown = [printable(name) for name in others if name not in names]
+    if unknown:
+        raise ValueError(
+            f"Training and validation images have different classes. Only in training: "
+            f"{', '.join(lacking) or 'none'}; only in validation: "
+            f"{', '.join(unknown)}. Give both the same folders, or no class folders to "
+            "one of them."
+        )
+    if lacking:
+        say(f"No validation images of {', '.join(lacking)}.")
+    number = [names.index(name) for name in others]
+    if isinstance(val, ImageDataset):
+        val.targets = [number[target] for target in val.targets]
+    else:
+        assert isinstance(val, TransformedDataset)
+        val.numbers = number
+    val.classes = names
