@@ -21,7 +21,6 @@ from torch.utils.data import Dataset, Subset
 
 from lightly_mim.callbacks import is_due, method_of, undisturbed
 from lightly_mim.data import (
-    ImageDataset,
     KeyedLoader,
     keyed_random_state,
     seed_from,
@@ -33,7 +32,6 @@ from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
     batch_images,
-    check_labels,
     collect_features,
 )
 from lightly_mim.evaluation.linear import Linear
@@ -354,7 +352,7 @@ class CollapseAlarm(Callback):
         """
         if self._read is None:
             few = spread_out(self.images, self.num_images)
-            self._read = _read_images(few, self.num_workers, labelled=False)
+            self._read = _read_images(few, self.num_workers, labels=False)
         encoder = method.encoder
         function = EncoderFeatures(encoder, [-1], ["mean"])
         with _undisturbed(method, 0, "rank") as device:
@@ -376,47 +374,6 @@ _PROTOCOLS: Mapping[str, FeatureProtocol] = {
         num_parts=5,
     ),
 }
-
-
-def match_classes(
-    dataset: Dataset[Any] | None, classes: list[str]
-) -> Dataset[Any] | None:
-    """Returns the images of classes that training has, numbered as they are there.
-
-    Args:
-        dataset:
-            The images to score on, if there are any.
-        classes:
-            Names of the classes of the training images, empty if they are not known.
-
-    Raises:
-        ValueError: If there are no such images, or if the data set is of one's own and
-            its classes cannot be told apart.
-    """
-    theirs: list[str] = getattr(dataset, "classes", [])
-    if not classes or not theirs or theirs == classes:
-        return dataset
-    numbers = {name: number for number, name in enumerate(classes)}
-    others = [name for name in theirs if name not in numbers]
-    kept: list[int] = []
-    if isinstance(dataset, ImageDataset):
-        targets = dataset.targets
-        kept = [i for i, target in enumerate(targets) if theirs[target] in numbers]
-    if not isinstance(dataset, ImageDataset) or not kept:
-        raise ValueError(
-            f"The probe is fitted on the classes {', '.join(classes)} and would be "
-            f"scored on {', '.join(theirs)}: give both the same, or leave the probe "
-            "out."
-        )
-    matched = dataset.take(kept)
-    matched.targets = [numbers[theirs[targets[i]]] for i in kept]
-    matched.classes = list(classes)
-    if others:
-        rank_zero_warn(
-            f"The probe leaves out {len(dataset) - len(kept)} validation images of "
-            f"classes without training images: {', '.join(others)}."
-        )
-    return matched
 
 
 def check_finite_images(images: Tensor, filenames: Sequence[str]) -> None:
@@ -444,37 +401,24 @@ def check_finite_images(images: Tensor, filenames: Sequence[str]) -> None:
 
 
 def _read_images(
-    dataset: Dataset[Any], num_workers: int | None, labelled: bool = True
+    dataset: Dataset[Any], num_workers: int | None, labels: bool = True
 ) -> FixedImages:
-    """Decodes all images of a data set, in its order; without labels they are 0."""
+    """Decodes all images of a data set, in its order."""
     loader = KeyedLoader(
         dataset,
         min(_BATCH_SIZE, len(dataset)),  # type: ignore[arg-type]
         training=False,
         num_workers=num_workers,
+        labels=labels,
         persistent_workers=False,
     )
     images: list[Tensor] = []
-    labels: list[Tensor] = []
+    targets: list[Tensor] = []
     for batch in loader:
         images.append(batch_images(batch))
         check_finite_images(images[-1], batch[2])
-        if labelled:
-            labels.append(_classes_of(batch))
-        else:
-            labels.append(torch.zeros(len(images[-1]), dtype=torch.int64))
-    return FixedImages(torch.cat(images), torch.cat(labels))
-
-
-def _classes_of(batch: Any) -> Tensor:
-    """Returns the labels of a batch if they are classes."""
-    try:
-        return check_labels(batch[1])
-    except ValueError as error:
-        raise ValueError(
-            f"The probe: {error} They are those of {', '.join(batch[2][:3])}, ... "
-            "Leave the probe out, or give classes."
-        ) from error
+        targets.append(batch[1])
+    return FixedImages(torch.cat(images), torch.cat(targets))
 
 
 def _encode(

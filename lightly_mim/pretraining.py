@@ -44,6 +44,7 @@ from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
     keyed_random_state,
+    match_classes,
     open_data,
     seed_from,
     spread_out,
@@ -58,7 +59,6 @@ from lightly_mim.monitoring import (
     OnlineProbe,
     Probe,
     check_finite_images,
-    match_classes,
 )
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
@@ -892,7 +892,7 @@ class _Images(pl.LightningDataModule):
             on_error=on_error,
             min_size=_smallest(method),
             with_val=validate,
-            same_classes=False,  # of which the loss knows nothing
+            labels=False,  # only a probe needs them
         )
         num_images = len(self.train)  # type: ignore[arg-type]
         if not 0 < self.batch_size <= num_images:
@@ -987,6 +987,7 @@ class _Images(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             num_workers=self.num_workers if num_workers is None else num_workers,
+            labels=False,  # a probe reads them for itself
         )
 
 
@@ -1028,9 +1029,10 @@ def _watching(
                 "have no labels: give a folder with one folder per class, or leave "
                 "the probe out."
             )
+    if images.val is not None:
+        match_classes(train, images.val)
     options |= {"every_n_epochs": probe_every, "seed": images.seed}
-    val = match_classes(images.val, getattr(train, "classes", []))
-    return [alarm, OnlineProbe(train, val, probe, **options)]
+    return [alarm, OnlineProbe(train, images.val, probe, **options)]
 
 
 def default_precision(accelerator: str) -> Precision:

@@ -23,6 +23,8 @@ from lightly_mim.patches import Size, to_pair
 
 Normalize = Mapping[str, Sequence[float]]
 
+_LONG = 8  # times the target: of longer pictures, only the middle is resized
+
 
 class _CropAndFlip:
     """A random resized crop, antialiased, and a random horizontal flip."""
@@ -222,7 +224,7 @@ class EvalTransform:
 
     def __call__(self, image: Image | Tensor) -> Tensor:
         """Returns the centre of the image."""
-        pixels = _to_uint8_tensor(image)
+        pixels = _middle(_to_uint8_tensor(image), self.resize_size)
         size = _cover(pixels.shape[-2:], self.resize_size)
         view = T.functional.resize(
             pixels, size, T.InterpolationMode.BICUBIC, antialias=True
@@ -240,6 +242,7 @@ class EvalTransform:
         Returns:
             Tensor with shape `input_size`.
         """
+        mask = _middle(mask, self.resize_size)
         size = _cover(mask.shape, self.resize_size)
         nearest = T.InterpolationMode.NEAREST_EXACT
         view = T.functional.resize(mask[None], size, nearest)
@@ -273,6 +276,22 @@ def _scaled_down(
     factor = max(2 * target_size[0] / crop_size[0], 2 * target_size[1] / crop_size[1])
     height, width = (math.ceil(min(factor, 1.0) * side) for side in image_size)
     return height, width
+
+
+def _middle(pixels: Tensor, target_size: tuple[int, int]) -> Tensor:
+    """Returns the middle of a very long picture, all others as they are.
+
+    What is cut off lies outside the central crop of the resized picture, which would
+    take gigabytes: 1 x 65,000 pixels, resized to a height of 256, 12.8 of them.
+    """
+    for side in (-2, -1):
+        covered = _cover(pixels.shape[-2:], target_size)[side]
+        if covered > _LONG * target_size[side]:
+            length = pixels.shape[side]
+            kept = math.ceil(length * _LONG * target_size[side] / covered)
+            kept += (length - kept) % 2  # the middle stays where it is
+            pixels = pixels.narrow(side, (length - kept) // 2, kept)
+    return pixels
 
 
 def _cover(image_size: Sequence[int], target_size: tuple[int, int]) -> list[int]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as torchvision_v1
 from torchvision.transforms import v2
 
+from lightly_mim import transforms
 from lightly_mim.transforms import EvalTransform, MAETransform, SimMIMTransform
 
 
@@ -256,3 +257,49 @@ class TestEvalTransform:
     def test_decode_size(self) -> None:
         assert EvalTransform(224).decode_size((375, 500)) == (375, 500)
         assert EvalTransform(224).decode_size((3000, 4000)) == (512, 683)
+
+
+@pytest.mark.parametrize("shape", [(1, 65000), (65000, 1), (3, 40001), (9000, 7)])
+def test_eval__very_long_pictures_take_little_memory(shape: tuple[int, int]) -> None:
+    # Resized whole, 1 x 65,000 pixels take 12.8 GB.
+    image = torch.zeros(3, *shape, dtype=torch.uint8)
+    long = shape.index(max(shape)) + 1
+    image.narrow(long, max(shape) // 2, max(shape) - max(shape) // 2).fill_(200)
+    mask = (image[0] > 0).to(torch.int16)
+    transform = EvalTransform(224, normalize=None)
+    sizes = []
+    resize = transforms.T.functional.resize
+
+    def watched(pixels, size, *arguments, **options):
+        sizes.append(size[0] * size[1])
+        return resize(pixels, size, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(transforms.T.functional, "resize", watched)
+        view, part = transform(image), transform.crop_mask(mask)
+    assert view.shape == (3, 224, 224)
+    assert part.shape == (224, 224)
+    assert max(sizes) < 20 * 256 * 256
+    # The middle stays in the middle: half of it is dark, half bright.
+    for half in (view.float().mean() / 200, part.float().mean()):
+        assert 0.28 < half < 0.72  # a pixel of the file is up to 85 wide
+
+
+@pytest.mark.parametrize("shape", [(40, 300), (500, 70), (64, 64), (30, 230)])
+def test_eval__long_pictures_are_resized_whole(shape: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    short = min(shape)
+    size = [side * 256 // short for side in shape]
+    bicubic = transforms.T.InterpolationMode.BICUBIC
+    whole = transforms.T.functional.resize(image, size, bicubic, antialias=True)
+    expected = transforms.T.functional.center_crop(whole, [224, 224])
+    assert torch.equal(EvalTransform(224, normalize=None)(image), expected)
+
+
+def test_eval__the_middle_of_a_very_long_picture_is_that_of_the_whole() -> None:
+    image = torch.randint(0, 256, (3, 40, 2000), dtype=torch.uint8)
+    bicubic = transforms.T.InterpolationMode.BICUBIC
+    whole = transforms.T.functional.resize(image, [64, 3200], bicubic, antialias=True)
+    expected = transforms.T.functional.center_crop(whole, [64, 64])
+    view = EvalTransform(64, 1.0, normalize=None)(image)
+    assert (view.int() - expected.int()).abs().float().mean() < 1

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.data.decode import BrokenImageError, decode_image
-from lightly_mim.patches import Size, to_pair
-
-PICTURE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".pgm",
-    ".ppm",
+from lightly_mim.data.decode import (
+    ARRAY_EXTENSIONS,
+    PICTURE_EXTENSIONS,
+    check_value_range,
+    decode_image,
 )
-ARRAY_EXTENSIONS = (".npy",)
+from lightly_mim.data.depth import ValueRange
+from lightly_mim.data.listing import ImageFiles, find_images
+from lightly_mim.data.notes import printable
+from lightly_mim.data.opening import BrokenImageError, is_memory_error
+from lightly_mim.patches import Size, to_pair
 
 OnError = Literal["raise", "skip"]
 
 # One keyed draw after another for a broken file. 100 failures in a row do not happen
 # by chance unless nearly everything is broken: at 3 in 4 broken, once in 10^12 images.
 _MAX_DRAWS = 100
-
-
-class ImageFiles(NamedTuple):
-    """Which files are read, and as what.
-
-    Attributes:
-        filenames:
-            Paths relative to the root.
-        targets:
-            One label per file, an index into the classes; all 0 without classes.
-        classes:
-            Names of the classes, empty if there are none.
-    """
-
-    filenames: list[str]
-    targets: list[int]
-    classes: list[str]
 
 
 class ReplacementName(str):
@@ -74,13 +52,15 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
     Yields (sample, target, filename) as lightly's `LightlyDataset`. If every image lies
     in some sub-folder of the root, at any depth, the root's sub-folders are the
     classes, in alphabetical order. If images lie in the root itself, there are no
-    classes, and images of sub-folders are taken too.
+    classes, which is said, and images of sub-folders are taken too.
 
     Files are images by their extension (`PICTURE_EXTENSIONS`, upper or lower case) and
-    come in alphabetical order; hidden ones are left out, links are followed. How they
-    are decoded is told in `decode_image`. Where lightly's own data set differs: it
-    saturates 16 bits, ignores EXIF orientation and, if there are sub-folders, leaves
-    out the images beside them.
+    come in alphabetical order; hidden files and those of systems and viewers
+    (`@eaDir`, `__MACOSX`, thumbnails) are left out, links are followed, each folder is
+    read once. What else is left out is counted and said. How files are decoded is told
+    in `decode_image`. Where lightly's own data set differs: it saturates 16 bits,
+    ignores EXIF orientation and, if there are sub-folders, leaves out the images beside
+    them.
 
     Attributes:
         root:
@@ -100,6 +80,8 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         min_size:
             Smallest (height, width) of an image; smaller ones cannot be used. None
             accepts all.
+        value_range:
+            The values of 16-bit pictures that become 0 and 255; see `decode_image`.
         in_memory:
             Keep each image once it is decoded. For sets that fit into memory, once per
             process: a loader reads them without workers by default.
@@ -125,6 +107,7 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         in_chans: int = 3,
         on_error: OnError = "raise",
         min_size: Size | None = None,
+        value_range: ValueRange | None = None,
         in_memory: bool = False,
         files: ImageFiles | None = None,
     ) -> None:
@@ -138,6 +121,8 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         self.in_chans = in_chans
         self.on_error = on_error
         self.min_size = None if min_size is None else to_pair(min_size, "min_size")
+        check_value_range(value_range)
+        self.value_range = value_range
         self.in_memory = in_memory
         self.filenames, self.targets, self.classes = files or find_images(
             root, PICTURE_EXTENSIONS if in_chans in (1, 3) else ARRAY_EXTENSIONS
@@ -173,7 +158,8 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
                 raise
             sample, target, filename = self._read_another()
             name = ReplacementName(filename)
-            name.replaces, name.reason = self.filenames[index], str(error)
+            name.replaces = printable(self.filenames[index])
+            name.reason = str(error)
             return sample, target, name
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,7 +180,14 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
 
     def _read(self, index: int) -> tuple[Any, int, str]:
         image = self._decode(index)
-        sample = image if self.transform is None else self.transform(image)
+        try:
+            sample = image if self.transform is None else self.transform(image)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            path = str(self.root / self.filenames[index])
+            message = f"There is not enough memory to transform {printable(path)}."
+            raise BrokenImageError(message, path) from error
         return sample, self.targets[index], self.filenames[index]
 
     def _decode(self, index: int) -> Image | Tensor:
@@ -206,70 +199,8 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
             self.min_size,
             # A picture that is kept must serve other transforms as well.
             None if self.in_memory else getattr(self.transform, "decode_size", None),
+            self.value_range,
         )
         if self.in_memory:
             self._decoded[index] = image
         return image
-
-
-def find_images(
-    root: str | os.PathLike[str], extensions: tuple[str, ...] = PICTURE_EXTENSIONS
-) -> ImageFiles:
-    """Finds the images below a folder; see `ImageDataset` for what counts.
-
-    Args:
-        root:
-            The folder.
-        extensions:
-            Lower-case endings of the files to take.
-
-    Returns:
-        Filenames, targets and classes.
-
-    Raises:
-        ValueError: If the folder does not exist or holds no image.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        kind = "is a file" if root.exists() else "does not exist"
-        raise ValueError(f"{root} {kind}; a folder of images is expected.")
-    found = list(_files_below(root))
-    filenames = [name for name in found if name.lower().endswith(extensions)]
-    if not filenames:
-        raise ValueError(
-            f"No images in {root}: files ending with {', '.join(extensions)} are "
-            f"looked for, {_describe(found)}."
-        )
-    folders = [Path(name).parts[0] for name in filenames if os.sep in name]
-    if len(folders) < len(filenames):
-        return ImageFiles(filenames, [0] * len(filenames), [])
-    classes = sorted(set(folders))
-    label = {name: number for number, name in enumerate(classes)}
-    return ImageFiles(filenames, [label[folder] for folder in folders], classes)
-
-
-def _files_below(
-    root: Path, folder: str = "", above: frozenset[str] = frozenset()
-) -> Iterator[str]:
-    """Yields the paths of all files relative to the root, hidden ones left out."""
-    real = os.path.realpath(root / folder)
-    if real in above:  # a link back to a folder that holds it
-        return
-    with os.scandir(root / folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        if entry.name.startswith("."):
-            continue
-        name = os.path.join(folder, entry.name)  # noqa: PTH118, called a million times
-        if entry.is_dir():
-            yield from _files_below(root, name, above | {real})
-        else:
-            yield name
-
-
-def _describe(filenames: list[str]) -> str:
-    if not filenames:
-        return "there are no files"
-    endings = Counter(Path(name).suffix or "no ending" for name in filenames)
-    counts = ", ".join(f"{count} x {end}" for end, count in endings.most_common(5))
-    return f"found {len(filenames)} other files ({counts})"

@@ -6,6 +6,7 @@ The batches are the same however many workers read them and processes share them
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import signal
 import weakref
@@ -18,8 +19,9 @@ from lightly.data.multi_view_collate import MultiViewCollate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightly_mim.data.decode import BrokenImageError
 from lightly_mim.data.folder import ReplacementName
+from lightly_mim.data.notes import printable
+from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.seeding import keyed_random_state, seed_from
 
 Key = tuple[int, int]  # (epoch, index)
@@ -45,14 +47,18 @@ class KeyedDataset(Dataset[Any]):
             missing becomes target 0 and the index as filename, as in lightly.
         seed:
             First part of the key.
+        labels:
+            Whether targets are labels, whole numbers. False replaces them by 0,
+            whatever they are, masks, boxes or None.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int, labels: bool = True) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.labels = labels
 
     def __getitem__(self, key: Key) -> Item | BrokenImageError:
-        """Returns the item for (epoch, index), or the error of a broken file.
+        """Returns the item for (epoch, index), or the error of one that is no use.
 
         The error is returned, since a worker would pass on a raised one as a long
         traceback; `KeyedLoader` raises it.
@@ -60,9 +66,36 @@ class KeyedDataset(Dataset[Any]):
         epoch, index = key
         with keyed_random_state(self.seed, epoch, index):
             try:
-                return as_item(self.dataset[index], index)
+                sample, target, filename = as_item(self.dataset[index], index)
+                _check_sample(sample, index)
+                label = _as_label(target, index) if self.labels else 0
             except BrokenImageError as error:
                 return error
+            return sample, label, filename
+
+
+def _check_sample(sample: Any, index: int) -> None:
+    views = sample if isinstance(sample, list) else [sample]
+    if not views or not all(isinstance(view, Tensor) for view in views):
+        kinds = ", ".join(type(view).__name__ for view in views) or "no view"
+        raise BrokenImageError(
+            f"Sample {index} of the data set cannot be used: it is "
+            f"{'a list of ' if isinstance(sample, list) else 'of type '}{kinds}; a "
+            "batch is made of tensors or of lists of them. Give the data set a "
+            "transform, for example lightly_mim.SimMIMTransform()."
+        )
+
+
+def _as_label(target: Any, index: int) -> int:
+    try:
+        return operator.index(target)  # also of numpy's and PyTorch's whole numbers
+    except (TypeError, ValueError, RuntimeError):
+        shown = printable(repr(target))
+        raise BrokenImageError(
+            f"The label of sample {index} of the data set is no class: whole numbers "
+            f"are needed, got {type(target).__name__} "
+            f"{shown if len(shown) < 80 else shown[:80] + ' ...'}."
+        ) from None
 
 
 def as_item(item: Any, index: int) -> Item:
@@ -86,59 +119,34 @@ def collate(items: Sequence[Item | BrokenImageError]) -> Any:
     Returns:
         ([views], targets, filenames) or (samples, targets, filenames); each view and
         the samples are a tensor with shape (batch_size, ...), the targets int64 with
-        shape (batch_size,). Targets that are not numbers are the list of them: who
-        needs classes checks that. An error among the items is returned in their place.
+        shape (batch_size,). An error among the items is returned in their place.
 
     Raises:
-        ValueError: If the samples are neither lists nor tensors, or of other shapes
-            than the first one; the sample is named.
+        ValueError: If the samples have not all the same shape.
     """
     whole: list[Item] = []
     for item in items:
         if isinstance(item, BrokenImageError):
             return item
         whole.append(item)
+    shapes = [_shapes(sample) for sample, _, _ in whole]
+    for shape, (_, _, filename) in zip(shapes, whole, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"All samples of a batch need the same shape, {printable(filename)} "
+                f"has {shape} and {printable(whole[0][2])} {shapes[0]}. Give the data "
+                "set a transform that crops, for example lightly_mim.SimMIMTransform()."
+            )
+    if isinstance(whole[0][0], list):
+        return MultiViewCollate()(whole)
     samples, targets, filenames = zip(*whole, strict=True)
-    first = _shapes(samples[0])
-    for sample, filename in zip(samples, filenames, strict=True):
-        shapes = _shapes(sample)
-        if shapes is None:
-            raise ValueError(
-                f"Sample {filename} of the data set is of type "
-                f"{type(sample).__name__}; a batch is made of tensors or of lists of "
-                f"them. Give it a transform, for example "
-                f"lightly_mim.SimMIMTransform()."
-            )
-        if shapes != first:
-            raise ValueError(
-                f"Sample {filename} of the data set has the shape {shapes}, and "
-                f"{filenames[0]} in the same batch has {first}. Give the data set a "
-                "transform that makes them equal."
-            )
-    numbers = _as_numbers(targets)
-    if isinstance(samples[0], list):
-        unlabelled = [(views, 0, "") for views in samples]
-        return MultiViewCollate()(unlabelled)[0], numbers, list(filenames)
-    return torch.stack(samples), numbers, list(filenames)
+    return torch.stack(samples), torch.tensor(targets), list(filenames)
 
 
-def _shapes(sample: Any) -> Any:
-    """Returns the shape of a tensor, or those of a list of them, else None."""
-    if isinstance(sample, Tensor):
-        return tuple(sample.shape)
-    if isinstance(sample, list) and all(isinstance(view, Tensor) for view in sample):
-        return [tuple(view.shape) for view in sample]
-    return None
-
-
-def _as_numbers(targets: Sequence[Any]) -> Any:
-    """Returns targets as a tensor if they are numbers, else the list of them."""
-    if not any(getattr(target, "ndim", 0) for target in targets):  # a mask, for example
-        try:
-            return torch.tensor(targets)
-        except (TypeError, ValueError, RuntimeError):
-            pass  # strings, dictionaries, None
-    return list(targets)
+def _shapes(sample: Tensor | list[Tensor]) -> list[list[int]]:
+    """Returns the shape of each view."""
+    views = sample if isinstance(sample, list) else [sample]
+    return [list(view.shape) for view in views]
 
 
 class GlobalBatches(Sampler[list[Key]]):
@@ -292,6 +300,7 @@ class KeyedLoader(DataLoader[Any]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int | None = None,
+        labels: bool = True,
         **options: Any,
     ) -> None:
         batches = GlobalBatches(
@@ -305,7 +314,7 @@ class KeyedLoader(DataLoader[Any]):
         if num_workers is None:
             num_workers = default_num_workers(dataset, world_size)
         super().__init__(
-            KeyedDataset(dataset, seed),
+            KeyedDataset(dataset, seed, labels),
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=collate,
@@ -401,7 +410,8 @@ class KeyedLoader(DataLoader[Any]):
         dataset = self.dataset
         assert isinstance(dataset, KeyedDataset)
         names: list[str] = getattr(dataset.dataset, "filenames", [])
-        return zlib.crc32("\n".join(names).encode())
+        # Names need not be UTF-8; those that are keep the hash that they had.
+        return zlib.crc32("\n".join(names).encode(errors="backslashreplace"))
 
     def _identity(self) -> dict[str, int]:
         return {

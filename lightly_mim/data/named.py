@@ -12,12 +12,8 @@ from typing import Any, Literal
 
 import torchvision
 
-from lightly_mim.data.folder import (
-    ImageDataset,
-    ImageFiles,
-    OnError,
-    find_images,
-)
+from lightly_mim.data.folder import ImageDataset, OnError
+from lightly_mim.data.listing import ImageFiles, find_images
 from lightly_mim.patches import Size
 
 Split = Literal["train", "val"]

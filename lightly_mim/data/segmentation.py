@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.data.decode import TRANSPOSED, BrokenImageError, decode_image
-from lightly_mim.data.folder import ARRAY_EXTENSIONS, PICTURE_EXTENSIONS, find_images
+from lightly_mim.data.decode import (
+    ARRAY_EXTENSIONS,
+    PICTURE_EXTENSIONS,
+    TRANSPOSED,
+    decode_image,
+    load_picture,
+    open_picture,
+    picture_formats,
+    read_orientation,
+)
+from lightly_mim.data.listing import find_images
+from lightly_mim.data.notes import printable
+from lightly_mim.data.opening import BrokenImageError, read_regular
 from lightly_mim.data.seeding import seed_from
+from lightly_mim.data.splits import find_splits
 from lightly_mim.transforms import EvalTransform
 
 IGNORED = -1  # what a pixel without a class becomes
@@ -132,11 +143,11 @@ def open_segmentation(
         ValueError: If there are no such folders, if an image has no mask or a mask no
             image, or if there are too few images.
     """
-    root = Path(data)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        places = [root / "train", root / "val" if val is None else Path(val)]
-    else:
-        places = [root] if val is None else [root, Path(val)]
+    root, own_val = Path(data), None
+    if root.is_dir():  # otherwise `find_masked` says what is missing
+        root, own_val = find_splits(root)
+    val = own_val if val is None else Path(val)
+    places = [root] if val is None else [root, val]
     found = [find_masked(place, in_chans) for place in places]
     if len(found) == 2:
         return found[0], found[1], False
@@ -206,18 +217,18 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.integer[Any]]:
     Raises:
         BrokenImageError: A ValueError, if the file cannot be read or has colours.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # PIL lets nearly any kind through on damaged files
-        raise BrokenImageError(
-            f"Cannot read the mask {path}: {error}", str(path)
-        ) from (error)
+
+    def read(file: BinaryIO) -> tuple[str, NDArray[Any]]:
+        with open_picture(file, ["PNG"]) as image:
+            load_picture(image, file)
+            return image.mode, np.asarray(image)
+
+    mode, values = read_regular(os.fspath(path), "mask", read)
     if mode not in _MASK_MODES:
         raise BrokenImageError(
-            f"The mask {path} has colours (mode {mode}). A mask has one channel, or a "
-            "palette, and the value of a pixel is the number of its class.",
+            f"The mask {printable(str(path))} has colours (mode {mode}). A mask has "
+            "one channel, or a palette, and the value of a pixel is the number of its "
+            "class.",
             str(path),
         )
     return values.astype(np.uint8) if mode == "1" else values
@@ -267,15 +278,14 @@ def check_masks(
 
 def _image_size(path: Path, in_chans: int) -> tuple[int, int]:
     """Returns (height, width) as a viewer shows the image, from its header alone."""
-    try:
+
+    def read(file: BinaryIO) -> tuple[int, int]:
         if in_chans not in (1, 3):
-            height, width = np.load(path, mmap_mode="r").shape[-2:]
+            height, width = np.lib.format.open_memmap(path, mode="r").shape[-2:]
             return height, width
-        with Image.open(path) as image:
+        with open_picture(file, picture_formats()) as image:
             width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED
-    except Exception as error:
-        raise BrokenImageError(
-            f"Cannot read the image {path}: {error}", str(path)
-        ) from error
-    return (width, height) if turned else (height, width)
+            turned = read_orientation(image) in TRANSPOSED
+        return (width, height) if turned else (height, width)
+
+    return read_regular(str(path), "image", read)

@@ -13,9 +13,16 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.loading import Item, as_item
 from lightly_mim.data.named import NAMED_DATA, Split, open_named
+from lightly_mim.data.notes import printable, say
+from lightly_mim.data.splits import (
+    check_no_splits_below,
+    find_splits,
+    find_val,
+)
 from lightly_mim.patches import Size
 
 if TYPE_CHECKING:
@@ -41,6 +48,8 @@ class TransformedDataset(Dataset[Item]):
             Function from an image to a sample. None transforms nothing.
         classes:
             Names of the classes if the data set tells them, else empty.
+        numbers:
+            What each label becomes, see `match_classes`. None keeps them.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Transform | None) -> None:
@@ -48,6 +57,7 @@ class TransformedDataset(Dataset[Item]):
         self.transform = transform
         inner = getattr(dataset, "dataset", dataset)  # of a LightlyDataset or a Subset
         classes = getattr(dataset, "classes", None) or getattr(inner, "classes", None)
+        self.numbers: list[int] | None = None
         self.classes: list[str] = [str(name) for name in classes or ()]
 
     def take(self, indices: Sequence[int]) -> TransformedDataset:
@@ -68,6 +78,8 @@ class TransformedDataset(Dataset[Item]):
         sample, target, filename = as_item(self.dataset[index], index)
         if self.transform is not None and is_image(sample):
             sample = self.transform(sample)
+        if self.numbers is not None:
+            target = self.numbers[target]
         return sample, target, filename
 
 
@@ -106,10 +118,11 @@ def open_data(
     in_chans: int = 3,
     on_error: OnError = "raise",
     min_size: Size | None = None,
+    value_range: ValueRange | None = None,
     data_dir: str | os.PathLike[str] = "datasets",
     download: bool = False,
     with_val: bool = True,
-    same_classes: bool = True,
+    labels: bool = True,
 ) -> tuple[Dataset[Item], Dataset[Item] | None]:
     """Opens images for training and, if there are any, for validation.
 
@@ -117,7 +130,8 @@ def open_data(
         data:
             One of:
 
-            - a folder that holds train/ and val/, or train/ alone
+            - a folder that holds train/ and val/, or train/ alone, in the usual
+              spellings (Train, training, validation)
             - a folder of class folders, or of images; see `ImageDataset`
             - a name: "imagenette", "imagenette-320", "imagenette-160" or "solar-cells"
               (a folder of that name is written "./imagenette")
@@ -135,14 +149,18 @@ def open_data(
             What a broken file does, "raise" or "skip"; see `ImageDataset`.
         min_size:
             Smallest size of an image; see `ImageDataset`.
+        value_range:
+            The values of 16-bit pictures that become 0 and 255; see `decode_image`.
+            For folders: those with a name have 8 bits.
         data_dir:
             Where Imagenette lies, or is put by `download`.
         download:
             Fetch Imagenette if it is not there.
         with_val:
             Whether to open validation images. False does not look at them.
-        same_classes:
-            Whether training and validation must have the same classes.
+        labels:
+            Whether labels count: validation images then get the numbers of the training
+            images' classes, see `match_classes`. False takes any classes.
 
     Returns:
         Training and validation data sets of (sample, target, filename) with `classes`,
@@ -151,7 +169,8 @@ def open_data(
 
     Raises:
         ValueError: If there are no such images, if it is not clear which ones are for
-            training, or if training and validation have different classes.
+            training, or if labels count and there are validation images of other
+            classes.
     """
     train_source, val_source = _train_and_val(data)
     if val is not None:
@@ -166,16 +185,22 @@ def open_data(
             "min_size": min_size,
         }
         if source in NAMED_DATA:
+            if value_range is not None:
+                raise ValueError(
+                    f"value_range is for pictures of 16 bits, those of {source} have 8."
+                )
             options |= {"data_dir": data_dir, "download": download}
             return open_named(str(source), split, transform, **options)
-        return ImageDataset(source, transform, **options)
+        images = ImageDataset(source, transform, value_range=value_range, **options)
+        check_no_splits_below(images.root, images.filenames)
+        return images
 
     train = open_split(train_source, "train", transform)
     if val_source is None or not with_val:
         return train, None
     validation = open_split(val_source, "val", val_transform or transform)
-    if same_classes:
-        _check_same_classes(train.classes, validation.classes)
+    if labels:
+        match_classes(train, validation)
     return train, validation
 
 
@@ -185,20 +210,7 @@ def _train_and_val(data: Data) -> tuple[Data, Data | None]:
         return _check_dataset(data), None
     if data in NAMED_DATA:
         return data, data
-    root = _check_folder(data)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return root / "train", root / "val"
-    splits = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-    if splits == ["train"] and len(_folders(root)) == 1:
-        return root / "train", None
-    if splits and splits != ["test"]:
-        raise ValueError(
-            f"Which images of {root} are for training? It holds the folders "
-            f"{', '.join(_folders(root)[:10])}, but not both train and val. Give "
-            f'data="{root / splits[0]}", and val="..." for validation, or '
-            f'lightly_mim.data.ImageDataset("{root}") if these are classes.'
-        )
-    return root, None
+    return find_splits(_check_folder(data))
 
 
 def _val_only(val: Data) -> Data:
@@ -206,13 +218,7 @@ def _val_only(val: Data) -> Data:
         return _check_dataset(val)
     if val in NAMED_DATA:
         return val
-    root = _check_folder(val)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        raise ValueError(
-            f"val is a folder of validation images, but {root} holds train and val. "
-            f'Give val="{root / "val"}".'
-        )
-    return root
+    return find_val(_check_folder(val))
 
 
 def _check_folder(path: str | os.PathLike[str]) -> Path:
@@ -237,20 +243,40 @@ def _check_dataset(dataset: Dataset[Any]) -> Dataset[Any]:
     return dataset
 
 
-def _folders(root: Path) -> list[str]:
-    entries = (entry for entry in root.iterdir() if entry.is_dir())
-    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+def match_classes(train: Dataset[Item], val: Dataset[Item]) -> None:
+    """Gives the validation images the numbers that the training images' classes have.
 
+    Classes are matched by name; what the validation images lack is said. Nothing is
+    done if one of them names no classes.
 
-def _check_same_classes(train: list[str], val: list[str]) -> None:
-    """Refuses different classes, whose numbers would not mean the same."""
-    if not train or not val or train == val:
+    Args:
+        train:
+            Training images, from `open_data`.
+        val:
+            Validation images, from `open_data`. Changed in place.
+
+    Raises:
+        ValueError: If there are validation images of a class without training images.
+    """
+    names: list[str] = train.classes  # type: ignore[attr-defined]
+    others: list[str] = val.classes  # type: ignore[attr-defined]
+    if not names or not others or names == others:
         return
-    only_train = [name for name in train if name not in val]
-    only_val = [name for name in val if name not in train]
-    raise ValueError(
-        f"Training and validation images have different classes. Only in training: "
-        f"{', '.join(only_train) or 'none'}; only in validation: "
-        f"{', '.join(only_val) or 'none'}. Give both the same folders, or no class "
-        f"folders to one of them."
-    )
+    lacking = [printable(name) for name in names if name not in others]
+    unknown = [printable(name) for name in others if name not in names]
+    if unknown:
+        raise ValueError(
+            f"Training and validation images have different classes. Only in training: "
+            f"{', '.join(lacking) or 'none'}; only in validation: "
+            f"{', '.join(unknown)}. Give both the same folders, or no class folders to "
+            "one of them."
+        )
+    if lacking:
+        say(f"No validation images of {', '.join(lacking)}.")
+    number = [names.index(name) for name in others]
+    if isinstance(val, ImageDataset):
+        val.targets = [number[target] for target in val.targets]
+    else:
+        assert isinstance(val, TransformedDataset)
+        val.numbers = number
+    val.classes = names

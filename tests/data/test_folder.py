@@ -88,7 +88,7 @@ class TestImageDataset:
             ((), "there are no files"),
             ((".hidden.jpg",), "there are no files"),
             (
-                ("a.txt", "b.txt", "c/d", "e.gif"),
+                ("a.txt", "b.txt", "c/d", "e.psd"),
                 r"\.jpg, \.jpeg, .*found 4 other files \(2 x \.txt, 1 x no ending",
             ),
         ],

@@ -447,8 +447,55 @@ class TestLightning:
 def test_collate__error_and_images() -> None:
     error = BrokenImageError("x")
     assert collate([(torch.zeros(1), 0, "a"), error]) is error
-    with pytest.raises(ValueError, match=r"type Image.*Give it a transform"):
-        collate([(_PHOTO, 0, "a")])
+    same = (torch.zeros(3, 4, 4), 0, "a")
+    with pytest.raises(ValueError, match=r"c has .*5.* and a .*4, 4"):
+        collate([same, same, (torch.zeros(3, 4, 5), 0, "c")])
+
+
+class Listed(Dataset):
+    """Items of a list."""
+
+    def __init__(self, *items) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        return self.items[index]
+
+
+_IMAGE = torch.zeros(3, 4, 4)
+_TARGETS = [{"boxes": [1]}, torch.zeros(4, 4), "cat", 1.5, None, [1, 2], np.nan]
+
+
+@pytest.mark.parametrize("target", _TARGETS, ids=str)
+@pytest.mark.parametrize("sample", [_IMAGE, [_IMAGE]], ids=["tensor", "views"])
+def test_labels__that_are_none(sample, target) -> None:
+    dataset = Listed((sample, 3), (sample, -1), (sample, target))
+    options = {"training": False, "num_workers": 0}
+    ((_, labels, names),) = KeyedLoader(dataset, 3, labels=False, **options)
+    assert labels.tolist() == [0, 0, 0]
+    assert list(names) == ["0", "1", "2"]
+    with pytest.raises(BrokenImageError, match="label of sample 2 .*is no class"):
+        list(KeyedLoader(dataset, 3, **options))
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor, bool])
+def test_labels__of_any_whole_number(kind) -> None:
+    loader = KeyedLoader(
+        Listed((_IMAGE, kind(1)), (_IMAGE, -1)), 2, training=False, num_workers=0
+    )
+    ((_, labels, _),) = loader
+    assert labels.tolist() == [1, -1]
+    assert labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("sample", [None, _PHOTO, "x.jpg", [], [_PHOTO], np.zeros(3)])
+def test_samples__that_cannot_be_used_are_named(sample) -> None:
+    loader = KeyedLoader(Listed(_IMAGE, (sample, 0)), 2, training=False, num_workers=0)
+    with pytest.raises(BrokenImageError, match="Sample 1 .*cannot.*a transform"):
+        list(loader)
 
 
 def test_keyed_dataset__key() -> None:

@@ -48,7 +48,7 @@ class TestOpenData:
             (("a/0.jpg", "b/1.jpg"), ".", ["a", "b"]),
             (("train/0.jpg", "train/1.jpg"), "train", []),
             (("train/a/0.jpg", ".cache/x.jpg"), "train", ["a"]),
-            (("test/0.jpg", "bench/1.jpg"), ".", ["bench", "test"]),
+            (("testbed/0.jpg", "bench/1.jpg"), ".", ["bench", "testbed"]),
         ],
     )
     def test_no_val(self, tmp_path: Path, names, folder: str, classes) -> None:
@@ -68,7 +68,12 @@ class TestOpenData:
 
     @pytest.mark.parametrize(
         "names",
-        [("train/0.jpg", "test/1.jpg"), ("val/0.jpg",), ("train/0.jpg", "a/b.jpg")],
+        [
+            ("train/0.jpg", "test/1.jpg"),
+            ("val/0.jpg",),
+            ("train/0.jpg", "a/b.jpg"),
+            ("test/0.jpg", "bench/1.jpg"),
+        ],
     )
     def test_unclear_split(self, tmp_path: Path, names) -> None:
         with pytest.raises(ValueError, match="Which images of .* are for training"):
@@ -89,14 +94,40 @@ class TestOpenData:
         with pytest.raises(ValueError, match=r"0\.jpg is a file"):
             open_data(**{**paths, which: tmp_path / "0.jpg"})
 
-    def test_different_classes(self, tmp_path: Path) -> None:
-        root = _write(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "val/b/0.jpg")
+    @pytest.mark.parametrize("own", [False, True])
+    @pytest.mark.parametrize(
+        ("val", "targets", "lacking"),
+        [(("b", "c"), [1, 2], "a"), (("c",), [2], "a, b"), (("a", "c"), [0, 2], "b")],
+    )
+    def test_classes_that_val_lacks(
+        self, tmp_path: Path, capsys, val, targets, lacking: str, own: bool
+    ) -> None:
+        _write(tmp_path, *(f"train/{name}/0.jpg" for name in "abc"))
+        _write(tmp_path, *(f"val/{name}/0.jpg" for name in val))
+        (tmp_path / "val" / "b").mkdir(exist_ok=True)  # empty, it is no class
+        data = tmp_path
+        others = None
+        if own:
+            empty = tmp_path / "val" / "b"
+            if not any(empty.iterdir()):
+                empty.rmdir()
+            data, others = (ImageFolder(tmp_path / name) for name in ("train", "val"))
+        first, second = open_data(data, others)
+        assert first.classes == second.classes == ["a", "b", "c"]
+        assert [second[index][1] for index in range(len(second))] == targets
+        assert f"No validation images of {lacking}." in capsys.readouterr().out or own
+
+    @pytest.mark.parametrize("val", ["d", "a b"])
+    def test_other_classes(self, tmp_path: Path, val: str) -> None:
+        root = _write(tmp_path, "train/a/0.jpg", "train/b/0.jpg", f"val/{val}/0.jpg")
         with pytest.raises(
-            ValueError, match="Only in training: a; only in validation: none"
+            ValueError, match=f"Only in training: a, b; only in validation: {val}"
         ):
             open_data(root)
-        train, val = open_data(root / "train", _write(tmp_path / "flat", "0.jpg"))
-        assert (train.classes, val.classes) == (["a", "b"], [])
+        train, second = open_data(root, labels=False)
+        assert (train.classes, second.classes) == (["a", "b"], [val])
+        train, flat = open_data(root / "train", _write(tmp_path / "flat", "0.jpg"))
+        assert (train.classes, flat.classes) == (["a", "b"], [])
 
     def test_options_reach_the_files(self, tmp_path: Path) -> None:
         root = _write(tmp_path, "train/0.png", "val/0.png")
