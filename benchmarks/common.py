@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import csv
 import inspect
 import io
@@ -37,13 +38,15 @@ from rich.text import Text
 from scipy.stats import t as student_t
 
 import lightly_mim.methods
+from lightly_mim import heads, losses, masking, targets
+from lightly_mim.config import Recorded
 from lightly_mim.encoders import Pool
 from lightly_mim.evaluation import PIXELS, RANDOM, evaluate
 from lightly_mim.evaluation.results import RESULTS_FILE
 from lightly_mim.files import atomic_write
 from lightly_mim.methods import MaskedImageModel
+from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import (
-    NonFiniteLossError,
     Precision,
     check_pretraining,
     default_precision,
@@ -57,6 +60,14 @@ METHODS: dict[str, type[MaskedImageModel]] = {
     if inspect.isclass(method := getattr(lightly_mim.methods, name))
     and issubclass(method, MaskedImageModel)
     and method is not MaskedImageModel
+}
+
+# What --method-option takes as a masking, a target, a head or a loss.
+PARTS: dict[str, type[Recorded]] = {
+    name: part
+    for room in (masking, targets, heads, losses)
+    for name, part in vars(room).items()
+    if inspect.isclass(part) and issubclass(part, Recorded) and part is not Recorded
 }
 
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
@@ -137,7 +148,7 @@ def build_parser(
         "--seed",
         "--seeds",
         nargs="+",
-        type=_integer(0),
+        type=whole_number(0),
         default=[0],
         metavar="N",
         help="one or more seeds; with several, the table shows mean and standard "
@@ -185,24 +196,25 @@ def build_parser(
             type=_key_value,
             default=[],
             metavar="KEY=VALUE",
-            help="further options of the method, such as mask_ratio=0.5",
+            help="further options of the method, such as mask_ratio=0.5 or "
+            "'masking=BlockMasking(16, 0.5)'",
         )
     training.add_argument(
         "--img-size",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="PIXELS",
         help=f"side of the images that the encoder sees (default: "
         f"{defaults['img_size']})",
     )
     training.add_argument(
         "--epochs",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="N",
         help=f"passes over the training images (default: {defaults['epochs']})",
     )
     training.add_argument(
         "--batch-size",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="N",
         help=f"images per optimiser step, over all devices (default: "
         f"{defaults['batch_size']})",
@@ -231,13 +243,13 @@ def build_parser(
     )
     machine.add_argument(
         "--num-nodes",
-        type=_integer(1),
+        type=whole_number(1),
         metavar="N",
         help="machines that train together (default: those of the SLURM step, or 1)",
     )
     machine.add_argument(
         "--accumulate",
-        type=_integer(1),
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="parts that a batch is cut into when it does not fit into memory "
@@ -251,7 +263,7 @@ def build_parser(
     )
     machine.add_argument(
         "--num-workers",
-        type=_integer(0),
+        type=whole_number(0),
         metavar="N",
         help="processes that read images (default: one per CPU, 8 at most, and none "
         "for images that are held in memory)",
@@ -259,7 +271,14 @@ def build_parser(
     return parser
 
 
-def _integer(smallest: int) -> Callable[[str], int]:
+def whole_number(smallest: int) -> Callable[[str], int]:
+    """Returns what argparse reads a whole number by.
+
+    Args:
+        smallest:
+            The smallest one that is allowed.
+    """
+
     def integer(text: str) -> int:
         if not text.isdecimal() or int(text) < smallest:
             raise argparse.ArgumentTypeError(
@@ -286,13 +305,36 @@ def _key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    readers: list[Callable[[str], Any]] = [json.loads, ast.literal_eval]
-    for read in readers:  # true and True, 6, 1e-3, [6,6]; anything else is a string
-        try:
+    # true and True, 6, 1e-3, [6,6], RandomMasking(16, 0.5); anything else is a string.
+    for read in (json.loads, _read):
+        with contextlib.suppress(ValueError, SyntaxError):
             return key, read(value)
-        except (ValueError, SyntaxError):
-            continue
     return key, value
+
+
+def _read(text: str | ast.expr) -> Any:
+    """Reads literals, and parts of a method: `RandomMasking(16, ratio=0.5)`.
+
+    Raises:
+        ArgumentTypeError: If there is no such part or it refuses its arguments.
+        ValueError: If it is something else.
+        SyntaxError: If it is no Python.
+    """
+    tree = ast.parse(text, mode="eval").body if isinstance(text, str) else text
+    if isinstance(tree, ast.List):
+        return [_read(element) for element in tree.elts]
+    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name)):
+        return ast.literal_eval(tree)
+    if tree.func.id not in PARTS:
+        raise argparse.ArgumentTypeError(
+            f"there is no part {tree.func.id!r}; there are: {', '.join(PARTS)}"
+        )
+    arguments = [_read(argument) for argument in tree.args]
+    options = {str(word.arg): _read(word.value) for word in tree.keywords}
+    try:
+        return PARTS[tree.func.id](*arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run_script(

@@ -33,7 +33,7 @@ OWNED = {
 }
 
 # Files of `benchmarks/` that write no runs.
-NO_STUDY = ("common.py", "throughput.py")
+NO_STUDY = ("common.py", "simmim_space.py", "simmim_tables.py", "throughput.py")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Script(Command):
     """A script of `benchmarks/`.
 
     It exposes its parser as `parser()`, and as `plan(name, arguments)` how it builds
-    and trains a method.
+    and trains what goes by a name: one of `--method`, or of `names(arguments)` in a
+    script that has names of its own.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -136,7 +137,8 @@ class Script(Command):
             "num_nodes": machine.nodes,
             "accumulate": arguments.accumulate,
         }
-        for name in arguments.method:
+        names = getattr(self._script, "names", None)
+        for name in names(arguments) if names else arguments.method:
             plan = self._script.plan(name, arguments)
             # Seeds and the like have the same plan.
             if (tried := repr((plan, shares))) not in self._tried:

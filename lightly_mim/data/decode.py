@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-import simplejpeg
+import simplejpeg  # type: ignore[import-untyped]
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor

@@ -21,7 +21,7 @@ from lightly_mim.data import (
     open_data,
     seed_from,
 )
-from lightly_mim.data.decode import BrokenImageError
+from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.sources import Data, is_image, spread_out
 from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation.adaptors import FeatureEncoder

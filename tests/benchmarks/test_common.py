@@ -90,6 +90,16 @@ def test_parser__offers_all_methods_but_not_their_base(common: ModuleType) -> No
     assert not {"MaskedImageModel", "MIMOutput"} & set(common.METHODS)
 
 
+def test_parser__of_a_script_with_plans_of_its_own(common: ModuleType) -> None:
+    defaults = dict.fromkeys(["encoder", "img_size", "epochs", "batch_size", "lr"], "x")
+    parser = common.build_parser(
+        "s.py", "What.", "How.", {"out": "runs/s", **defaults}, methods=False
+    )
+    arguments = parser.parse_args([])
+    assert not hasattr(arguments, "method") and not hasattr(arguments, "method_option")
+    assert arguments.encoder_option == []
+
+
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [
@@ -330,6 +340,13 @@ def test_write_summary__one_line_per_run_model_and_protocol(
     with (tmp_path / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3 * 2
+    common.write_summary(
+        runs, "x", tmp_path / "own.csv", lambda run: {"twice": 2 * run.seed}
+    )
+    with (tmp_path / "own.csv").open(newline="") as file:
+        own = list(csv.DictReader(file))
+    assert list(own[0]) == ["twice", *list(rows[0])[1:]]
+    assert [row["twice"] for row in own] == ["0"] * 6 + ["2"] * 6
     for row in rows:
         expected = TOP1[row["model"], row["protocol"]][int(row["seed"])]
         assert float(row["top1"]) == expected

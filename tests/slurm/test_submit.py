@@ -19,6 +19,7 @@ from .cluster import Cluster
 ROOT = Path(__file__).parents[2]
 SWEEP = "--sweep method=SimMIM,MAE seed=0,1,2"
 SOLAR = "-- benchmarks/solar_cells.py"
+STUDY = "-- benchmarks/simmim_study.py"
 PRETRAIN = (
     "-- lightly-mim pretrain --data x "
     "--method SimMIM --method.encoder vit_tiny_patch16_224"
@@ -369,6 +370,30 @@ def test_resume__releases_what_slurm_holds(
     assert "scontrol release 7_0,8_1 failed" in capsys.readouterr().err
 
 
+def test_dry_run__rows_of_a_study(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sweep = "--sweep row=default,mae-block-50,loss-smooth-l1-0.1 seed=0,1"
+    command = "-- benchmarks/simmim_study.py --data photos"
+    small = "--img-size 64 --encoder-option embed_dim=24 depth=1 num_heads=2"
+    words = f"--dry-run --partition gpu --gpus-per-node 1 --study s {sweep} {command}"
+    submit.main(shlex.split(f"{words} {small}"))
+    output = capsys.readouterr().out
+    found = scripts(output)
+    assert list(found) == ["train", "evaluate", "report"]
+    assert "#SBATCH --array=0-5%6\n" in found["train"]
+    out = f"{tmp_path}/s/tasks/00-row=default-seed=0/run"
+    for stage in ("train", "evaluate"):
+        assert (
+            f"benchmarks/simmim_study.py --data photos {small} --row default --seed 0 "
+            f"--out {out} --devices 1 --num-nodes 1 --resume --stage {stage}\n"
+        ) in output
+    assert "tasks/05-row=loss-smooth-l1-0.1-seed=1/run" in output
+    # Without a row in the sweep, a task has all rows of an axis.
+    submit.main(shlex.split(f"--dry-run {command} {small} --axis region --seed 0"))
+    assert "--axis region --seed 0 --out" in capsys.readouterr().out
+
+
 def test_dry_run__swept_words_win(
     submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -466,6 +491,11 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"{SOLAR} --encoder vit_smal_patch16_224", "Did you mean vit_small"),
         (f"--sweep img-size=64,65 {SOLAR}", "with img-size=65 refuses its words"),
         ("-- benchmarks/imagenette.py --recipe best", "no recipe 'best'"),
+        ("-- benchmarks/simmim_space.py", "trains nothing"),
+        (f"--sweep row=mea {STUDY}", "with row=mea refuses its words. There is no row"),
+        (f"--sweep row=mae {STUDY} --axis loss", "--row: not allowed with"),
+        (f"{STUDY} --axis region --img-size 56", "mask_patch_size 16 x 16"),
+        (f"--sweep method=MAE {STUDY}", "does not take the sweep key 'method'"),
         (f"--evaluate '--laiers 3' {PRETRAIN}", "laiers"),
         (f"--evaluate '--data x --layers 8 12' {PRETRAIN}", "0 to 11"),
         (f"--evaluate '--data x --holdout 1.5' {PRETRAIN}", "in (0, 1), got 1.5"),
