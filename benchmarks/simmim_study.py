@@ -7,6 +7,7 @@ OUT/default-seed0/  a run directory, see `lightly_mim.runs`, with results.json a
 OUT/summary.csv     one line per run, model and protocol
 OUT/table.md        the tables that are printed at the end, one per axis
 OUT/avgdist.png     how far masked pixels are from visible ones
+OUT/masks.png       eight draws of each way to mask
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from simmim_space import (
     FULL,
     MAE_DEFAULT,
     QUICK,
+    RATIO,
     SMALL,
     UNITS,
     Form,
@@ -63,6 +65,7 @@ from lightly_mim.masking import (
     InverseBlockMasking,
     Mask,
     Masking,
+    MixtureMasking,
     RandomMasking,
     SquareMasking,
     average_distance,
@@ -169,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
         help="print the names of the chosen rows, with commas between them",
     )
     instead.add_argument(
-        "--plot", action="store_true", help="draw avgdist.png into --out"
+        "--plot", action="store_true", help="draw avgdist.png and masks.png into --out"
     )
     instead.add_argument(
         "--tables",
@@ -507,7 +510,45 @@ def draw_distances(
         figure.savefig(temporary, dpi=150)
 
 
+def draw_masks(side: int, unit: int, path: Path) -> None:
+    """Draws eight masks of each way to mask, in dark what is masked.
+
+    Args:
+        side:
+            Side of the images in pixels.
+        unit:
+            Side in pixels of what random masking takes as a whole. Rectangles are made
+            of patches of half that side.
+        path:
+            The PNG file.
+    """
+    fine = unit // 2
+    ways: dict[str, Masking] = {
+        f"random, {unit} px": RandomMasking(unit, RATIO),
+        f"random, {fine} px": RandomMasking(fine, RATIO),
+        "block-wise": BlockMasking(fine, RATIO),
+        "square": SquareMasking(fine, RATIO),
+        "central square": CentralMasking(fine, RATIO),
+        "inverse block": InverseBlockMasking(fine, RATIO),
+        "grid": GridMasking(fine),
+    }
+    mixed = [RandomMasking(unit, RATIO), *list(ways.values())[2:4]]
+    ways["a third each"] = MixtureMasking(mixed)
+    figure = Figure(figsize=(7.5, 0.85 * len(ways)), layout="constrained")
+    grid = figure.subplots(len(ways), 8)
+    for row, (name, masking) in zip(grid, ways.items(), strict=True):
+        masks = Mask.of(masking(8, (side, side), None, Generator().manual_seed(0)))
+        for axes, pixels in zip(row, masks.pixels((side, side)), strict=True):
+            axes.imshow(pixels[0], cmap="Greys", vmin=0, vmax=1.3)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def _plot(of: Space, out: Path) -> None:
+    draw_masks(of.side, of.unit, out / "masks.png")
     path = out / "avgdist.png"
     draw_distances(distance_curves(of.side, of.fine), of.side, path)
     print(f"AvgDist of every way to mask: {path}")

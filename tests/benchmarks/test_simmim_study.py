@@ -684,6 +684,7 @@ def test_main__plot(
     monkeypatch.setattr(script, "NUM_DRAWN", 2)
     script.main(["--plot", "--img-size", "32", "--out", str(tmp_path)])
     assert f"{tmp_path}/avgdist.png" in capsys.readouterr().out
-    assert [file.name for file in tmp_path.iterdir()] == ["avgdist.png"]
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["avgdist.png", "masks.png"]
     picture = Image.open(tmp_path / "avgdist.png")
     assert min(picture.size) > 500 and len(picture.convert("RGB").getcolors(2**20)) > 50
