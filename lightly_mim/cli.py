@@ -7,23 +7,22 @@ method=lambda: SimMIM("vit_base_patch16_224"))`.
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
 import inspect
-import io
 import itertools
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import rich
+import yaml
 from jsonargparse import auto_cli, auto_parser
 
-import lightly_mim.methods
-from lightly_mim.config import constructor_arguments
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     DenseResults,
@@ -36,11 +35,20 @@ from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.preemption import Preempted
 from lightly_mim.pretraining import check_pretraining, pretrain
+from lightly_mim.words import as_options, shorten, spell_method
 
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "evaluate-dense": evaluate_dense,
+}
+
+# Errors are exceptions, which are told in fewer words.
+_PARSER: dict[str, Any] = {
+    "as_positional": False,
+    "prog": "lightly-mim",
+    "exit_on_error": False,
+    "allow_abbrev": False,
 }
 
 
@@ -56,9 +64,9 @@ def main(args: Sequence[str] | None = None) -> None:
     words: list[str] = []
     try:
         words = _spell_out(sys.argv[1:] if args is None else args)
-        result = auto_cli(COMMANDS, args=words, as_positional=False, prog="lightly-mim")
-    except ValueError as error:
-        _fail(2, error)
+        result = auto_cli(COMMANDS, args=words, **_PARSER)
+    except (ValueError, argparse.ArgumentError) as error:
+        _fail(2, _spelled(error, words))
     except (NonFiniteLossError, OSError) as error:
         _fail(1, error)
     except KeyboardInterrupt:
@@ -82,7 +90,7 @@ def check(
             The words after the program's name.
         encoder:
             For `evaluate`: what stands for the encoder, which is changed. None checks
-            the words alone.
+            the rest.
 
     Returns:
         The method of `pretrain`, see `check_pretraining`.
@@ -92,47 +100,88 @@ def check(
             `check_evaluation`. What only the data or the machine can tell is found when
             the command runs.
     """
-    parser = auto_parser(COMMANDS, as_positional=False, prog="lightly-mim")
-    message = io.StringIO()
+    words = _spell_out(args)
     try:
-        with contextlib.redirect_stderr(message):
-            found = parser.parse_args(_spell_out(args))
-    except SystemExit as error:
-        if error.code:
-            text = message.getvalue().strip()  # the usage, and error: what is wrong
-            raise ValueError(text.partition("error: ")[2] or text) from error
-        raise
+        return _check(words, encoder)
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ValueError(_spelled(error, words)) from error
+
+
+def _check(
+    words: Sequence[str], encoder: MaskedEncoder | None
+) -> MaskedImageModel | None:
+    parser = auto_parser(COMMANDS, **_PARSER)
+    found = parser.parse_args(words)
     if found.subcommand == "pretrain":
         # Only the method is made: loggers begin experiments, and callbacks and images
         # may need what the nodes alone have.
         for name in ("data", "val", "loggers", "callbacks"):
             found.pretrain[name] = None
         return check_pretraining(parser.instantiate(found).pretrain.as_dict())
-    if found.subcommand == "evaluate" and encoder is not None:
+    if found.subcommand == "evaluate":
         check_evaluation(encoder, parser.instantiate(found).evaluate.as_dict())
     return None
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:
     """Turns the words that are easy to type into those that jsonargparse reads."""
-    # A method of one's own, by its dotted path, may lie where one stands.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     words = _split(args)
+    if words:
+        words[0] = words[0].replace("_", "-")
     if words and words[0] in COMMANDS:
         words = _join_lists(words, COMMANDS[words[0]])
         words = _say_true(words, COMMANDS[words[0]])
-        words = _encoder_options(words)
+        words = spell_method(words)
+        _check_unused(words, COMMANDS[words[0]])
     return words
 
 
 def _split(words: Sequence[str]) -> list[str]:
-    """Turns `--epochs=3` into `--epochs 3`, so that there is one form to read."""
-    return [
-        part
-        for word in words
-        for part in (word.split("=", 1) if word.startswith("--") else [word])
-    ]
+    """Turns `--batch-size=3` into `--batch_size 3`: there is one form to read."""
+    split: list[str] = []
+    for word in words:
+        if not word.startswith("--"):
+            split.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        split.append(f"--{option[2:].replace('-', '_')}")
+        if equals:
+            split.append(value)
+    return split
+
+
+def _check_unused(words: Sequence[str], command: Callable[..., Any]) -> None:
+    """Refuses settings of protocols that are not asked for, which do nothing.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    parameters = inspect.signature(command).parameters
+    if "protocols" not in parameters or "--config" in words:
+        return
+    given = {
+        name: yaml.safe_load(words[words.index(f"--{name}") + 1])
+        if f"--{name}" in words[:-1]
+        else list(parameters[name].default)
+        for name in ("protocols", "baselines")
+        if name in parameters
+    }
+    hints = get_type_hints(command)
+    needs = {
+        name: ("protocols", name)
+        for name, hint in hints.items()
+        if dataclasses.is_dataclass(hint)
+    }
+    needs |= {"pixel_size": ("baselines", "pixels")}
+    for word in words[1:]:
+        option, what = needs.get(word[2:].partition(".")[0], ("", ""))
+        named = given.get(option)
+        if word.startswith("--") and isinstance(named, list) and what not in named:
+            names = " ".join(map(str, named)) or "none"
+            raise ValueError(
+                f"{word} does nothing: --{option} is {names}. Add {what} to it, or "
+                f"leave {word} out."
+            )
 
 
 def _say_interrupted(words: Sequence[str]) -> None:
@@ -144,16 +193,26 @@ def _say_interrupted(words: Sequence[str]) -> None:
     print(f"lightly-mim: interrupted.{what}", file=sys.stderr)
 
 
-def _fail(code: int, error: Exception) -> None:
-    print(f"lightly-mim: error: {error}", file=sys.stderr)
+def _fail(code: int, message: object) -> NoReturn:
+    print(f"lightly-mim: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _spelled(error: Exception, words: Sequence[str]) -> str:
+    """Returns a message in the words of the command line."""
+    command = COMMANDS.get(words[0] if words else "")
+    if isinstance(error, argparse.ArgumentError):
+        options = inspect.signature(command).parameters if command else ()
+        return shorten(error.message, words[0] if command else "", options)
+    return as_options(str(error), command, words) if command else str(error)
 
 
 def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
     """Turns `--layers 4 8 -1` into `--layers [4,8,-1]`, which jsonargparse reads.
 
-    A single word becomes a list only where nothing but a list is taken: `--layers 4`,
-    but not `--devices 2`.
+    Several words are a list behind every option, `--method.depths 2 2` too, as none
+    stands by itself. A single word becomes one only where nothing but a list is taken:
+    `--layers 4`, but not `--devices 2`.
     """
     only_lists = dict(_list_options(command, "--"))
     joined: list[str] = []
@@ -162,15 +221,22 @@ def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
         word = words[position]
         joined.append(word)
         position += 1
-        if word not in only_lists:
+        if _is_value(word):  # the command
             continue
         values = list(itertools.takewhile(_is_value, words[position:]))
         position += len(values)
-        listed = len(values) > 1 or (values and only_lists[word])
-        if listed and not values[0].startswith("["):
-            values = [f"[{','.join(values)}]"]
+        if len(values) > 1:
+            values = [f"[{','.join(map(_quote, values))}]"]
+        elif values and only_lists.get(word) and not values[0].startswith("["):
+            values = [f"[{_quote(values[0])}]"]
         joined += values
     return joined
+
+
+def _quote(word: str) -> str:
+    """Returns a word as an element of a list in YAML."""
+    plain = re.fullmatch(r"[\w.+/-]+|[\[{].*[\]}]", word)
+    return word if plain else json.dumps(word)
 
 
 def _is_value(word: str) -> bool:
@@ -200,32 +266,3 @@ def _list_options(function: Any, prefix: str) -> Iterator[tuple[str, bool]]:
         for part in parts:
             if dataclasses.is_dataclass(part):
                 yield from _list_options(part, f"{prefix}{name}.")
-
-
-def _encoder_options(words: list[str]) -> list[str]:
-    """Lets `--method.window_size 6` reach timm: jsonargparse wants it spelled out."""
-    if "--method" not in words[:-1]:
-        return words
-    name = words[words.index("--method") + 1]
-    method = getattr(lightly_mim.methods, name.rpartition(".")[2], None)
-    if not (inspect.isclass(method) and issubclass(method, MaskedImageModel)):
-        if "." in name:
-            return words
-        known = [
-            known
-            for known in lightly_mim.methods.__all__
-            if known not in ("MIMOutput", "MaskedImageModel")
-        ]
-        raise ValueError(
-            f"There is no method {name!r}. There are: {', '.join(known)}; or give the "
-            "dotted path of a MaskedImageModel of your own."
-        )
-    own = {"help", "dict_kwargs", *constructor_arguments(method)}
-
-    def spell_out(word: str) -> str:
-        option = word.removeprefix("--method.").partition(".")[0]
-        if not word.startswith("--method.") or option in own:
-            return word
-        return word.replace("--method.", "--method.dict_kwargs.", 1)
-
-    return [spell_out(word) for word in words]

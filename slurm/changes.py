@@ -31,7 +31,8 @@ def change_study(study: Study, options: argparse.Namespace) -> bool:
     """
     if not (options.drop or options.change or options.evaluate):
         return False
-    sys.path.insert(0, study.cwd)  # where a method of one's own lies
+    if study.cwd not in sys.path:
+        sys.path.append(study.cwd)  # where a method of one's own lies
     queued = {} if options.dry_run else ask_queue(study)
     for name in options.drop:
         study.tasks.remove(_find(study, name, queued))

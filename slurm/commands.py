@@ -117,7 +117,14 @@ class Script(Command):
         self._script = _load_script(path)
         self._parser = _parser(self._script, self._program)
         self._actions = self._parser._option_string_actions
+        self.words[1:] = [self._spell(word) for word in self.words[1:]]
         self._tried: set[str] = set()
+
+    def _spell(self, word: str) -> str:
+        """Returns a word with the option as the script spells it: --batch-size."""
+        name, equals, value = word.partition("=")
+        known = self.option(name[2:]) if name.startswith("--") else None
+        return f"{known}{equals}{value}" if known else word
 
     def check(self, words: Sequence[str], machine: Machine) -> None:
         """Parses the words after the script, and tries to build what they ask for."""
@@ -138,7 +145,9 @@ class Script(Command):
 
     def option(self, key: str) -> str | None:
         """Returns the option of a key."""
-        names = (f"--{key}", f"--{key.replace('_', '-')}")
+        names = (
+            f"--{each}" for each in (key, key.replace("_", "-"), key.replace("-", "_"))
+        )
         return next((name for name in names if name in self._actions), None)
 
     def keys(self) -> list[str]:
@@ -219,7 +228,7 @@ class Program(Command):
     def given(self) -> set[str]:
         """Returns the keys that the words have options of."""
         options = [word.partition("=")[0] for word in self.words]
-        return {word[2:] for word in options if word.startswith("--")}
+        return {w[2:].replace("-", "_") for w in options if w.startswith("--")}
 
     def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
         """Returns `train`, and `evaluate` if an evaluation was asked for; or `run`."""

@@ -159,12 +159,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    own, command = words[:cut], words[cut + 1 :]
+    own, command = spell(words[:cut]), words[cut + 1 :]
     made, site = parser()
     try:
         _main(made, site, own, command)
     except (ValueError, OSError, FailedSubmissionError, FailedJobError) as error:
         made.exit(2, f"submit.py: error: {error}\n")
+
+
+def spell(words: Sequence[str]) -> list[str]:
+    """Returns words in which an option such as --gpus_per_node has hyphens."""
+    parts = [word.partition("=") for word in words]
+    return [
+        f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
+        for word, (name, equals, value) in zip(words, parts, strict=True)
+    ]
 
 
 def _main(

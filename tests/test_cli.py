@@ -14,6 +14,7 @@ import lightly_mim
 from lightly_mim import cli
 from lightly_mim.cli import main
 from lightly_mim.preemption import Preempted
+from lightly_mim.words import as_options
 
 VIT = [
     *("--method", "SimMIM", "--method.encoder", "vit_tiny_patch16_224"),
@@ -54,7 +55,7 @@ def test_pretrain_then_evaluate(
     ("words", "message"),
     [
         (["--data", "nowhere", *VIT, *RUN], "nowhere does not exist"),
-        (["--data", "PHOTOS", *VIT, *RUN, "--epochs", "0"], "epochs=0"),
+        (["--data", "PHOTOS", *VIT, *RUN, "--epochs", "0"], "got --epochs 0"),
         (["--data", "PHOTOS", *VIT, *RUN, "--method.depht", "2"], "depht"),
         (["--data", "PHOTOS", "--method", "MEA", *RUN], "no method 'MEA'.*SimMIM"),
         (["--data", "PHOTOS", *VIT, "--bach_size", "8"], "bach_size"),
@@ -93,6 +94,113 @@ def test_failed_runs_end_with_1(
     assert capsys.readouterr().err == "lightly-mim: error: the loss became NaN\n"
 
 
+ENCODER = "--method.encoder vit_tiny_patch16_224"
+MISTAKES = {
+    f"--method SimMIM {ENCODER} --method.masking BlokMasking":
+        "There is no masking 'BlokMasking'. Did you mean BlockMasking? There are: Blo",
+    f"--method MAE {ENCODER} --method.target pixels":
+        "There is no target 'pixels'. Did you mean Pixels? There are: ",
+    f"--method SimMIM {ENCODER} --method.loss x.Y":
+        "x.Y cannot be imported: ModuleNotFoundError",
+    f"--method SimMIM {ENCODER} --method.masking.ratio 0.5":
+        "--method.masking.ratio is an argument of a masking, which is named before ",
+    f"--method SimMIM {ENCODER} --method.head.depth 1":
+        "--method.head.depth is an argument of a head, which is named before ",
+    f"--method SimMIM {ENCODER} "
+    "--method.masking BlockMasking --method.masking.ratoi 1":
+        "BlockMasking has no option --method.masking.ratoi. Did you mean ratio? It has",
+    f"{ENCODER} --method SimMIM":
+        "--method stands before --method.encoder",
+    "--epochs 1 --method.depth 3 --method MAE": "--method stands before --method.depth",
+    "--method SimMIM": "--method SimMIM needs an encoder: --method.encoder and",
+    "--method CrossMAE --method.img_size 64": "--method CrossMAE needs an encoder",
+    "--method DINOv3": "no method 'DINOv3'. There are: MAE, ",
+    "--method simmim": "no method 'simmim'. Did you mean SimMIM?",
+    "": "--method is missing. lightly-mim pretrain --help lists all options.",
+    "--bach-size 8": "no option --bach_size. Did you mean --batch_size? lightly-mim p",
+    "--epochs many": "--epochs takes a whole number, got many.",
+    "--precision half": "--precision takes one of 32-true, bf16-mixed, 16-mixed, got h",
+    "--recipe.lr x": "--recipe.lr takes a number, got x.",
+    f"--method MAE {ENCODER} --method.img-size big":
+        "--method.img_size takes a whole number or two numbers, got big.",
+    "--lr": "--lr has no value.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_told_in_short(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["pretrain", "--out", "x", "--data", "y", *words.split()])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert MISTAKES[words] in said
+    assert said.startswith("lightly-mim: error: ") and said.count("\n") == 1
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train", "There is no command 'train'. There are: 'pretrain', 'evaluate'"),
+        ("evaluate --encoder x", "--data is missing. lightly-mim evaluate --help"),
+        ("evaluate", "--encoder and --data are missing."),
+        (
+            "evaluate --encoder x --data y --protocols knn --finetune.epochs 5",
+            "--finetune.epochs does nothing: --protocols is knn. Add finetune to it",
+        ),
+        (
+            "evaluate --encoder x --data y --linear_mae.lr 5",
+            "--linear_mae.lr does nothing: --protocols is knn linear.",
+        ),
+        (
+            "evaluate --encoder x --data y --pixel-size 8 --baselines random",
+            "--pixel_size does nothing: --baselines is random. Add pixels to it",
+        ),
+        (
+            "evaluate_dense --encoder x --data y --protocols knn --linear.epochs 1",
+            "--linear.epochs does nothing: --protocols is knn.",
+        ),
+        ("evaluate --encoder x --data y --protocols linear --linear.epochs 0",
+         "'x' is neither"),
+        ("evaluate --encoder x --data y --holdout 1.5 --config no.yaml",
+         "--config: File does not exist"),
+    ],
+)  # fmt: skip
+def test_evaluate__mistakes(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(words.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("got batch_size=0.", "got --batch_size 0."),
+        ('Give data="a b", or val="..."', "Give --data 'a b', or --val ..."),
+        ("on_error='skip', img_size=(64, 96)",
+         "--on_error skip, --method.img_size 64 96"),
+        ("window_size=7 and validate=False", "window_size=7 and --validate false"),
+        ("pass resume to go on with it, overwrite to replace it, or another folder as "
+         "out.",
+         "pass --resume to go on with it, --overwrite to replace it, or another folder "
+         "as --out."),
+        ("precision=None: pass Pretraining(..., batch_size=...)",
+         "precision=None: pass Pretraining(..., batch_size=...)"),
+        ("the batch_size is the epochs", "the batch_size is the epochs"),
+    ],
+)  # fmt: skip
+def test_messages_have_the_spelling_of_the_command_line(
+    message: str, said: str
+) -> None:
+    words = ["pretrain", "--method", "SimMIM"]
+    assert as_options(message, lightly_mim.pretrain, words) == said
+
+
 def options(
     a: int,
     layers: list[int] | None = None,
@@ -119,11 +227,95 @@ def options(
         ("--resume --a 3", "--resume true --a 3"),
         ("--resume false --a 3", "--resume false --a 3"),
         ("--a 3 --resume", "--a 3 --resume true"),
+        ("--method.depths 2 2 6 2", "--method.depths [2,2,6,2]"),
+        ("--method.img-size 64 96 --a 1", "--method.img_size [64,96] --a 1"),
+        ("--names a,b c: d.e", '--names ["a,b","c:",d.e]'),
+        ("--windows [1,2] [3,4]", "--windows [[1,2],[3,4]]"),
+        (
+            "--batch-size=8 --save-every_minutes 3",
+            "--batch_size 8 --save_every_minutes 3",
+        ),
+        ("--data a-b --lr=-1", "--data a-b --lr -1"),
     ],
 )
 def test_words(given: str, read: str) -> None:
     words: Any = cli._join_lists(cli._split(given.split()), options)
     assert " ".join(cli._say_true(words, options)) == read
+
+
+MINE = """
+from lightly_mim.methods import SimMIM
+from lightly_mim.targets import Pixels
+
+
+class Mine(SimMIM):
+    def __init__(self, encoder: str, strength: int = 1, **options):
+        super().__init__(encoder, **options)
+        self.strength = strength
+
+
+class Closed(SimMIM):
+    def __init__(self, encoder: str) -> None:
+        super().__init__(encoder)
+
+
+class MyPixels(Pixels):
+    pass
+
+
+def other() -> int:
+    return 1
+"""
+
+
+def test_pretrain__method_of_ones_own(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "own_method.py").write_text(MINE)
+    (tmp_path / "docstring_parser.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
+    before = list(sys.path)
+    method = ["--method", "own_method.Mine", *VIT[2:], "--method.strength", "3"]
+    made = cli.check(["pretrain", "--out", "x", "--data", "x", *method, *RUN])
+    assert sys.path == [*before, str(tmp_path)]  # last
+    assert made is not None and len(made.encoder.vit.blocks) == 2
+    assert made.strength == 3  # type: ignore[comparison-overlap]
+    target = ["--method.target", "own_method.MyPixels"]
+    made = cli.check(["pretrain", "--out", "x", "--data", "x", *VIT, *target])
+    assert type(made.target).__name__ == "MyPixels"  # type: ignore[union-attr]
+    for name, message in {
+        "own_method.Closed": "Closed has no option --method.img_size. It has: --m",
+        "own_method.Nothing": "own_method.Nothing cannot be imported: AttributeError",
+        "own_method.MyPixels": "There is no method 'own_method.MyPixels'",
+        "os.system": "There is no method 'os.system'",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["pretrain", "--out", "x", "--data", "x", "--method", name, *VIT[2:]])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", ["-P -c", "-m"])
+def test_files_where_one_stands_are_not_executed(start: str, tmp_path: Path) -> None:
+    # With -m Python itself imports the package, and what that needs, from here first.
+    names = ["docstring_parser", "jsonargparse"]
+    names += ["yaml", "rich", "timm"] if start != "-m" else []
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("print('executed')\nraise SystemExit(9)")
+    program = "from lightly_mim.cli import main; main()"
+    what = "lightly_mim" if start == "-m" else program
+    done = subprocess.run(
+        [sys.executable, *start.split(), what, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert "executed" not in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "evaluate-dense" in done.stdout
 
 
 def test_module_runs() -> None:

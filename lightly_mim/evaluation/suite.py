@@ -13,7 +13,8 @@ import inspect
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -263,9 +264,12 @@ def evaluate(
             images, or if `out` holds results already. Nothing has been written then.
         OSError: If `out` or `cache` cannot be written.
     """
-    arguments = {name: to_json(value) for name, value in locals().items()}
+    given = dict(locals())
+    arguments = {name: to_json(value) for name, value in given.items()}
     world = World.distributed() if distributed else World()
     _check_names(protocols, baselines)
+    for unused in _unused(given):
+        warnings.warn(unused, stacklevel=3)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
     settings: dict[str, Any] = {
         "knn": knn,
@@ -403,13 +407,15 @@ def evaluate(
     return results
 
 
-def check_evaluation(encoder: MaskedEncoder, arguments: Mapping[str, Any]) -> None:
+def check_evaluation(
+    encoder: MaskedEncoder | None, arguments: Mapping[str, Any]
+) -> None:
     """Finds what `evaluate` would refuse of an encoder, without images or weights.
 
     Args:
         encoder:
             What stands for the encoder, for example on PyTorch's device "meta". An
-            `img_size` among the arguments changes it.
+            `img_size` among the arguments changes it. None checks the arguments alone.
         arguments:
             Arguments of `evaluate` by their names. Of those that are missing, the
             defaults are taken. `encoder` and `data` are not looked at.
@@ -424,6 +430,8 @@ def check_evaluation(encoder: MaskedEncoder, arguments: Mapping[str, Any]) -> No
     check_holdout(given["holdout"])
     for name in given["protocols"]:
         given[name].check(_MANY)
+    if encoder is None:
+        return
     _pools(encoder, given["layers"], given["pools"], [])
     _check_protocols(given["protocols"], given, encoder, World())
     if given["img_size"] is not None:
@@ -645,6 +653,29 @@ def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:
 def _check_names(protocols: Sequence[str], baselines: Sequence[str]) -> None:
     check_choice("protocols", protocols, get_args(ProtocolName))
     check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
+
+
+def _unused(given: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what to say of arguments of `evaluate` that nothing would read.
+
+    A warning, since settings in Python are often shared by several evaluations; the
+    command line refuses such words.
+    """
+    protocols, baselines = list(given["protocols"]), list(given["baselines"])
+    unused = {
+        name: f"protocols={protocols} does not name it"
+        for name in get_args(ProtocolName)
+        if name not in protocols
+    }
+    if set(protocols) <= set(IMAGE_PROTOCOLS) and not given["label_free"]:
+        why = f"protocols={protocols} has none on features"
+        unused |= {"layers": why, "pools": why}
+    if "pixels" not in baselines:
+        unused["pixel_size"] = f"baselines={baselines} does not name 'pixels'"
+    parameters = inspect.signature(evaluate).parameters
+    for name, why in unused.items():
+        if to_json(given[name]) != to_json(parameters[name].default):
+            yield f"{name} does nothing here: {why}."
 
 
 def _check_protocols(

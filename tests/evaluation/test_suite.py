@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,32 @@ def test_evaluate__bad_arguments(
     with pytest.raises(ValueError, match=message):
         evaluate(encoder, folder, **(FAST | {"out": tmp_path / "out"} | arguments))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        ({"protocols": ["knn"], "finetune": FineTune(epochs=5)}, ["finetune"]),
+        ({"protocols": ["linear"], "knn": KNN(ks=[3])}, ["knn"]),
+        ({"protocols": ["knn"], "linear": Linear()}, []),  # the default
+        ({"protocols": ["finetune"], "layers": [0], "pools": ["cls"]},
+         ["layers", "pools"]),
+        ({"protocols": ["linear_mae"], "layers": [0], "label_free": True}, []),
+        ({"pixel_size": 8}, ["pixel_size"]),
+        ({"pixel_size": 8, "baselines": ["pixels"]}, []),
+    ],
+)  # fmt: skip
+def test_evaluate__says_what_does_nothing(
+    tmp_path: Path, arguments: dict[str, Any], unused: list[str]
+) -> None:
+    with (
+        warnings.catch_warnings(record=True) as said,
+        pytest.raises(ValueError, match="neither the directory of a run"),
+    ):
+        warnings.simplefilter("always")
+        evaluate("no-such-encoder", tmp_path, **arguments)
+    found = [str(each.message) for each in said if each.category is UserWarning]
+    assert [text.partition(" does nothing here: ")[0] for text in found] == unused
 
 
 def test_evaluate__labels_beyond_the_classes(encoder: MaskedEncoder) -> None:

@@ -133,6 +133,18 @@ def test_dry_run__what_sites_ask_for(
     assert captured.out.count("#SBATCH --cpus-per-task=3\n") == 2
 
 
+def test_dry_run__takes_hyphens_and_underscores(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--dry_run --gpus_per_node=2 --cpus_per_gpu 3"
+    submit.main(shlex.split(f"{words} {SOLAR} --batch_size 64 --num_workers=0"))
+    output = capsys.readouterr().out
+    assert "--gpus-per-node=2\n" in output and "--cpus-per-task=3\n" in output
+    assert "solar_cells.py --batch-size 64 --num-workers=0 --out" in output
+    submit.main(shlex.split(f"--dry-run --sweep batch-size=8,16 {PRETRAIN}"))
+    assert "--batch_size 8 --out" in capsys.readouterr().out
+
+
 def test_dry_run__one_task_is_no_array(
     submit: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +249,7 @@ def test_resume__drops_and_changes_tasks(
         "--drop 0 1 2": "leaves no task",
         "--change 0": "one value for each KEY=VALUE",
         "--change 0 lr=1,2": "one value for each KEY=VALUE",
-        "--change 0 lr=fast": '"lr"',
+        "--change 0 lr=fast": "--lr takes a number",
         "--change 0 devices=2": "'devices' cannot be swept",
         "--change 0 batch_size=16": f"{before[1]} has these values",
         "--change 2 lr=0.1": "is finished",
@@ -439,9 +451,11 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"{SOLAR} --stage train", "Leave --stage to the study"),
         (f"{PRETRAIN} --out x", "Leave --out to the study"),
         (f"{PRETRAIN} --num_nodes 2", "Leave --num-nodes to the study"),
+        (f"{PRETRAIN} --num-nodes 2", "Leave --num-nodes to the study"),
+        (f"{SOLAR} --num_nodes 2", "Leave --num-nodes to the study"),
         (f"{PRETRAIN} --colour red", "--colour"),
-        (f"{PRETRAIN} --epochs three", '"epochs"'),
-        (f"{PRETRAIN} --epochs 0", "epochs=0"),
+        (f"{PRETRAIN} --epochs three", "--epochs takes a whole number, got three"),
+        (f"{PRETRAIN} --epochs 0", "got --epochs 0"),
         (f"{PRETRAIN} --recipe best", "no recipe 'best'"),
         (f"{PRETRAIN} --method.mask_ratio 2", "mask ratio lies strictly between"),
         (f"{SOLAR} --method-option mask_ratio=2", "mask ratio lies strictly between"),
