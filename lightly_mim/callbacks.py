@@ -152,9 +152,10 @@ class MaskDistance(Callback):
     ) -> None:
         """Logs it when Lightning logs."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
-            size = method_of(pl_module).encoder.img_size
-            pl_module.log("avg_dist", average_distance(outputs["mask"], size).mean())
+        part = (batch_idx + 1) % trainer.accumulate_grad_batches  # of a step
+        if every and part == 0 and trainer.global_step % every == 0:
+            distance = average_distance(outputs["mask"], outputs["image_size"]).mean()
+            pl_module.log("avg_dist", distance, sync_dist=trainer.world_size > 1)
 
 
 class ProgressBar(RichProgressBar):

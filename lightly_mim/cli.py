@@ -199,8 +199,9 @@ def _refuse_replaced(words: Sequence[str]) -> None:
             name, arguments = method["class_path"], {**method["init_args"]}
         except (ValueError, TypeError, KeyError, yaml.YAMLError):
             continue  # for the parser to say what is wrong
-        known = getattr(lightly_mim.methods, str(name).rpartition(".")[2], None)
-        if known is not None:
+        package, _, last = str(name).rpartition(".")
+        known = getattr(lightly_mim.methods, last, None)
+        if known is not None and package.partition(".")[0] in ("", "lightly_mim"):
             refuse_replaced(known, arguments)
 
 

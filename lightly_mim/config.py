@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 Own = TypeVar("Own", bound="Recorded")
 
 
@@ -111,6 +113,8 @@ def to_config(value: Any) -> Any:
         return {name: to_config(getattr(value, name)) for name in names}
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {str(name): to_config(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

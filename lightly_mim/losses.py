@@ -135,7 +135,11 @@ def choose_loss(loss: Loss | None, num_classes: int | None, default: Loss) -> Lo
 
 
 def masked_loss(
-    prediction: Tensor, target: Tensor, loss: Loss, weight: Tensor | None = None
+    prediction: Tensor,
+    target: Tensor,
+    loss: Loss,
+    weight: Tensor | None = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     """Averages a loss over the predicted values of a batch.
 
@@ -158,28 +162,42 @@ def masked_loss(
         weight:
             Tensor with the shape of the target, how much a value counts, from 0 to 1.
             None if all count.
+        num_classes:
+            Number of classes that the target has. None to take what is predicted.
 
     Returns:
         Tensor with shape ().
 
     Raises:
-        ValueError: If prediction and target do not fit each other.
+        ValueError: If prediction and target do not fit each other, or if the loss does
+            not measure every value.
     """
     if prediction.dtype in (torch.float16, torch.bfloat16):
         prediction = prediction.float()
     width = target.shape[-1]
-    if getattr(loss, "for_classes", False) and prediction.shape[-1] % width == 0:
-        prediction = prediction.reshape(*prediction.shape[:-1], width, -1)
-        fits = prediction.shape[:-1] == target.shape
+    if getattr(loss, "for_classes", False):
+        if target.dtype != torch.int64:
+            raise ValueError(f"Classes are int64, and the target is {target.dtype}.")
+        num_classes = num_classes or prediction.shape[-1] // width
+        fits = prediction.shape == (*target.shape[:-1], width * num_classes)
+        if fits:
+            prediction = prediction.reshape(*target.shape, num_classes)
     else:
         target = target.to(prediction.dtype)
         fits = prediction.shape == target.shape
     if not fits:
         raise ValueError(
             f"The head predicts a tensor of shape {tuple(prediction.shape)}, and the "
-            f"target has {tuple(target.shape)}: build the head for the width of the "
-            "target."
+            f"target has {tuple(target.shape)}"
+            + (f" of {num_classes} classes" if num_classes else "")
+            + ": build the head for the width of the target."
         )
     if weight is None:
-        return loss(prediction, target, "mean")
-    return (loss(prediction, target, "none") * weight).sum() / weight.sum()
+        return loss(prediction, target, reduction="mean")
+    values = loss(prediction, target, reduction="none")
+    if values.shape != target.shape:
+        raise ValueError(
+            f"With reduction='none' a loss measures every value, {loss!r} returned the "
+            f"shape {tuple(values.shape)} for {tuple(target.shape)}."
+        )
+    return (values * weight).sum() / weight.sum()

@@ -175,7 +175,8 @@ class Pretraining(pl.LightningModule):
         self.log("train_loss_step", loss, batch_size=rows)
         self.train_loss.update(loss)
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
-        return {"loss": output.loss, "mask": output.mask}
+        size = (views[0].shape[-2], views[0].shape[-1])
+        return {"loss": output.loss, "mask": output.mask, "image_size": size}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Computes the loss on masks that are the same in every epoch.
@@ -733,6 +734,8 @@ def pretrain(
     device = trainer.strategy.root_device
     method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
+    if checkpoint is None:  # before anything is written
+        method.fit_target(images.sample)
     if trainer.is_global_zero:
         facts = images.facts(trainer)
         if checkpoint is not None:
@@ -744,8 +747,6 @@ def pretrain(
         print(_summary(trainer, settings, images, checkpoint), flush=True)
         if checkpoint is not None and changes:
             print(_withdrawal(changes), flush=True)
-    if checkpoint is None:
-        method.fit_target(images.sample)
     module = Pretraining(method, settings, settings.batch_size, seed, compile)
     module.takes_other_images = "data" in allow_changes
     # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.

@@ -48,7 +48,9 @@ def build(
     head: Head, num_values: int = PIXELS, grid: tuple[int, int] = (4, 6)
 ) -> nn.Module:
     torch.manual_seed(0)
-    module = head(EMBED_DIM, num_values, CELL_SIZE, grid)
+    module = head(
+        EMBED_DIM, num_values, CELL_SIZE, grid, num_values % math.prod(CELL_SIZE) == 0
+    )
     # timm's initial values are small, so that what blocks do would hardly be seen.
     for parameter in module.parameters():
         parameter.data += torch.randn_like(parameter) / 10
@@ -98,7 +100,7 @@ def test_heads__survive_files_and_bfloat16(head: Head) -> None:
     module = build(head, grid=grid)
     expected = module(tokens, grid, index)
 
-    other = head(EMBED_DIM, PIXELS, CELL_SIZE, grid)
+    other = head(EMBED_DIM, PIXELS, CELL_SIZE, grid, True)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(tokens, grid, index), expected)
     assert torch.equal(copy.deepcopy(module)(tokens, grid, index), expected)
@@ -220,7 +222,7 @@ def without_blocks(num_values: int) -> nn.Module:
     """Makes a head that splits 16 channels into 8 into 4, with nothing in between."""
     head = InverseSwinHead(embed_dim=4, depths=(1, 1, 1))
     torch.manual_seed(0)
-    module = head(16, num_values, (8, 4), (2, 3)).double()
+    module = head(16, num_values, (8, 4), (2, 3), num_values % 32 == 0).double()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(False).normal_()
         if "attn.proj." in name or "mlp.fc2." in name:
@@ -331,7 +333,7 @@ def test_inverse_swin__takes_other_grids_that_its_windows_tile() -> None:
 )
 def test_inverse_swin__chooses_windows(side: int, windows: list[int]) -> None:
     head = InverseSwinHead(embed_dim=8, depths=(1, 1, 1))
-    module = head(32, 48, (4, 4), (side, 6))
+    module = head(32, 48, (4, 4), (side, 6), True)
     shapes = [stage.blocks[0].window_size for stage in module.stages]
     assert shapes == [(n, 6) for n in windows]
 
@@ -347,9 +349,9 @@ def test_inverse_swin__never_pads(height: int, width: int, num_stages: int) -> N
     with torch.device("meta"):
         if {height, width} & untiled:
             with pytest.raises(ValueError, match="No window of 4 to 14"):
-                head(8, 16, (4, 4), (height, width))
+                head(8, 16, (4, 4), (height, width), True)
             return
-        module = head(8, 16, (4, 4), (height, width))
+        module = head(8, 16, (4, 4), (height, width), True)
     for number, stage in enumerate(module.stages):
         for block in stage.blocks:
             assert height * 2**number % block.window_size[0] == 0
@@ -373,7 +375,9 @@ def test_inverse_swin__enters_at_the_encoders_stride(
 ) -> None:
     num_values = math.prod(cell_size)
     with torch.device("meta"):
-        module = InverseSwinHead()(8, num_values, cell_size, (2, 2))
+        module = InverseSwinHead()(
+            8, num_values, cell_size, (2, 2), num_values % math.prod(cell_size) == 0
+        )
         tokens = torch.randn(1, 4, 8)
     blocks = [stage.blocks[0] for stage in module.stages]
     assert [block.dim for block in blocks] == widths
@@ -399,7 +403,7 @@ def test_heads__have_the_papers_sizes(head: Head, millions: float) -> None:
         encoder = timm.create_model(
             "swin_base_patch4_window7_224", num_classes=0, img_size=192, window_size=6
         )
-        module = head(1024, 32 * 32 * 3, (32, 32), (6, 6))
+        module = head(1024, 32 * 32 * 3, (32, 32), (6, 6), True)
     count = sum(p.numel() for each in (encoder, module) for p in each.parameters())
     # The paper does not say what stands between the stages of the last two.
     tolerance = 0.01 * millions if isinstance(head, InverseSwinHead) else 0.05
@@ -413,7 +417,7 @@ def test_heads__have_the_papers_sizes(head: Head, millions: float) -> None:
 )
 def test_initial_weights__are_timms(head: Head) -> None:
     torch.manual_seed(0)
-    module = head(128, PIXELS, CELL_SIZE, (4, 4))
+    module = head(128, PIXELS, CELL_SIZE, (4, 4), True)
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             assert 0.018 < layer.weight.std() < 0.022, name

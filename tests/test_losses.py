@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightly_mim.losses import (
@@ -129,3 +130,30 @@ def test_choose_loss__refuses(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose_loss(loss, num_classes, L1())
+
+
+def test_masked_loss__takes_pytorchs_functions() -> None:
+    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    weight = torch.rand(2, 3, 4)
+    expected = masked_loss(prediction, target, L1(), weight)
+    found = masked_loss(prediction, target, F.l1_loss, weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)
+
+
+def test_masked_loss__refuses_losses_that_do_not_measure_every_value() -> None:
+    def mean(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return (prediction - target).abs().mean()
+
+    values = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="measures every value"):
+        masked_loss(values, values, mean, torch.ones_like(values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_predicted", [6, 12, 48])
+def test_masked_loss__refuses_another_number_of_classes(num_predicted: int) -> None:
+    classes = torch.randint(8, (2, 5, 3))
+    prediction = torch.randn(2, 5, num_predicted)
+    with pytest.raises(ValueError, match="of 8 classes: build the head"):
+        masked_loss(prediction, classes, CrossEntropy(), num_classes=8)
+    with pytest.raises(ValueError, match="Classes are int64"):
+        masked_loss(prediction, classes.float(), CrossEntropy(), num_classes=8)

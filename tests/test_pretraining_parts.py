@@ -70,7 +70,30 @@ def test_learned_target__that_has_learned_is_left_alone(
     target.fit(torch.tensor([-9.0, 9.0]).expand(1, 3, 1, 2))
     method = SimMIM(**TINY_VIT, target=target)
     lightly_mim.pretrain(tmp_path / "a", photos, method, **SHORT_RUN | {"epochs": 1})
-    assert target.low.tolist() == [-9.0] * 3
+    # The method has a copy of its own: two runs share nothing.
+    assert isinstance(method.target, ColorBins) and method.target is not target
+    assert method.target.low.tolist() == [-9.0] * 3
+
+
+def test_learned_target__of_two_runs_is_two(photos: Path, tmp_path: Path) -> None:
+    target = ColorBins(4)
+    build = partial(SimMIM, **TINY_VIT, target=target)
+    lightly_mim.pretrain(tmp_path / "a", photos, build, **SHORT_RUN | {"epochs": 1})
+    assert not target.fitted
+
+
+def test_learned_target__that_cannot_learn_costs_no_run(
+    photos: Path, tmp_path: Path
+) -> None:
+    options = SHORT_RUN | {"epochs": 1}
+    lightly_mim.pretrain(tmp_path / "a", photos, partial(SimMIM, **TINY_VIT), **options)
+    before = state(tmp_path / "a")
+    build = partial(SimMIM, **TINY_VIT, target=ColorClusters(40_000))
+    for out, more in (("a", {"overwrite": True}), ("b", {})):
+        with pytest.raises(ValueError, match="different colours"):
+            lightly_mim.pretrain(tmp_path / out, photos, build, **options, **more)
+    assert all(torch.equal(t, before[n]) for n, t in state(tmp_path / "a").items())
+    assert not (tmp_path / "b").exists()
 
 
 class Cut(Callback):

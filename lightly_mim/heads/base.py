@@ -29,6 +29,7 @@ class Head(Recorded, ABC):
         num_values: int,
         cell_size: tuple[int, int],
         grid: tuple[int, int],
+        per_pixel: bool = False,
     ) -> nn.Module:
         """Builds the head.
 
@@ -41,6 +42,9 @@ class Head(Recorded, ABC):
                 (height, width) of a cell in pixels.
             grid:
                 How many cells lie along (height, width) of the images.
+            per_pixel:
+                Whether the values are those of the cell's pixels, as many for each of
+                them and in the order of `lightly_mim.patches`.
 
         Returns:
             A module that takes the tokens of all cells, with shape (batch_size,
@@ -68,6 +72,7 @@ class LinearHead(Head):
         num_values: int,
         cell_size: tuple[int, int],
         grid: tuple[int, int],
+        per_pixel: bool = False,
     ) -> nn.Module:
         """Builds the layer, see `Head`."""
         return _Linear(embed_dim, num_values)
@@ -107,6 +112,7 @@ class MLPHead(Head):
         num_values: int,
         cell_size: tuple[int, int],
         grid: tuple[int, int],
+        per_pixel: bool = False,
     ) -> nn.Module:
         """Builds the layers, see `Head`."""
         return _MLP(embed_dim, self.hidden_dim, num_values)
@@ -163,6 +169,7 @@ class TransformerHead(Head):
         num_values: int,
         cell_size: tuple[int, int],
         grid: tuple[int, int],
+        per_pixel: bool = False,
     ) -> nn.Module:
         """Builds the blocks, see `Head`.
 

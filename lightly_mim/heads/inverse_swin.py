@@ -5,7 +5,6 @@ A cell is cut into (n, n) fine tokens of width C, each of (p, q) pixels.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from timm.models.swin_transformer import SwinTransformerStage
@@ -40,11 +39,10 @@ class InverseSwinHead(Head):
       from 4 to 14 closest to 7 that tiles the grid, or the whole of a smaller grid: 6
       for Swin at SimMIM's 192 pixels, 7 at 224. The module takes images of other sizes
       too, if the same windows tile them.
-    - Where the number of values is a multiple of the number of a cell's pixels, they
-      are taken to be those of its pixels, in the order of `lightly_mim.patches`, and a
-      fine token predicts its own. Others (coarse pixels, gradient histograms) are
-      predicted by one linear layer from all fine tokens of a cell side by side, since
-      their order is not known. This layer is large for many classes per coarse pixel.
+    - Where the target has values for each pixel, a fine token predicts those of its
+      own pixels. Other targets (coarse pixels, gradient histograms) are predicted by
+      one linear layer from all fine tokens of a cell side by side, since their order is
+      not known. This layer is large for many classes per coarse pixel.
 
     Args:
         size:
@@ -112,6 +110,7 @@ class InverseSwinHead(Head):
         num_values: int,
         cell_size: tuple[int, int],
         grid: tuple[int, int],
+        per_pixel: bool = False,
     ) -> nn.Module:
         """Builds the stages, see `Head`.
 
@@ -129,7 +128,13 @@ class InverseSwinHead(Head):
                 "allow. Give fewer depths."
             )
         return _InverseSwin(
-            embed_dim, num_values, cell_size, grid, stages, self.window_size
+            embed_dim,
+            num_values,
+            cell_size,
+            grid,
+            stages,
+            self.window_size,
+            per_pixel,
         )
 
 
@@ -152,6 +157,7 @@ class _InverseSwin(nn.Module):
         grid: tuple[int, int],
         stages: list[tuple[int, int, int]],
         window_size: tuple[int, int] | None,
+        per_pixel: bool,
     ) -> None:
         super().__init__()
         self.embed = to_width(embed_dim, stages[0][0])
@@ -179,7 +185,7 @@ class _InverseSwin(nn.Module):
         self.norm = nn.LayerNorm(last_width)
         self.fine = 2 ** len(self.splits)
         self.fine_size = (cell_size[0] // self.fine, cell_size[1] // self.fine)
-        self.per_pixel = num_values % math.prod(cell_size) == 0
+        self.per_pixel = per_pixel
         if self.per_pixel:
             self.output = nn.Linear(last_width, num_values // self.fine**2)
         else:

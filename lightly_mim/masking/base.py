@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -68,11 +69,11 @@ class UnitMasking(Masking):
 
     def __init__(self, mask_patch_size: Size = 32, ratio: float = 0.6) -> None:
         self.mask_patch_size = to_pair(mask_patch_size, "mask_patch_size")
-        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+        if not isinstance(ratio, (int, float, np.number)) or not 0 < ratio < 1:
             raise ValueError(
                 f"The mask ratio lies strictly between 0 and 1, got {ratio}."
             )
-        self.ratio = ratio
+        self.ratio = float(str(ratio))  # NumPy's 0.6 of single precision is 0.6, too
 
     def count(self, height: int, width: int) -> int:
         """Returns how many of height * width blocks are masked: ceil(n * ratio).

@@ -136,11 +136,14 @@ class Mask:
             (masked, visible), int64 tensors with shape (batch_size, count) and
             (batch_size, height * width - count), each in raster order.
         """
-        if self._order is None:  # made once, however often it is asked for
+        order = self._order
+        if order is None:
             # The sort is stable, so both parts stay in raster order.
             flags = (~self.cells).flatten(1).to(torch.uint8)
-            self._order = flags.argsort(dim=1, stable=True)
-        return self._order[:, : self.count], self._order[:, self.count :]
+            order = flags.argsort(dim=1, stable=True)
+            if not order.is_inference():  # made once, however often it is asked for
+                self._order = order
+        return order[:, : self.count], order[:, self.count :]
 
     def token_index(self, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns lightly's indices, prefix tokens counted in, for a cell per token.

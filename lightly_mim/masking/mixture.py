@@ -63,16 +63,21 @@ class MixtureMasking(Masking):
         Raises:
             ValueError: If one of the maskings does not fit the images.
         """
+        weighted = [
+            (masking, weight)
+            for masking, weight in zip(self.maskings, self.weights, strict=True)
+            if weight > 0
+        ]
         drawn = [
             Mask.of(masking(batch_size, image_size, device, generator))
-            for masking in self.maskings
+            for masking, _ in weighted
         ]
         heights, widths = zip(*(mask.grid for mask in drawn), strict=True)
         grid = math.lcm(*heights), math.lcm(*widths)
         laid = [mask.on(grid) for mask in drawn]
 
         uniform = torch.rand((batch_size, 1, 1), device=device, generator=generator)
-        edges = list(accumulate(self.weights))
+        edges = list(accumulate(weight for _, weight in weighted))
         cells = laid[0].cells
         for edge, mask in zip(edges, laid[1:], strict=False):
             cells = torch.where(uniform < edge / edges[-1], cells, mask.cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -206,6 +207,11 @@ class MaskedImageModel(Recorded, nn.Module):
         """Raises a ValueError if the masks do not fit images of the encoder's size."""
         image = torch.empty(1, 1, *self.encoder.img_size, device="cpu")
         mask = Mask.of(self.draw_mask(image, Generator().manual_seed(0)))
+        if (counted := Mask.of(mask.cells)).count != mask.count:
+            raise ValueError(
+                f"{self.masking!r} says that it masks {mask.count} cells of an image, "
+                f"and it masks {counted.count}."
+            )
         mask.on(self.encoder.grid)
 
     def fit_target(self, sample: Callable[[], Tensor]) -> None:
@@ -300,8 +306,10 @@ def refuse_replaced(cls: type[MaskedImageModel], names: Iterable[str]) -> None:
             The arguments that it is given.
     """
     unknown = set(names) - set(constructor_arguments(cls))
-    for name in sorted(cls.replaced.keys() & unknown):
-        raise ValueError(f"{cls.__name__} does not take {name}: {cls.replaced[name]}")
+    refused = sorted(cls.replaced.keys() & unknown)
+    if refused:
+        what = " ".join(f"{name}: {cls.replaced[name]}" for name in refused)
+        raise ValueError(f"{cls.__name__} does not take {what}")
 
 
 def choose_masking(
@@ -388,6 +396,31 @@ def _short(height: int, width: int) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
+def count_values(
+    target: Target, cell_size: tuple[int, int], in_chans: int
+) -> tuple[int, int]:
+    """Returns how many values a target has in a cell, and how many are predicted.
+
+    Args:
+        target:
+            The target.
+        cell_size:
+            (height, width) of a cell in pixels.
+        in_chans:
+            Number of image channels.
+
+    Raises:
+        ValueError: If the target cannot be made of such cells.
+    """
+    width = target.width(cell_size, in_chans)
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(
+            f"The width of a target is a whole number of at least 1, {target!r} has "
+            f"{width!r} for cells of {cell_size[0]} x {cell_size[1]} pixels."
+        )
+    return width, width * (target.num_classes or 1)
+
+
 PartT = TypeVar("PartT", Masking, Target, Head, Loss)
 
 
@@ -426,4 +459,5 @@ def choose_part(part: PartT | None, default: PartT, name: str) -> PartT:
             "A head is built by the method, which knows the widths: pass an object "
             f"such as {default!r} or a function like its call, got {part!r}."
         )
-    return part
+    # What a target learns from the images of a run is that run's.
+    return copy.deepcopy(part) if isinstance(part, nn.Module) else part

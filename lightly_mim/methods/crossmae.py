@@ -8,7 +8,6 @@ encoder of width E.
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from typing import Any
 
@@ -69,6 +68,7 @@ class CrossMAE(MAE):
         self.weighted_feature_maps = weighted_feature_maps
         super().__init__(encoder, **options)
         self.predict_ratio = predict_ratio
+        self._share = Fraction(str(predict_ratio)).as_integer_ratio()
 
     def _make_decoder(
         self, dim: int, depth: int, num_heads: int
@@ -94,7 +94,7 @@ class CrossMAE(MAE):
         patches = mask.on(grid)
         idx_keep, idx_mask = patches.token_index(num_prefix)
         if self.predict_ratio < 1 and self.training and torch.is_grad_enabled():
-            idx_mask = _draw_share(idx_mask, self.predict_ratio)
+            idx_mask = _draw_share(idx_mask, *self._share)
 
         layers: list[Tensor] = []
         encoded = self.encoder.encode_visible(images, patches, layers)  # (B, P + V, E)
@@ -108,14 +108,16 @@ class CrossMAE(MAE):
 
         index = idx_mask - num_prefix
         target = self.target(images, index, self.encoder.patch_size)
-        loss = masked_loss(prediction, target, self.loss)
+        loss = masked_loss(
+            prediction, target, self.loss, num_classes=self.target.num_classes
+        )
         features = self.encoder.pool_encoded(encoded)
         return MIMOutput(loss, prediction, target, index, None, mask, features)
 
 
-def _draw_share(index: Tensor, share: float) -> Tensor:
+def _draw_share(index: Tensor, numerator: int, denominator: int) -> Tensor:
     """Draws a share of the tokens (B, K) of each image, rounded up, in their order."""
-    count = math.ceil(index.shape[1] * Fraction(str(share)))
+    count = -(-index.shape[1] * numerator // denominator)
     noise = torch.rand(index.shape, device=index.device)
     chosen = noise.argsort(dim=1)[:, :count].sort(dim=1).values
     return index.gather(1, chosen)

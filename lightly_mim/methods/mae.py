@@ -31,6 +31,7 @@ from lightly_mim.methods.base import (
     check_unit,
     choose_masking,
     choose_part,
+    count_values,
 )
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size
@@ -153,8 +154,8 @@ class MAE(MaskedImageModel):
         self.decoder_embed, self.decoder = self._make_decoder(
             decoder_dim, decoder_depth, decoder_num_heads
         )
-        width = self.target.width(patch_size, self.encoder.in_chans)
-        self.head = nn.Linear(decoder_dim, width * (self.target.num_classes or 1))
+        _, num_values = count_values(self.target, patch_size, self.encoder.in_chans)
+        self.head = nn.Linear(decoder_dim, num_values)
         for part in (self.decoder_embed, self.decoder, self.head):
             part.apply(init_weights)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
@@ -206,7 +207,9 @@ class MAE(MaskedImageModel):
         # in each.
         index, _ = patches.index()
         target = self.target(images, index, self.encoder.patch_size)
-        loss = masked_loss(prediction, target, self.loss)
+        loss = masked_loss(
+            prediction, target, self.loss, num_classes=self.target.num_classes
+        )
         features = self.encoder.pool_encoded(encoded)
         return MIMOutput(loss, prediction, target, index, None, mask, features)
 

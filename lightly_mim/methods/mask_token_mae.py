@@ -52,6 +52,8 @@ class MaskTokenMAE(MAE):
 
         index, _ = patches.index()
         target = self.target(images, index, self.encoder.patch_size)
-        loss = masked_loss(prediction, target, self.loss)
+        loss = masked_loss(
+            prediction, target, self.loss, num_classes=self.target.num_classes
+        )
         features = self.encoder.pool_encoded(encoded)
         return MIMOutput(loss, prediction, target, index, None, mask, features)

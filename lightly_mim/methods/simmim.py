@@ -26,6 +26,7 @@ from lightly_mim.methods.base import (
     check_unit,
     choose_masking,
     choose_part,
+    count_values,
 )
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size, grid_size
@@ -128,12 +129,14 @@ class SimMIM(MaskedImageModel):
         self.encoder.add_mask_token()
         self.encoder.pool = "mean"  # the loss never trains a class token
         head = choose_part(head, LinearHead(), "head")
-        width = self.target.width(self.encoder.stride, self.encoder.in_chans)
+        cell, in_chans = self.encoder.stride, self.encoder.in_chans
+        _, num_values = count_values(self.target, cell, in_chans)
         self.head = head(
             self.encoder.embed_dim,
-            width * (self.target.num_classes or 1),
-            self.encoder.stride,
+            num_values,
+            cell,
             _grid(self.encoder.img_size, self.encoder),
+            getattr(self.target, "per_pixel", False),
         )
         self.record(
             masking=self.masking,
@@ -154,7 +157,9 @@ class SimMIM(MaskedImageModel):
         grid = _grid(images.shape[-2:], self.encoder)
         prediction = self.head(tokens, grid, index)  # section 3.3
         target = self.target(images, index, self.encoder.stride)  # section 3.4
-        loss = masked_loss(prediction, target, self.loss, weight)
+        loss = masked_loss(
+            prediction, target, self.loss, weight, self.target.num_classes
+        )
         features = self.encoder.pool_encoded(encoded)
         return MIMOutput(loss, prediction, target, index, weight, mask, features)
 
@@ -178,14 +183,17 @@ class SimMIM(MaskedImageModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the index (B, K) of the cells and the weight (B, K, D) of values."""
         grid = _grid(images.shape[-2:], self.encoder)
-        if self.region == "masked" and mask.fits(grid):
-            return mask.on(grid).index()[0], None
+        masked = self.region == "masked"
+        # Without gradients all cells are predicted, as a picture needs masked ones.
+        visible = self.region == "visible" and torch.is_grad_enabled()
+        if mask.fits(grid) and (masked or visible):
+            return mask.on(grid).index()[0 if masked else 1], None
         all_cells = torch.arange(math.prod(grid), device=images.device)
         all_cells = all_cells.expand(len(images), -1)
         if self.region == "all":
             return all_cells, None
         pixels = mask.pixels((images.shape[-2], images.shape[-1]))
-        counts = pixels if self.region == "masked" else ~pixels
+        counts = pixels if masked else ~pixels
         cell, in_chans = self.encoder.stride, images.shape[1]
         return all_cells, self.target.weight(counts, all_cells, cell, in_chans)
 

@@ -31,6 +31,11 @@ class Target(Recorded, ABC):
     num_classes: int | None = None
     drawable: ClassVar[bool] = False
 
+    @property
+    def per_pixel(self) -> bool:
+        """Whether a cell's values are those of its pixels, in their order."""
+        return False
+
     @abstractmethod
     def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
         """Returns how many values the target of a cell has.

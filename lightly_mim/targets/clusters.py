@@ -104,6 +104,11 @@ class ColorClusters(LearnedTarget):
         centroids = torch.from_numpy(means.cluster_centers_).float()
         self.centroids = centroids.to(self.centroids.device)
 
+    @property
+    def per_pixel(self) -> bool:
+        """Whether no pixels are averaged, see `Target`."""
+        return self.factor == 1
+
     def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
         """Returns how many pixels, or blocks, a cell has, see `Target`.
 

@@ -39,7 +39,7 @@ class LowFrequencies(Target):
 
     drawable: ClassVar[bool] = True
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = 4) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(

@@ -35,6 +35,11 @@ class PixelTarget(Target):
 
     factor: int = 1
 
+    @property
+    def per_pixel(self) -> bool:
+        """Whether no pixels are averaged, see `Target`."""
+        return self.factor == 1
+
     def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
         """Returns how many pixels, or blocks, times channels a cell has, see `Target`.
 

@@ -139,3 +139,12 @@ def test_token_index__means_what_lightly_means() -> None:
     assert torch.equal((masked == 9).all(-1), flat)
     kept = utils.get_at_index(tokens, idx_keep)
     assert torch.equal(kept, tokens[~flat].view(2, 9, 4))
+
+
+def test_index__of_inference_mode_is_not_kept() -> None:
+    mask = Mask.of(torch.eye(4, dtype=torch.bool)[None])
+    with torch.inference_mode():
+        mask.index()
+    values = torch.randn(1, 16, requires_grad=True)
+    values.gather(1, mask.index()[0]).sum().backward()
+    assert values.grad is not None

@@ -165,3 +165,9 @@ def test_command_line__builds_what_a_config_says() -> None:
     assert repr(typed) == repr(mixture)
     config = parser.parse_object({"masking": to_config(mixture)})
     assert repr(parser.instantiate(config).masking) == repr(mixture)
+
+
+def test_mixture__ways_without_weight_are_not_counted() -> None:
+    ways = [RandomMasking(16, 0.75), RandomMasking(16, 0.25)]
+    mask = MixtureMasking(ways, [1.0, 0.0])(2, (64, 64))
+    assert mask.count == 12

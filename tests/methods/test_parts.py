@@ -288,6 +288,7 @@ def tanh_head(
     num_values: int,
     cell_size: tuple[int, int],
     grid: tuple[int, int],
+    per_pixel: bool,
 ) -> nn.Module:
     assert (embed_dim, cell_size, grid) == (32, (16, 16), (4, 4))
     return TanhHead(embed_dim, num_values)
