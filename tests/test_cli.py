@@ -318,6 +318,29 @@ def test_files_where_one_stands_are_not_executed(start: str, tmp_path: Path) -> 
     assert "evaluate-dense" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("--batch_size 2048", True),
+        ("", True),  # the recipe's
+        ("--batch_size {more}", True),
+        ("--batch_size {all}", False),
+        ("--batch_size 2048 --data nowhere", False),
+    ],
+)
+def test_check__batch_of_more_images_than_there_are(
+    words: str, refused: bool, photos: Path
+) -> None:
+    images = len(lightly_mim.data.open_data(photos)[0])  # type: ignore[arg-type]
+    words = words.format(more=images + 1, all=images)
+    full = ["pretrain", "--out", "x", "--data", str(photos), *VIT, *words.split()]
+    if refused:
+        with pytest.raises(ValueError, match=rf"has {images} training images.*--batch"):
+            cli.check(full)
+    else:
+        cli.check(full)
+
+
 def test_module_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lightly_mim", "--help"],
