@@ -52,6 +52,7 @@ from lightly_mim.data import (
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.features import batch_images, normalize_images
+from lightly_mim.files import expand_user
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.monitoring import (
@@ -470,6 +471,7 @@ class Pretraining(pl.LightningModule):
             loader.load_state_dict(state)
 
 
+@expand_user("out", "data", "val")
 def pretrain(
     out: str | Path,
     data: Data | None = None,

@@ -285,7 +285,8 @@ def as_options(
         name = words[words.index("--method") + 1].rpartition(".")[2]
         method = getattr(lightly_mim.methods, name, None)
         if inspect.isclass(method):
-            options = {n: f"{_METHOD}{n}" for n in constructor_arguments(method)}
+            own = constructor_arguments(method)
+            options = {each: f"{_METHOD}{each}" for each in own}
     options |= {name: f"--{name}" for name in inspect.signature(function).parameters}
     if not options:
         return message

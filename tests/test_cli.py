@@ -116,7 +116,7 @@ MISTAKES = {
     "--method CrossMAE --method.img_size 64": "--method CrossMAE needs an encoder",
     "--method DINOv3": "no method 'DINOv3'. There are: MAE, ",
     "--method simmim": "no method 'simmim'. Did you mean SimMIM?",
-    "": "--method is missing. lightly-mim pretrain --help lists all options.",
+    "": "A run begins with data and method: pass both, or --resume to go on",
     "--bach-size 8": "no option --bach_size. Did you mean --batch_size? lightly-mim p",
     "--epochs many": "--epochs takes a whole number, got many.",
     "--precision half": "--precision takes one of 32-true, bf16-mixed, 16-mixed, got h",
@@ -316,6 +316,29 @@ def test_files_where_one_stands_are_not_executed(start: str, tmp_path: Path) -> 
     assert "executed" not in done.stdout
     assert done.returncode == 0, done.stderr
     assert "evaluate-dense" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("--batch_size 2048", True),
+        ("", True),  # the recipe's
+        ("--batch_size {more}", True),
+        ("--batch_size {all}", False),
+        ("--batch_size 2048 --data nowhere", False),
+    ],
+)
+def test_check__batch_of_more_images_than_there_are(
+    words: str, refused: bool, photos: Path
+) -> None:
+    images = len(lightly_mim.data.open_data(photos)[0])  # type: ignore[arg-type]
+    words = words.format(more=images + 1, all=images)
+    full = ["pretrain", "--out", "x", "--data", str(photos), *VIT, *words.split()]
+    if refused:
+        with pytest.raises(ValueError, match=rf"has {images} training images.*--batch"):
+            cli.check(full)
+    else:
+        cli.check(full)
 
 
 def test_module_runs() -> None:

@@ -373,7 +373,7 @@ def test_alarm__goes_off_once(photos: Path, tmp_path: Path) -> None:
 
 def test_alarm__fall_to_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     class Trainer:
-        global_step, current_epoch, max_epochs = 0, 0, 9
+        global_step, current_epoch, max_epochs, max_steps = 0, 0, 9, -1
         is_global_zero, precision = True, "32-true"
 
         class strategy:

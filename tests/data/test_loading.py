@@ -280,7 +280,7 @@ class TestKeyedLoader:
             "from torch.utils.data import TensorDataset\n"
             "from lightly_mim.data.loading import KeyedLoader\n"
             "pairs = TensorDataset(torch.zeros(99), torch.zeros(99))\n"
-            "iterator = iter(KeyedLoader(pairs, 2, num_workers=1))\n"
+            "iterator = iter(KeyedLoader(pairs, 2, num_workers=1, labels=False))\n"
             "next(iterator)\n"
         )
         done = subprocess.run(

@@ -444,12 +444,12 @@ MISFITS: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "a masking and its short form": (
         lambda: {"masking": BlockMasking(), "mask_ratio": 0.5},
         "masking BlockMasking mask_ratio 0.5",
-        "mask_ratio are short for masking=RandomMasking.*and BlockMasking",
+        "mask_ratio are short for .*masking.RandomMasking.*and BlockMasking",
     ),
     "a masking and the size of its short form": (
         lambda: {"masking": BlockMasking(), "mask_patch_size": 16},
         "masking BlockMasking mask_patch_size 16",
-        "mask_ratio are short for masking=RandomMasking.*and BlockMasking",
+        "mask_ratio are short for .*masking.RandomMasking.*and BlockMasking",
     ),
 }
 HEAD_MISFITS: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
@@ -509,7 +509,7 @@ def test_parts__are_objects(part: str, cls: type, how: str) -> None:
             method(**options, **{part: given})
         if how == "word":
             command = [*COMMAND, "--method", name, *words(options)]
-            with pytest.raises(ValueError, match=f'(?s)"{part}".*no_such_part'):
+            with pytest.raises(ValueError, match=f"no {part} 'no_such_part'"):
                 cli.check([*command, f"--method.{part}", "no_such_part"])
 
 
