@@ -78,9 +78,7 @@ def test_pretrain__needs_no_labels(tmp_path: Path, label: str, kind: str) -> Non
 
 @pytest.mark.parametrize("label", LABELS)
 def test_probe__names_labels_that_are_no_classes(label: str) -> None:
-    with pytest.raises(
-        ValueError, match="The label of|The probe needs labelled"
-    ):
+    with pytest.raises(ValueError, match="The label of|The probe needs labelled"):
         OnlineProbe(Labelled(LABELS[label]), num_workers=0).read()
 
 
