@@ -539,7 +539,7 @@ def draw_masks(side: int, unit: int, path: Path) -> None:
     for row, (name, masking) in zip(grid, ways.items(), strict=True):
         masks = Mask.of(masking(8, (side, side), None, Generator().manual_seed(0)))
         for axes, pixels in zip(row, masks.pixels((side, side)), strict=True):
-            axes.imshow(pixels[0], cmap="Greys", vmin=0, vmax=1.3)
+            axes.imshow(pixels[0].numpy(), cmap="Greys", vmin=0, vmax=1.3)
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")

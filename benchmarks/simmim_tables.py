@@ -60,6 +60,7 @@ class _Zeros:
     def __init__(self, target: Target) -> None:
         self._target = target
         self.weight = target.weight
+        self.num_classes = target.num_classes
 
     def __call__(
         self, images: Tensor, index: Tensor, cell_size: tuple[int, int]

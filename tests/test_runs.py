@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.callbacks import Callback
 
 from lightly_mim.callbacks import MetricsLogger
 from lightly_mim.checkpoints import read_encoder
@@ -387,13 +388,12 @@ def test_resume__needs_what_words_do_not_make(photos: Path, tmp_path: Path) -> N
     class Stop(Exception):
         pass
 
-    def stop(*_: Any) -> None:
-        raise Stop
+    class Stopping(Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            raise Stop
 
-    method = build()
-    method.fit_target = stop  # type: ignore[method-assign]
     with pytest.raises(Stop):
-        run(out, photos, method=method)
+        run(out, photos, method=build(), callbacks=[Stopping()])
     with pytest.raises(ValueError, match="passed as an object.*has no checkpoint yet"):
         pretrain(out, resume=True)
     dataset = [(torch.rand(3, 32, 32), 0) for _ in range(16)]

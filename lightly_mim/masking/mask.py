@@ -141,7 +141,9 @@ class Mask:
             # The sort is stable, so both parts stay in raster order.
             flags = (~self.cells).flatten(1).to(torch.uint8)
             order = flags.argsort(dim=1, stable=True)
-            if not order.is_inference():  # made once, however often it is asked for
+            # Made once, however often it is asked for. Compiled code cannot ask whether
+            # a tensor is of inference mode, which autograd does not take.
+            if torch.compiler.is_compiling() or not order.is_inference():
                 self._order = order
         return order[:, : self.count], order[:, self.count :]
 

@@ -112,9 +112,7 @@ def check_training(model: MaskedImageModel) -> None:
     # Cells that are masked in part have weights, and whole ones need none.
     region = getattr(model, "region", "masked")
     whole = mask.fits(output_grid(model))
-    assert (output.weight is None) == (
-        region == "all" or (whole and region == "masked")
-    )
+    assert (output.weight is None) == (region == "all" or whole)
     output.loss.backward()
     gradients = {
         name: parameter.grad
