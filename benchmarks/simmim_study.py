@@ -308,7 +308,10 @@ def plan(name: str, arguments: argparse.Namespace) -> Plan:
 def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
     protocols = [*PROTOCOLS, *(["finetune"] if arguments.finetune else [])]
     # The same features of all methods, so that rows differ in one thing.
-    return {"protocols": protocols, "pools": ["mean"], **form(arguments).evaluation}
+    settings = dict(form(arguments).evaluation)
+    if not arguments.finetune:
+        settings.pop("finetune", None)
+    return {"protocols": protocols, "pools": ["mean"], **settings}
 
 
 def _run(arguments: argparse.Namespace, plans: dict[str, Plan], command: str) -> None:

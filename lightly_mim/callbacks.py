@@ -309,7 +309,8 @@ class EpochLines(Callback):
     ) -> None:
         """Prints the line."""
         metrics = trainer.callback_metrics
-        names = ("train_loss", "val_loss", "probe_top1", "rankme", "images_per_second")
+        losses = ("train_loss", "val_loss")
+        names = (*losses, "probe_top1", "rankme", "avg_dist", "images_per_second")
         values = "  ".join(
             f"{name} {float(metrics[name]):.4g}"
             for name in names

@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.ndimage import distance_transform_edt
 from torch import Generator, Tensor
 
@@ -447,8 +449,9 @@ def test_script__workers_and_fine_tuning(
     assert "Finished." in (tmp_path / "out" / "worker-1.log").read_text()
     for name in ROWS[1:]:
         weights = f"{name}-seed0/encoder.safetensors"
-        one, two = (tmp_path / "out" / weights, finished / weights)
-        assert one.read_bytes() == two.read_bytes()
+        one, two = (load_file(p / weights) for p in (tmp_path / "out", finished))
+        # Bit for bit with as many threads, which this process need not have.
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
     tuned = [
         row for row in summary_of(tmp_path / "out") if row["protocol"] == "finetune"
     ]
