@@ -143,7 +143,7 @@ def _check_batch(
         ValueError: If the images are too few.
     """
     batch_size, recipe = arguments["batch_size"], arguments["recipe"]
-    if batch_size is None and method is not None:
+    if batch_size is None and recipe is not None and method is not None:
         recipe = recipe if isinstance(recipe, Recipe) else method.recipe(recipe)
         batch_size = recipe.batch_size
     folder = Path(data).expanduser()

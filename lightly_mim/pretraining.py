@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import math
 import os
@@ -27,6 +26,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
 
+from lightly_mim import defaults
 from lightly_mim.callbacks import (
     AtomicCheckpointIO,
     EpochLines,
@@ -51,6 +51,7 @@ from lightly_mim.data import (
 )
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
+from lightly_mim.data.survey import Survey, survey
 from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.files import expand_user
 from lightly_mim.masking import Mask, UnitMasking
@@ -64,6 +65,14 @@ from lightly_mim.monitoring import (
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
 from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
+from lightly_mim.settings import (
+    as_published,
+    channel_statistics,
+    choose_method,
+    set_statistics,
+    settings_of,
+    warn_of_few_steps,
+)
 from lightly_mim.transforms import EvalTransform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -89,9 +98,9 @@ class Pretraining(pl.LightningModule):
         method:
             The method that is trained.
         recipe:
-            Optimiser settings. None for the method's default, stretched to the
-            Trainer's epochs or steps. A Trainer with `max_time` alone takes the
-            recipe's epochs for the schedule.
+            Optimiser settings. None for `lightly_mim.defaults`, for the Trainer's
+            epochs or steps; `SimMIM.recipe("swin_base_100ep")` is a published one. A
+            Trainer with `max_time` alone takes the recipe's epochs for the schedule.
         batch_size:
             Images per optimiser step over all devices and accumulated micro-batches,
             which the learning rate is scaled by. None to read it from the loader.
@@ -250,15 +259,23 @@ class Pretraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and the schedule of the recipe."""
         trainer = self.trainer
-        recipe = self.recipe or self.method.recipe()
-        total_steps, steps_per_epoch = self._length(recipe)
+        batch_size = self._global_batch_size()
+        per_epoch = self._steps_per_epoch()
+        recipe = self.recipe
+        if recipe is None:
+            num_images = int(per_epoch * batch_size) if per_epoch < math.inf else None
+            epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
+            recipe = defaults.recipe(
+                self.method.encoder, num_images, batch_size, epochs
+            )
+        total_steps, steps_per_epoch = self._length(recipe, per_epoch)
         exempt = self.method.no_weight_decay()
         if recipe.decay_mask_token:
             exempt = {name for name in exempt if not name.endswith("mask_token")}
         optimizer, scheduler = build_optimizer(
             self.method,
             recipe,
-            batch_size=self._global_batch_size(),
+            batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             no_weight_decay=exempt,
@@ -272,24 +289,25 @@ class Pretraining(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
 
-    def _length(self, recipe: Recipe) -> tuple[int, float]:
+    def _steps_per_epoch(self) -> float:
+        """Returns the optimiser steps of an epoch, infinity if they are not known."""
+        trainer = self.trainer
+        if trainer.max_epochs == -1 and self.recipe is None and not self._timed:
+            return math.inf
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+        batches = trainer.num_training_batches
+        if math.isinf(batches):
+            return math.inf
+        return math.ceil(batches / trainer.accumulate_grad_batches)
+
+    def _length(self, recipe: Recipe, per_epoch: float) -> tuple[int, float]:
         """Returns the steps of the run, and those of an epoch of the recipe.
 
         The Trainer says how long the run is, in epochs or in steps; one that says a
-        time alone leaves the length to the recipe. Without a recipe of the user's own,
-        the method's is stretched to it.
+        time alone leaves the length to the recipe. A recipe of ours is stretched to it.
         """
         trainer = self.trainer
-        per_epoch = math.inf
-        if trainer.max_epochs != -1 or self.recipe is not None or self._timed:
-            if trainer.train_dataloader is None:
-                trainer.fit_loop.setup_data()
-            batches = trainer.num_training_batches
-            per_epoch = (
-                math.ceil(batches / trainer.accumulate_grad_batches)
-                if (math.isfinite(batches))
-                else math.inf
-            )
         epochs = trainer.max_epochs or -1
         limits = [
             trainer.max_steps if trainer.max_steps > 0 else math.inf,
@@ -481,11 +499,13 @@ def pretrain(
     validate: bool = True,
     recipe: str | Recipe | None = None,
     epochs: int | None = None,
+    minutes: float | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
     warmup_epochs: float | None = None,
     weight_decay: float | None = None,
     min_scale: float | None = None,
+    normalize: dict[str, list[float]] | None = None,
     seed: int = 0,
     precision: Precision | None = None,
     accelerator: str = "auto",
@@ -532,7 +552,9 @@ def pretrain(
             taken as they are. Labels are of use to a probe alone.
         method:
             The method, or a function that makes it. `seed` covers the initial weights
-            only of what is made by a function: on the command line, always.
+            only of what is made by a function: on the command line, always. None
+            chooses method, encoder and size for the images and the machine, see
+            `lightly_mim.defaults.method`, and says so.
         val:
             Images for the validation loss: a folder or a Dataset. By default the
             `val/` part of `data` if it has one; without either, nothing is validated.
@@ -540,18 +562,25 @@ def pretrain(
             False leaves validation images alone: pretraining then sees training images
             only, where those of `val/` are for testing.
         recipe:
-            Name of one of the method's published recipes, or a `Recipe`. By default
-            the method's first recipe, with the encoder left as it was built. A recipe
-            that is chosen also sets the drop path rate of the encoder.
+            Name of one of the method's published recipes, or a `Recipe`. It also sets
+            the drop path rate of the encoder and, of a method that is made by
+            `functools.partial(SimMIM, ...)` as on the command line, the initial weights
+            and the parts that are left open; a method that is made otherwise has them
+            from `SimMIM.from_recipe(name)`. By default `lightly_mim.defaults` chooses
+            for the images at hand.
         epochs:
-            Passes over the training images. By default the recipe's. Warm-up and
-            schedule keep their share of the run.
+            Passes over the training images. By default the recipe's, or chosen. Warm-up
+            and schedule keep their share of the run.
+        minutes:
+            How long the run is to take, instead of epochs: the speed is measured in a
+            few steps that are thrown away, and the number of epochs follows from it. In
+            one process only.
         batch_size:
             Images per optimiser step, over all devices and accumulated micro-batches.
-            By default the recipe's. An incomplete last batch is dropped.
+            By default the recipe's, or chosen. An incomplete last batch is dropped.
         lr:
-            Highest learning rate per `recipe.lr_batch_size` images (512 for SimMIM),
-            instead of the recipe's.
+            Highest learning rate, instead of the chosen one; with `recipe` the rate per
+            `recipe.lr_batch_size` images (512 for SimMIM), instead of the recipe's.
         warmup_epochs:
             Epochs of linear warm-up, instead of the recipe's.
         weight_decay:
@@ -559,6 +588,10 @@ def pretrain(
         min_scale:
             Smallest share of an image that a training crop covers, instead of the
             recipe's.
+        normalize:
+            `mean` and `std` of each channel, of images in [0, 1]. By default ImageNet's
+            with `recipe`, those that the weights were trained with for a pretrained
+            encoder, and else those of the training images.
         seed:
             Seed of everything that is random.
         precision:
@@ -645,25 +678,48 @@ def pretrain(
     """
     arguments = dict(locals())
     run = RunDirectory(out)
-    if resume and (data is None or method is None):
+    stored = run.stored_config() if resume else None
+    if resume and (data is None or (method is None and stored is not None)):
         return pretrain(**_run_arguments(run, arguments))
     _check_arguments(arguments)
-    assert data is not None and method is not None
+    assert data is not None
     for name in ("data", "val"):
         if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
             arguments[name] = str(Path(arguments[name]))  # photos/ is photos
+    if method is None:
+        method = choose_method(data, accelerator)
     built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
-            method = method()
-    settings = _settings(method, arguments)
-    if recipe is None:
-        settings = dataclasses.replace(settings, drop_path=None)
+            method = as_published(method, recipe)()
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
+    open_images = partial(
+        _Images, method, data, val, validate, num_workers, on_error, seed
+    )
+    images: _Images | None = None
+    if stored is not None:
+        # What was chosen when the run began is the run's own.
+        own = _stored_recipe(run, stored) if recipe is None else None
+        settings = settings_of(method, arguments, own)
+        normalize = normalize or stored.get("normalize")
+    else:
+        images = open_images()
+        settings = settings_of(method, arguments, num_images=images.num_images)
+        if normalize is None and recipe is None and method.encoder.untrained:
+            normalize = images.statistics()
+    if normalize is not None:
+        set_statistics(method.encoder, normalize)
+    if minutes is not None and images is not None:
+        images.follow(settings)
+        epochs = _epochs_in(minutes, method, settings, images, arguments, precision)
+        settings = settings_of(
+            method, arguments | {"epochs": epochs}, num_images=images.num_images
+        )
     resolved = {
         "method": method,
         "recipe": settings,
+        "normalize": normalize,
         "precision": precision,
         "devices": layout.devices,
         "num_nodes": layout.num_nodes,
@@ -686,7 +742,8 @@ def pretrain(
         method.set_grad_checkpointing()
     method.check_masking()
 
-    images = _Images(method, data, val, validate, settings, num_workers, on_error, seed)
+    images = images or open_images()
+    images.follow(settings)
     show_bar = sys.stdout.isatty() if progress is None else progress
     watching = _watching(images, probe, probe_every, rank_every)
     trainer = _trainer(
@@ -747,6 +804,8 @@ def pretrain(
             config, overwrite, fresh=fresh, facts=facts, built=built, changes=changes
         )
         print(_summary(trainer, settings, images, checkpoint), flush=True)
+        steps = settings.epochs * images.steps_per_epoch
+        warn_of_few_steps(method, recipe, settings, steps)
         if checkpoint is not None and changes:
             print(_withdrawal(changes), flush=True)
     module = Pretraining(method, settings, settings.batch_size, seed, compile)
@@ -783,6 +842,76 @@ def pretrain(
     return method
 
 
+class _Speed(Callback):
+    """Measures how long a step takes, and ends the Trainer when it knows."""
+
+    WARM, ENOUGH, SECONDS = 2, 20, 10.0
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Notes the time."""
+        self._ends.append(time.perf_counter())
+        timed = len(self._ends) - 1 - self.WARM
+        long = timed > 2 and self._ends[-1] - self._ends[self.WARM] > self.SECONDS
+        trainer.should_stop = long or timed >= self.ENOUGH
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds between the ends of two batches, after the first ones."""
+        timed = self._ends[min(self.WARM, len(self._ends) - 2) :]
+        return (timed[-1] - timed[0]) / (len(timed) - 1)
+
+
+def _epochs_in(
+    minutes: float,
+    method: MaskedImageModel,
+    settings: Recipe,
+    images: _Images,
+    arguments: Mapping[str, Any],
+    precision: Precision,
+) -> int:
+    """Returns how many epochs fit into some minutes, by a few steps of a copy."""
+    speed = _Speed()
+    names = ("accelerator", "devices", "strategy")
+    trainer = _trainer(
+        max_epochs=_Speed.WARM + _Speed.ENOUGH,  # an epoch has a batch at least
+        **{name: arguments[name] for name in names},
+        precision=precision,
+        accumulate_grad_batches=arguments["accumulate"],
+        limit_val_batches=0.0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[speed],
+    )
+    if trainer.world_size > 1 or (arguments["num_nodes"] or 1) > 1:
+        raise ValueError(
+            "minutes is measured in one process, and this run has "
+            f"{trainer.world_size}: pass epochs instead, or devices=1."
+        )
+    images.check(trainer)
+    copied = copy.deepcopy(method)
+    copied.choose_attention(trainer.strategy.root_device, precision == "bf16-mixed")
+    copied.fit_target(images.sample)
+    seed, compile = arguments["seed"], arguments["compile"]
+    module = Pretraining(copied, settings, settings.batch_size, seed, compile)
+    with keyed_random_state(seed, "speed"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        trainer.fit(module, datamodule=images)
+    per_epoch = speed.seconds * images.steps_per_epoch * arguments["accumulate"]
+    rate = images.steps_per_epoch * settings.batch_size / per_epoch
+    epochs = max(int(minutes * 60 / per_epoch), 1)
+    print(
+        f"{rate:.0f} images/s: {epochs} epochs in {epochs * per_epoch / 60:.3g} minutes"
+    )
+    return epochs
+
+
 def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
     """Finds what `pretrain` would refuse, without images, weights or files.
 
@@ -809,6 +938,9 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
         return None  # it is the run's own
     _check_arguments(arguments | {"data": ""})
     build = arguments["method"]
+    if build is None:
+        return None  # it is chosen for the images
+    build = as_published(build, arguments["recipe"])
     if isinstance(build, partial) and build.keywords.get("pretrained"):
         build = partial(build, pretrained=False)
     method: MaskedImageModel
@@ -826,9 +958,10 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
                 message = f"The method cannot be built like that: {error}"
                 raise ValueError(message) from error
             return None
-    settings = _settings(method, arguments)
+    settings = settings_of(method, arguments)
     devices, nodes = arguments["devices"], arguments["num_nodes"]
-    if isinstance(devices, int) and devices > 0:
+    given = arguments["batch_size"] or arguments["recipe"]
+    if isinstance(devices, int) and devices > 0 and given:
         _check_shares(
             settings.batch_size, devices * (nodes or 1), arguments["accumulate"]
         )
@@ -869,7 +1002,6 @@ class _Images(pl.LightningDataModule):
         data: Data,
         val: Data | None,
         validate: bool,
-        recipe: Recipe,
         num_workers: int | None,
         on_error: Literal["raise", "skip"],
         seed: int,
@@ -882,28 +1014,46 @@ class _Images(pl.LightningDataModule):
             )
         encoder = method.encoder
         self.method = method
-        self.batch_size = recipe.batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.eval_transform = EvalTransform(encoder.img_size, normalize=None)
+        smallest = _smallest(method)
         self.train, self.val = open_data(
             data,
             val,
-            transform=method.transform(normalize=None, min_scale=recipe.min_scale),
-            val_transform=self.eval_transform,
+            transform=self.eval_transform,
             in_chans=encoder.in_chans,
             on_error=on_error,
-            min_size=_smallest(method),
+            min_size=smallest,
             with_val=validate,
             labels=False,  # only a probe needs them
         )
-        num_images = len(self.train)  # type: ignore[arg-type]
-        if not 0 < self.batch_size <= num_images:
+        self.num_images: int = len(self.train)  # type: ignore[arg-type]
+        if on_error == "raise":
+            _check_sizes(survey(self.train), smallest)
+
+    def follow(self, recipe: Recipe) -> None:
+        """Takes the batch size and the crops of a recipe.
+
+        Raises:
+            ValueError: If a batch has more images than there are.
+        """
+        self.batch_size = recipe.batch_size
+        if not 0 < self.batch_size <= self.num_images:
             raise ValueError(
-                f"A batch has 1 to all {num_images} images of the data set, got "
+                f"A batch has 1 to all {self.num_images} images of the data set, got "
                 f"batch_size={self.batch_size}. Incomplete batches are dropped."
             )
-        self.steps_per_epoch = num_images // self.batch_size
+        self.steps_per_epoch = self.num_images // self.batch_size
+        self.train.transform = self.method.transform(  # type: ignore[attr-defined]
+            normalize=None, min_scale=recipe.min_scale
+        )
+
+    def statistics(self) -> dict[str, list[float]] | None:
+        """Returns mean and deviation of each channel, None for images of floats."""
+        few = spread_out(self.plain(), NUM_TO_FIT)
+        batch = next(iter(self._loader(few, len(few), num_workers=0)))
+        return channel_statistics(batch_images(batch))
 
     def check(self, trainer: pl.Trainer) -> None:
         """Raises a ValueError if batch and processes do not fit the images."""
@@ -991,6 +1141,19 @@ class _Images(pl.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             num_workers=self.num_workers if num_workers is None else num_workers,
             labels=False,  # a probe reads them for itself
+        )
+
+
+def _check_sizes(found: Survey, smallest: tuple[int, int]) -> None:
+    """Raises a ValueError if pictures are smaller than what is masked as a whole."""
+    small = [s for s in found.sizes if s[0] < smallest[0] or s[1] < smallest[1]]
+    if small:
+        height, width, name = small[0]
+        raise ValueError(
+            f"{len(small)} of {len(found.sizes)} images that were looked at are "
+            f"smaller than {smallest[0]} x {smallest[1]} pixels; the first of them, "
+            f"{name}, has {height} x {width} (height x width). Remove them, leave "
+            'them out with on_error="skip", or train with a smaller mask_patch_size.'
         )
 
 
@@ -1169,13 +1332,20 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             "out."
         )
     method = arguments["method"]
-    if method is None or arguments["data"] is None:
+    if arguments["data"] is None:
         raise ValueError(
-            "A run begins with data and method: pass both, or resume to go on with the "
-            "run in out."
+            "A run begins with data: pass a folder of images, or resume to go on with "
+            "the run in out."
         )
+    if method is None and arguments["recipe"] is not None:
+        raise ValueError(
+            f"recipe={arguments['recipe']!r} is a method's: pass the method as well, "
+            "or leave recipe out."
+        )
+    if arguments["minutes"] is not None and arguments["epochs"] is not None:
+        raise ValueError("Pass epochs or minutes, not both.")
     if isinstance(method, type) or not (
-        isinstance(method, MaskedImageModel) or callable(method)
+        method is None or isinstance(method, MaskedImageModel) or callable(method)
     ):
         raise ValueError(
             "method is a method or a function that makes one, for example "
@@ -1195,7 +1365,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             )
     for name in (
         *("lr", "warmup_epochs", "weight_decay", "min_scale"),
-        "save_every_minutes",
+        *("minutes", "save_every_minutes"),
     ):
         value = arguments[name]
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -1218,18 +1388,6 @@ def _rank() -> int:
     return getattr(rank_zero_only, "rank", None) or 0
 
 
-def _settings(method: MaskedImageModel, arguments: Mapping[str, Any]) -> Recipe:
-    """Returns the recipe with the caller's own values in it."""
-    recipe: str | Recipe | None = arguments["recipe"]
-    if not isinstance(recipe, Recipe):
-        recipe = method.recipe(recipe)
-    if arguments["epochs"] is not None:
-        recipe = recipe.for_epochs(arguments["epochs"])
-    names = ("batch_size", "lr", "warmup_epochs", "weight_decay", "min_scale")
-    given = {name: arguments[name] for name in names if arguments[name] is not None}
-    return dataclasses.replace(recipe, **given)
-
-
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `pretrain` as YAML can hold them."""
     # These are said anew each time, or a rerun would replace a run.
@@ -1248,24 +1406,51 @@ def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _summary(
     trainer: pl.Trainer, recipe: Recipe, images: _Images, checkpoint: Path | None
 ) -> str:
-    """Returns what a run is about to do, and the defaults that the machine chose."""
+    """Returns what a run is about to do, with what was chosen for it."""
     method, encoder = images.method, images.method.encoder
     height, width = encoder.img_size
-    num_train = len(images.train)  # type: ignore[arg-type]
+    mask = Mask.of(method.draw_mask(torch.empty(1, 1, height, width)))
+    cells = math.prod(mask.grid)
     if images.val is None:
         validation = "no validation images (val=... gives a validation loss)"
     else:
         validation = f"{len(images.val)} validation images"  # type: ignore[arg-type]
     lr = recipe.lr * recipe.batch_size / recipe.lr_batch_size
+    steps = recipe.epochs * images.steps_per_epoch
+    warmup = round(recipe.warmup_epochs * images.steps_per_epoch)
+    ours = recipe.source == defaults.SOURCE
     lines = [
         f"{type(method).__name__}, {encoder.name or type(encoder.vit).__name__} at "
-        f"{height} x {width} pixels, {method.masking}, target {method.target}",
-        f"{num_train} training images, {validation}",
+        f"{height} x {width} pixels in patches of {encoder.patch_size[0]} x "
+        f"{encoder.patch_size[1]}, {_words_of(method)}",
+        f"{method.masking} masks {mask.count} of {cells} cells "
+        f"({100 * mask.count / cells:.1f} %), target {method.target}",
+        f"{images.num_images} training images, {validation}, normalised with mean "
+        f"{_numbers(encoder.mean)} and deviation {_numbers(encoder.std)}",
         f"{recipe.epochs} epochs of {images.steps_per_epoch} steps of "
-        f"{recipe.batch_size} images, learning rate up to {lr:.3g}",
+        f"{recipe.batch_size} images, {steps} in all, learning rate up to {lr:.3g} "
+        f"after {warmup} steps, weight decay {recipe.weight_decay:g}, crops of "
+        f"{recipe.min_scale:g} to 1 of an image"
+        + (", where not said chosen by lightly_mim.defaults" if ours else ""),
         f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision "
         f"{trainer.precision}",
     ]
     if checkpoint:
         lines.append(f"going on from {checkpoint}")
     return "\n".join(lines)
+
+
+def _words_of(method: MaskedImageModel) -> str:
+    """Returns the options that a method was made with, in words."""
+    told = {
+        name: value
+        for name, value in method.init_args.items()
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    }
+    for name in ("encoder", "img_size", "patch_size"):
+        told.pop(name, None)
+    return ", ".join(f"{name} {value}" for name, value in told.items())
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)

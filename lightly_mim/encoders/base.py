@@ -80,6 +80,9 @@ class MaskedEncoder(ABC, nn.Module):
             Per channel, what they are divided by afterwards.
         can_drop_tokens:
             Whether `encode_visible` works.
+        untrained:
+            Whether it was built by its name with new weights: `pretrain` then
+            normalises with the statistics of its images.
         unfinished:
             Where the run of the weights is, if they are from a checkpoint of one that
             had not come to its end: `epoch` of `epochs` and `step` of `steps`.
@@ -111,6 +114,7 @@ class MaskedEncoder(ABC, nn.Module):
         self.name: str | None = None
         self.options: dict[str, Any] = {}
         self.pos_embed: str | None = None
+        self.untrained = False
         self.unfinished: dict[str, int | None] | None = None
 
         self.img_size = to_pair(img_size, "img_size")

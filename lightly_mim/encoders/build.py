@@ -212,6 +212,7 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     resized.pos_embed = encoder.pos_embed
     resized.mean, resized.std = encoder.mean, encoder.std
     resized.pool = encoder.pool
+    resized.untrained = encoder.untrained
     resized.unfinished = encoder.unfinished
     return resized
 
@@ -270,6 +271,7 @@ def _build(
     encoder = _wrap(model)
     encoder.name = name
     encoder.options = options
+    encoder.untrained = not pretrained
     if not pretrained:  # weights that were never trained: as the papers do
         encoder.mean, encoder.std = imagenet_statistics(in_chans)
     return encoder

@@ -283,6 +283,7 @@ def _load_saved(path: Path) -> MaskedEncoder:
             f"of timm builds it: {error}"
         ) from error
     encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
+    encoder.untrained = False
     # Files that do not say it are of a version whose encoders all had the mean.
     encoder.pool = spec.get("pool", "mean")
     encoder.unfinished = spec.get("unfinished")

@@ -17,6 +17,7 @@ from lightly.models.modules.masked_vision_transformer_timm import init_weights
 from torch import Tensor, nn
 
 from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
+from lightly_mim.defaults import decoder_size, num_heads
 from lightly_mim.encoders import (
     Encoder,
     MaskedEncoder,
@@ -88,11 +89,15 @@ class MAE(MaskedImageModel):
         mask_ratio:
             Short for `masking=RandomMasking(..., ratio=mask_ratio)`.
         decoder_dim:
-            Width of the decoder (table 1b: 512), a multiple of 4 and of its heads.
+            Width of the decoder, a multiple of 4 and of its heads. By default 512 for
+            ViT-B and larger (table 1b), and in proportion for smaller encoders, see
+            `lightly_mim.defaults.decoder_size`.
         decoder_depth:
-            Number of the decoder's blocks (table 1a: 8).
+            Number of the decoder's blocks. By default 8 for ViT-B and deeper (table
+            1a), and in proportion.
         decoder_num_heads:
-            Number of the decoder's attention heads (reference code: 16).
+            Number of the decoder's attention heads. By default of 32 values each (16 in
+            the reference code).
         encoder_options:
             Further options of the encoder: see `lightly_mim.encoders.masked_encoder`.
 
@@ -130,9 +135,9 @@ class MAE(MaskedImageModel):
         loss: Loss | None = None,
         mask_patch_size: Size | None = None,
         mask_ratio: float | None = None,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
+        decoder_dim: int | None = None,
+        decoder_depth: int | None = None,
+        decoder_num_heads: int | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
@@ -151,6 +156,11 @@ class MAE(MaskedImageModel):
         )
         check_unit(type(self).__name__, self.masking, self.encoder)
 
+        dim, depth = decoder_size(self.encoder.embed_dim, self.encoder.num_layers)
+        decoder_dim = dim if decoder_dim is None else decoder_dim
+        decoder_depth = depth if decoder_depth is None else decoder_depth
+        if decoder_num_heads is None:
+            decoder_num_heads = num_heads(decoder_dim)
         self.decoder_embed, self.decoder = self._make_decoder(
             decoder_dim, decoder_depth, decoder_num_heads
         )
@@ -163,6 +173,9 @@ class MAE(MaskedImageModel):
             masking=self.masking,
             target=self.target,
             loss=self.loss,
+            decoder_dim=decoder_dim,
+            decoder_depth=decoder_depth,
+            decoder_num_heads=decoder_num_heads,
             mask_patch_size=None,
             mask_ratio=None,
         )

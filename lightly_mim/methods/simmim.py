@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightly_mim.defaults import mask_unit, target_window
 from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
 from lightly_mim.heads import Head, LinearHead
 from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
@@ -56,11 +57,15 @@ class SimMIM(MaskedImageModel):
         in_chans:
             Number of image channels.
         masking:
-            Where to mask, see `lightly_mim.masking`. By default `RandomMasking(32,
-            0.6)`: blocks of 32 pixels whatever the encoder's patch size (section 3.2).
+            Where to mask, see `lightly_mim.masking`. By default `RandomMasking(unit,
+            0.6)`: blocks of 32 pixels at 192 and 224 pixels (section 3.2), whatever the
+            encoder's patch size, and in proportion at others, see
+            `lightly_mim.defaults.mask_unit`.
         target:
-            What to predict, see `lightly_mim.targets`. By default `Pixels()`
-            (section 3.4).
+            What to predict, see `lightly_mim.targets`. By default
+            `LocallyNormalizedPixels(window)`, with SwinV2's window of 47 at 192 pixels
+            and in proportion at others, see `lightly_mim.defaults.target_window`; the
+            paper's own is `Pixels()` (section 3.4), which its recipes take.
         head:
             From tokens to values, see `lightly_mim.heads`. By default `LinearHead()`
             (section 3.3).
@@ -112,11 +117,6 @@ class SimMIM(MaskedImageModel):
             raise ValueError(
                 f"The region is 'masked', 'all' or 'visible', got {region!r}."
             )
-        self.masking = choose_masking(
-            masking, mask_patch_size, mask_ratio, RandomMasking(32, 0.6)
-        )
-        self.target = choose_part(target, Pixels(), "target")
-        self.loss = choose_loss(loss, self.target.num_classes, default=L1())
         self.region = region
         if isinstance(encoder, str):
             # timm builds Swin with 0.1; the reference pretrains it without, and the ViT
@@ -125,6 +125,14 @@ class SimMIM(MaskedImageModel):
         self.encoder: MaskedEncoder = masked_encoder(
             encoder, img_size=img_size, in_chans=in_chans, **encoder_options
         )
+        size = self.encoder.img_size
+        unit = mask_unit(size, self.encoder.patch_size)
+        self.masking = choose_masking(
+            masking, mask_patch_size, mask_ratio, RandomMasking(unit, 0.6)
+        )
+        window = LocallyNormalizedPixels(target_window(size))
+        self.target = choose_part(target, window, "target")
+        self.loss = choose_loss(loss, self.target.num_classes, default=L1())
         check_unit(type(self).__name__, self.masking, self.encoder)
         self.encoder.add_mask_token()
         self.encoder.pool = "mean"  # the loss never trains a class token
@@ -210,6 +218,7 @@ _SWIN = Recipe(
     source="microsoft/SimMIM, configs/swin_base__100ep",
     encoder="swin_base_patch4_window7_224",
     encoder_options={"window_size": 6},
+    method_options={"target": Pixels()},
     img_size=192,
     epochs=100,
     batch_size=2048,

@@ -1,0 +1,205 @@
+"""What a run is made of where it was not said: published, or chosen for the images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lightly_mim.methods
+from lightly_mim import defaults
+from lightly_mim.data import open_data
+from lightly_mim.data.sources import Data
+from lightly_mim.data.survey import survey
+from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.methods import MaskedImageModel
+from lightly_mim.optim import Recipe
+
+# The arguments of `pretrain` that replace single values of a recipe.
+REPLACEABLE = ("batch_size", "lr", "warmup_epochs", "weight_decay", "min_scale")
+IMAGENET = 1_281_167  # training images, which the published recipes pass over
+
+
+def choose_method(data: Data, accelerator: str) -> Callable[[], MaskedImageModel]:
+    """Returns a function that makes a method for the images and the machine.
+
+    Args:
+        data:
+            The images, see `pretrain`.
+        accelerator:
+            Lightning's name of the accelerator; 'auto' prefers a GPU.
+
+    Raises:
+        ValueError: If the data set does not yield pictures.
+    """
+    images, _ = open_data(data, with_val=False, labels=False)
+    found = survey(images)
+    if found.side is None:
+        raise ValueError(
+            "No method was given, and it cannot be chosen without the sizes of the "
+            "pictures, which this data set does not tell: pass a method, such as "
+            'method=lambda: SimMIM("vit_small_patch16_224", img_size=...).'
+        )
+    gpu = accelerator in ("gpu", "cuda") or (
+        accelerator == "auto" and torch.cuda.is_available()
+    )
+    name, options = defaults.method(found.num_images, found.side, found.grey, gpu)
+    return partial(getattr(lightly_mim.methods, name), **options)
+
+
+def as_published(
+    build: Callable[[], MaskedImageModel], recipe: str | Recipe | None
+) -> Callable[[], MaskedImageModel]:
+    """Returns a function that builds a method with what a recipe published of it.
+
+    Args:
+        build:
+            A function that makes a method. Of a `functools.partial` of its class what
+            is left open (missing or None) is filled in; others are left as they are.
+        recipe:
+            The recipe, or its name. None fills in nothing.
+    """
+    if recipe is None or not isinstance(build, partial):
+        return build
+    # jsonargparse's partial is of a function of its own and the class.
+    callables = [build.func, *build.args]
+    kinds = (c for c in callables if isinstance(c, type))
+    method = next((c for c in kinds if issubclass(c, MaskedImageModel)), None)
+    if method is None:
+        return build
+    if not isinstance(recipe, Recipe):
+        recipe = method.recipe(recipe)
+    published = dict(recipe.method_options)
+    if "init" in recipe.encoder_options and not build.keywords.get("pretrained"):
+        published["init"] = recipe.encoder_options["init"]
+    open_ = {k: v for k, v in published.items() if build.keywords.get(k) is None}
+    return partial(build, **open_)
+
+
+def settings_of(
+    method: MaskedImageModel,
+    arguments: Mapping[str, Any],
+    stored: Recipe | None = None,
+    num_images: int | None = None,
+) -> Recipe:
+    """Returns the recipe of a run, with the caller's own values in it.
+
+    Args:
+        method:
+            The method.
+        arguments:
+            Those of `pretrain`.
+        stored:
+            The recipe that a run that goes on began with.
+        num_images:
+            Number of training images, None if it is not known yet.
+
+    Raises:
+        ValueError: If a value is out of its range, or there is no such recipe.
+    """
+    given = {n: arguments[n] for n in REPLACEABLE if arguments[n] is not None}
+    recipe: str | Recipe | None = arguments["recipe"]
+    epochs = arguments["epochs"]
+    if isinstance(recipe, str):
+        recipe = method.recipe(recipe)
+    if recipe is None and stored is None:
+        batch_size = given.get("batch_size")
+        return dataclasses.replace(
+            defaults.recipe(method.encoder, num_images, batch_size, epochs), **given
+        )
+    recipe = recipe or stored
+    assert recipe is not None
+    if epochs is not None and epochs != recipe.epochs:
+        recipe = recipe.for_epochs(epochs)
+    return dataclasses.replace(recipe, **given)
+
+
+def warn_of_few_steps(
+    method: MaskedImageModel, recipe: str | Recipe | None, settings: Recipe, steps: int
+) -> None:
+    """Warns of a published recipe in a run of a hundredth of its steps or fewer.
+
+    Args:
+        method:
+            The method.
+        recipe:
+            The recipe that was asked for.
+        settings:
+            The settings of the run.
+        steps:
+            Optimiser steps of the run.
+    """
+    if not isinstance(recipe, str):
+        return
+    published = method.recipe(recipe)
+    its_steps = published.epochs * IMAGENET // published.batch_size
+    if steps * 100 > its_steps:
+        return
+    rate, its_rate = (
+        each.lr * each.batch_size / each.lr_batch_size for each in (settings, published)
+    )
+    warnings.warn(
+        f"{recipe} was published for {its_steps:,} steps at a learning rate of up to "
+        f"{its_rate:.2g}; this run takes {steps:,} steps at up to {rate:.2g}, after "
+        "which the encoder will hardly have changed. Leave recipe out for settings "
+        "that are made for the images at hand, or train longer.",
+        stacklevel=2,
+    )
+
+
+def channel_statistics(images: Tensor) -> dict[str, list[float]] | None:
+    """Returns `mean` and `std` of each channel, of values in [0, 1].
+
+    Args:
+        images:
+            Tensor with shape (num_images, channels, height, width). Of floats, which
+            count as normalised, there are none.
+    """
+    if images.is_floating_point():
+        return None
+    values = images.double() / 255
+    mean = values.mean(dim=(0, 2, 3))
+    # A channel that is the same everywhere is not divided by nothing.
+    std = values.std(dim=(0, 2, 3), correction=0).clamp(min=1 / 255)
+    return {
+        name: [round(value, 4) for value in tensor.tolist()]
+        for name, tensor in (("mean", mean), ("std", std))
+    }
+
+
+def set_statistics(
+    encoder: MaskedEncoder, normalize: Mapping[str, Sequence[float]]
+) -> None:
+    """Lets an encoder's images be normalised with a mean and deviation.
+
+    Args:
+        encoder:
+            The encoder.
+        normalize:
+            `mean` and `std`, one number per channel.
+
+    Raises:
+        ValueError: If they are not that.
+    """
+    found = {
+        name: tuple(map(float, normalize.get(name, ()))) for name in ("mean", "std")
+    }
+    finite = all(math.isfinite(v) for values in found.values() for v in values)
+    if (
+        set(normalize) != {"mean", "std"}
+        or any(len(values) != encoder.in_chans for values in found.values())
+        or not finite
+        or min(found["std"]) <= 0
+    ):
+        raise ValueError(
+            f"normalize has mean and std, {encoder.in_chans} number(s) each, one per "
+            "channel of images in [0, 1], and deviations above 0, got "
+            f"{dict(normalize)!r}."
+        )
+    encoder.mean, encoder.std = found["mean"], found["std"]
