@@ -304,6 +304,7 @@ _BASE = Recipe(
     lr=1.5e-4,
     lr_batch_size=256,
     warmup_epochs=40,
+    full_warmup_from=800,
     schedule="cosine",
     cosine_from_warmup=True,
     betas=(0.9, 0.95),
@@ -312,7 +313,8 @@ _BASE = Recipe(
     min_scale=0.2,
 )
 # Figure 7: shorter runs of ViT-L have the same schedule and warm-up. For ViT-B and
-# ViT-H the paper has no shorter runs; these do the same.
+# ViT-H the paper has no shorter runs; these do the same. Other runs of fewer than 800
+# epochs have their share of the warm-up.
 _SHORTER = "MAE, appendix A.1, table 8, and figure 7 (shorter schedules)"
 _ENCODERS = {
     "vit_base": "vit_base_patch16_224",
@@ -325,6 +327,7 @@ MAE.recipes = {
         _BASE,
         encoder=encoder,
         epochs=epochs,
+        full_warmup_from=min(epochs, 800),
         source=_BASE.source if epochs == _BASE.epochs else _SHORTER,
     )
     for epochs in (1600, 800, 400)
