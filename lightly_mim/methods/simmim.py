@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
+from lightly_mim.encoders import Encoder, Init, MaskedEncoder, masked_encoder
 from lightly_mim.heads import Head, LinearHead
 from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
 from lightly_mim.masking import Mask, Masking, RandomMasking
@@ -24,6 +24,7 @@ from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
     check_unit,
+    choose_init,
     choose_masking,
     choose_part,
     count_values,
@@ -75,6 +76,9 @@ class SimMIM(MaskedImageModel):
             Short for `masking=RandomMasking(mask_patch_size, ...)`.
         mask_ratio:
             Short for `masking=RandomMasking(..., ratio=mask_ratio)`.
+        init:
+            The law of the encoder's weights, see `masked_encoder`. By default "timm";
+            the reference's is "simmim", which its recipes take.
         encoder_options:
             Further options of the encoder: see `lightly_mim.encoders.masked_encoder`.
 
@@ -105,6 +109,7 @@ class SimMIM(MaskedImageModel):
         region: Literal["masked", "all", "visible"] = "masked",
         mask_patch_size: Size | None = None,
         mask_ratio: float | None = None,
+        init: Init | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
@@ -122,8 +127,9 @@ class SimMIM(MaskedImageModel):
             # timm builds Swin with 0.1; the reference pretrains it without, and the ViT
             # with 0.1, which its recipe sets.
             encoder_options = {"drop_path_rate": 0.0} | encoder_options
+        init = choose_init(init, encoder, encoder_options, default="timm")
         self.encoder: MaskedEncoder = masked_encoder(
-            encoder, img_size=img_size, in_chans=in_chans, **encoder_options
+            encoder, img_size=img_size, in_chans=in_chans, init=init, **encoder_options
         )
         check_unit(type(self).__name__, self.masking, self.encoder)
         self.encoder.add_mask_token()
@@ -145,6 +151,7 @@ class SimMIM(MaskedImageModel):
             loss=self.loss,
             mask_patch_size=None,
             mask_ratio=None,
+            init=init,
         )
 
     def forward(self, images: Tensor, mask: Mask | Tensor | None = None) -> MIMOutput:
@@ -209,7 +216,7 @@ def _grid(size: Sequence[int], encoder: MaskedEncoder) -> tuple[int, int]:
 _SWIN = Recipe(
     source="microsoft/SimMIM, configs/swin_base__100ep",
     encoder="swin_base_patch4_window7_224",
-    encoder_options={"window_size": 6},
+    encoder_options={"window_size": 6, "init": "simmim"},
     img_size=192,
     epochs=100,
     batch_size=2048,
@@ -245,7 +252,7 @@ SimMIM.recipes = {
         _SWIN_800,
         source="microsoft/SimMIM, configs/swin_large__800ep",
         encoder="swin_large_patch4_window12_384",
-        encoder_options={"window_size": 12},
+        encoder_options={"window_size": 12, "init": "simmim"},
     ),
     "vit_base_800ep": dataclasses.replace(
         _SWIN_800,
@@ -259,6 +266,7 @@ SimMIM.recipes = {
             "use_abs_pos_emb": False,
             "use_fc_norm": False,
             "init_values": 0.1,
+            "init": "simmim",
         },
         img_size=224,
         drop_path=0.1,
@@ -269,7 +277,7 @@ SimMIM.recipes = {
         _SWIN_800,
         source="microsoft/Swin-Transformer, configs/simmim: swinv2_base, 800ep",
         encoder="swinv2_base_window12_192",
-        encoder_options={},
+        encoder_options={"init": "simmim"},
         method_options={"target": LocallyNormalizedPixels(47)},
         drop_path=0.1,
     ),
