@@ -76,8 +76,10 @@ class Recipe:
             AdamW's betas.
         weight_decay:
             AdamW's weight decay.
-        decay_mask_token:
-            Whether weight decay applies to the mask token.
+        weight_decay_on:
+            Parameters that weight decay applies to although the method or timm leave
+            them out, by any part of their names between dots, such as "mask_token",
+            "relative_position_bias_table", "cpb_mlp" or "logit_scale".
         clip_grad:
             Largest norm of the gradient. None for no clipping.
         drop_path:
@@ -111,7 +113,7 @@ class Recipe:
     step_factor: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
-    decay_mask_token: bool = False
+    weight_decay_on: tuple[str, ...] = ()
     clip_grad: float | None = None
     drop_path: float | None = None
 
@@ -131,6 +133,16 @@ class Recipe:
                 "Learning rates are positive (warmup_lr and min_lr may be 0), got "
                 f"lr={self.lr}, warmup_lr={self.warmup_lr}, min_lr={self.min_lr}."
             )
+
+    def exempt(self, names: Collection[str]) -> set[str]:
+        """Returns which of the parameters that are left out of weight decay stay so.
+
+        Args:
+            names:
+                Names of the parameters that the method leaves out.
+        """
+        decayed = set(self.weight_decay_on)
+        return {name for name in names if decayed.isdisjoint(name.split("."))}
 
     def for_epochs(self: AnyRecipe, epochs: int) -> AnyRecipe:
         """Returns the recipe for another number of epochs.

@@ -114,6 +114,13 @@ def test_for_epochs__warm_up_of_mae(name: str, epochs: int, warmup: float) -> No
     assert again.warmup_epochs == pytest.approx(warmup)
 
 
+def test_exempt__takes_whole_parts_of_names() -> None:
+    names = {"a.cpb_mlp.0.weight", "cpb_mlp", "a.cpb_mlp2", "vit.pos_embed"}
+    decaying = dataclasses.replace(RECIPE, weight_decay_on=("cpb_mlp", "mlp", "x"))
+    assert decaying.exempt(names) == {"a.cpb_mlp2", "vit.pos_embed"}
+    assert RECIPE.exempt(names) == names
+
+
 class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -157,6 +157,8 @@ RECIPES: dict[str, FineTuneRecipe] = {
         encoder_options={"use_abs_pos_emb": False, "init_values": 0.1},
         img_size=224,
         layer_decay=0.65,
+        # A Swin leaves its tables out.
+        weight_decay_on=("relative_position_bias_table",),
         # Its head is drawn with 0.02 and then multiplied by 0.001.
         head_std=2e-5,
     ),
@@ -413,7 +415,7 @@ class FineTune:
             plan.batch_size,
             plan.steps_per_epoch,
             plan.steps_per_epoch * recipe.epochs,
-            model.no_weight_decay(),
+            recipe.exempt(model.no_weight_decay()),
             layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None,
             decay_ends=recipe.decay_ends,
         )

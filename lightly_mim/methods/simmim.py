@@ -213,6 +213,10 @@ def _grid(size: Sequence[int], encoder: MaskedEncoder) -> tuple[int, int]:
 # Section 4.1.1 and appendix A of the paper, with the values of the configuration files
 # that its code was published with where the paper is silent. Rates are per 512 images
 # and every run has 2048 in a step. All encoders see 192 pixels except the ViT.
+#
+# The code looks for what timm leaves out of weight decay under names that are not the
+# pretrained model's: but for the mask token it decays. The ViT's mask token does, too.
+_DECAYED = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 _SWIN = Recipe(
     source="microsoft/SimMIM, configs/swin_base__100ep",
     encoder="swin_base_patch4_window7_224",
@@ -228,6 +232,7 @@ _SWIN = Recipe(
     schedule="cosine",
     betas=(0.9, 0.999),
     weight_decay=0.05,
+    weight_decay_on=_DECAYED,
     clip_grad=5.0,
     drop_path=0.0,
     min_scale=0.67,
@@ -270,8 +275,7 @@ SimMIM.recipes = {
         },
         img_size=224,
         drop_path=0.1,
-        # The reference exempts the mask token of Swin from weight decay, not the ViT's.
-        decay_mask_token=True,
+        weight_decay_on=(*_DECAYED, "mask_token"),
     ),
     "swinv2_base_800ep": dataclasses.replace(
         _SWIN_800,

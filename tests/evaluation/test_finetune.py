@@ -366,6 +366,27 @@ def test_recipes__rates_of_swinv2() -> None:
     assert learning_rate_factor(100, 5, 500, swin) == pytest.approx(0.9045, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_finetune__tables_decay_in_simmims_vit_alone(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def catch(model: Any, recipe: Any, *arguments: Any, **_: Any) -> None:
+        left_out.extend(arguments[-1])
+        raise Stop
+
+    left_out: list[str] = []
+    monkeypatch.setattr(finetune, "build_optimizer", catch)
+    vit = masked_encoder("beit_base_patch16_224", img_size=16, **OPTIONS)
+    with pytest.raises(Stop):
+        FineTune(recipe=name)(vit, stripes(10, 2), 2, out=tmp_path, num_workers=0)
+    assert "encoder.vit.cls_token" in left_out
+    table = "encoder.vit.blocks.0.attn.relative_position_bias_table"
+    assert (table in left_out) == (name != "simmim_vit_base")
+
+
 def test_recipes__only_maes_code_scales_the_ends_with_the_layers() -> None:
     scaled = {name for name, recipe in RECIPES.items() if recipe.decay_ends}
     assert scaled == {"mae_vit_base", "mae_vit_large", "mae_vit_huge"}
