@@ -11,10 +11,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders import Encoder, Init, MaskedEncoder, can_drop_tokens
 from lightly_mim.optim import Recipe
 
 SOURCE = "lightly_mim.defaults"
+
+
+def initialization(encoder: Encoder) -> Init:
+    """Returns the law of an encoder's initial weights.
+
+    MAE's for a ViT: Xavier uniform with fixed sine-cosine positions. timm's normal of
+    0.02 with learned positions, which have to be found first, began lower and ended
+    lower on each of the sets. A Swin, which has no positions to find, stays timm's.
+
+    Args:
+        encoder:
+            timm's name of the encoder or a module, see `masked_encoder`.
+    """
+    return "mae" if can_drop_tokens(encoder) else "timm"
 
 
 def mask_unit(

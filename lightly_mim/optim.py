@@ -55,8 +55,13 @@ class Recipe:
             Learning rate of the first step, per `lr_batch_size` images.
         min_lr:
             Learning rate that the cosine ends with, per `lr_batch_size` images.
+        min_lr_is_absolute:
+            Whether `min_lr` is that rate itself, whatever the batch size.
         warmup_epochs:
             Epochs of linear warm-up.
+        full_warmup_from:
+            Epochs from which on a run of another length has all of that warm-up, and
+            below which its share. None if the warm-up is a share of any run.
         schedule:
             'cosine', or 'step': the rate is multiplied by `step_factor` at each of
             `step_epochs`.
@@ -71,8 +76,10 @@ class Recipe:
             AdamW's betas.
         weight_decay:
             AdamW's weight decay.
-        decay_mask_token:
-            Whether weight decay applies to the mask token.
+        weight_decay_on:
+            Parameters that weight decay applies to although the method or timm leave
+            them out, by any part of their names between dots, such as "mask_token",
+            "relative_position_bias_table", "cpb_mlp" or "logit_scale".
         clip_grad:
             Largest norm of the gradient. None for no clipping.
         drop_path:
@@ -98,13 +105,15 @@ class Recipe:
     method_options: Mapping[str, Any] = field(default_factory=dict)
     warmup_lr: float = 0.0
     min_lr: float = 0.0
+    min_lr_is_absolute: bool = False
+    full_warmup_from: int | None = None
     schedule: Literal["cosine", "step"] = "cosine"
     cosine_from_warmup: bool = False
     step_epochs: tuple[float, ...] = ()
     step_factor: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
-    decay_mask_token: bool = False
+    weight_decay_on: tuple[str, ...] = ()
     clip_grad: float | None = None
     drop_path: float | None = None
 
@@ -125,17 +134,31 @@ class Recipe:
                 f"lr={self.lr}, warmup_lr={self.warmup_lr}, min_lr={self.min_lr}."
             )
 
+    def exempt(self, names: Collection[str]) -> set[str]:
+        """Returns which of the parameters that are left out of weight decay stay so.
+
+        Args:
+            names:
+                Names of the parameters that the method leaves out.
+        """
+        decayed = set(self.weight_decay_on)
+        return {name for name in names if decayed.isdisjoint(name.split("."))}
+
     def for_epochs(self: AnyRecipe, epochs: int) -> AnyRecipe:
         """Returns the recipe for another number of epochs.
 
         Warm-up and steps keep their share of the run: ten epochs of warm-up out of a
-        hundred become two out of twenty.
+        hundred become two out of twenty. With `full_warmup_from` the warm-up of longer
+        runs is that of a run of so many epochs.
         """
         share = epochs / self.epochs
+        full = math.inf if self.full_warmup_from is None else self.full_warmup_from
         return dataclasses.replace(
             self,
             epochs=epochs,
-            warmup_epochs=self.warmup_epochs * share,
+            warmup_epochs=(
+                self.warmup_epochs * min(epochs, full) / min(self.epochs, full)
+            ),
             step_epochs=tuple(epoch * share for epoch in self.step_epochs),
         )
 
@@ -214,6 +237,9 @@ def build_optimizer(
         (AdamW optimiser, learning rate scheduler).
     """
     lr = recipe.lr * batch_size / recipe.lr_batch_size
+    if recipe.min_lr_is_absolute:
+        min_lr = recipe.min_lr * recipe.lr_batch_size / batch_size
+        recipe = dataclasses.replace(recipe, min_lr=min_lr, min_lr_is_absolute=False)
     if layer_decay is None:
         groups = param_groups_weight_decay(
             module, recipe.weight_decay, no_weight_decay_list=no_weight_decay

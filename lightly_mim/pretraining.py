@@ -269,16 +269,13 @@ class Pretraining(pl.LightningModule):
                 self.method.encoder, num_images, batch_size, epochs
             )
         total_steps, steps_per_epoch = self._length(recipe, per_epoch)
-        exempt = self.method.no_weight_decay()
-        if recipe.decay_mask_token:
-            exempt = {name for name in exempt if not name.endswith("mask_token")}
         optimizer, scheduler = build_optimizer(
             self.method,
             recipe,
             batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
-            no_weight_decay=exempt,
+            no_weight_decay=recipe.exempt(self.method.no_weight_decay()),
             fused=trainer.precision != "16-mixed",
         )
         self._clip_grad = recipe.clip_grad

@@ -176,7 +176,7 @@ class RunDirectory:
         except (OSError, ValueError, yaml.YAMLError):
             return None
         is_run = isinstance(config, dict) and {"out", "data", "method"} <= config.keys()
-        return config if is_run else None
+        return _in_todays_words(config) if is_run else None
 
     def stored_arguments(self) -> dict[str, Any]:
         """Returns the arguments of the run that is there, to go on with it.
@@ -377,6 +377,37 @@ class RunDirectory:
             summary = {**summary, "changes": changes}
         with atomic_write(self.marker) as temporary:
             temporary.write_text(json.dumps(dict(summary), indent=2) + "\n")
+
+
+def _in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a run as this version says them.
+
+    What an earlier version did not say is said as it meant it, so that its run goes on.
+    """
+    recipe, method = config.get("recipe"), config["method"]
+    if isinstance(recipe, dict):
+        decayed = ["mask_token"] if recipe.pop("decay_mask_token", False) else []
+        meant = {
+            "weight_decay_on": decayed,
+            "min_lr_is_absolute": False,
+            "full_warmup_from": None,
+        }
+        config["recipe"] = meant | recipe
+    if isinstance(method, dict):
+        arguments = method.get("init_args") or {}
+        init = _OWN_INIT.get(str(method.get("class_path")).rpartition(".")[2])
+        if init is not None and "init" not in arguments:
+            there = (method.get("dict_kwargs") or {}).get("pretrained")
+            there = there or str(arguments.get("encoder")).startswith("<")
+            arguments["init"] = "timm" if there else init
+            method["init_args"] = arguments
+    return config
+
+
+# How methods drew new weights before they had the argument.
+_OWN_INIT = {"SimMIM": "timm"} | dict.fromkeys(
+    ("MAE", "CrossMAE", "MaskTokenMAE"), "mae"
+)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

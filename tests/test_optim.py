@@ -11,6 +11,7 @@ from torch import nn
 
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation.finetune import FineTuned
+from lightly_mim.methods import MAE
 from lightly_mim.optim import (
     Recipe,
     build_optimizer,
@@ -87,6 +88,37 @@ def test_for_epochs__keeps_the_shares() -> None:
     recipe = dataclasses.replace(RECIPE, schedule="step", step_epochs=(16,))
     short = recipe.for_epochs(5)
     assert (short.epochs, short.warmup_epochs, short.step_epochs) == (5, 1, (4,))
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "warmup"),
+    [
+        ("vit_base_1600ep", 800, 40),
+        ("vit_base_1600ep", 3200, 40),
+        ("vit_base_1600ep", 1000, 40),
+        ("vit_base_1600ep", 400, 20),
+        ("vit_base_1600ep", 100, 5),
+        ("vit_large_800ep", 1600, 40),
+        ("vit_large_800ep", 200, 10),
+        # Its own warm-up is as long as that of longer runs.
+        ("vit_large_400ep", 400, 40),
+        ("vit_large_400ep", 800, 40),
+        ("vit_large_400ep", 100, 10),
+    ],
+)
+def test_for_epochs__warm_up_of_mae(name: str, epochs: int, warmup: float) -> None:
+    stretched = MAE.recipe(name).for_epochs(epochs)
+    assert (stretched.epochs, stretched.warmup_epochs) == (epochs, warmup)
+    # By way of another length it is the same.
+    again = MAE.recipe(name).for_epochs(50).for_epochs(epochs)
+    assert again.warmup_epochs == pytest.approx(warmup)
+
+
+def test_exempt__takes_whole_parts_of_names() -> None:
+    names = {"a.cpb_mlp.0.weight", "cpb_mlp", "a.cpb_mlp2", "vit.pos_embed"}
+    decaying = dataclasses.replace(RECIPE, weight_decay_on=("cpb_mlp", "mlp", "x"))
+    assert decaying.exempt(names) == {"a.cpb_mlp2", "vit.pos_embed"}
+    assert RECIPE.exempt(names) == names
 
 
 class Module(nn.Module):
@@ -326,6 +358,29 @@ def test_build_optimizer__ends_that_do_not_decay_equal_timms() -> None:
         )
         optimizer.step()
         ours.step()
+
+
+@pytest.mark.parametrize("batch_size", [64, 512, 4096])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_build_optimizer__absolute_min_lr(
+    batch_size: int, layer_decay: float | None
+) -> None:
+    encoder, options = MODELS["vit"]
+    module = FineTuned(masked_encoder(encoder, **options), 3, "mean", head_std=0.02)
+    recipe = dataclasses.replace(RECIPE, min_lr=1e-6, min_lr_is_absolute=True)
+    optimizer, schedule = build_optimizer(
+        module, recipe, batch_size, 7, 140, layer_decay=layer_decay
+    )
+    for _ in range(140):
+        optimizer.step()
+        schedule.step()
+    # MAE's code multiplies by the share of the layer what the schedule gives.
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-6 * group.get("lr_scale", 1.0))
+    scaled = dataclasses.replace(recipe, min_lr_is_absolute=False)
+    _, schedule = build_optimizer(module, scaled, batch_size, 7, 140)
+    last = schedule.lr_lambdas[0](140) * schedule.base_lrs[0]
+    assert last == pytest.approx(1e-6 * batch_size / 512)
 
 
 def layer_of_head(words: list[str]) -> int:

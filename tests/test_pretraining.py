@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -699,6 +700,39 @@ def test_pretraining__takes_lightlys_loader(photos: Path, tmp_path: Path) -> Non
     schedule = module.lr_schedulers()
     assert schedule.base_lrs[0] == pytest.approx(2e-4 * 8 / 512)
     assert fit.global_step == 4
+
+
+@no_validation
+@few_batches
+@pytest.mark.parametrize("words", [(), ("relative_position_bias_table",)])
+def test_pretraining__decays_what_the_recipe_says(
+    photos: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    recipe = dataclasses.replace(SimMIM.recipe(), weight_decay_on=words)
+    method = SimMIM(**TINY_VIT | {"encoder": "beit_base_patch16_224"})
+    module = Pretraining(method, recipe=recipe)
+    trainer(tmp_path, limit_train_batches=1).fit(module, lightly_loader(photos))
+    decaying, others = ids_of_groups(module)
+    tables = [
+        block.attn.relative_position_bias_table for block in vit_of(module).blocks
+    ]
+    assert len(tables) == 2
+    for table in tables:
+        assert id(table) in (decaying if words else others)
+    assert id(method.encoder.mask_token) in others
+    assert id(vit_of(module).blocks[0].attn.qkv.weight) in decaying
+
+
+def vit_of(module: Pretraining) -> Any:
+    return module.method.encoder.vit
+
+
+def ids_of_groups(module: Pretraining) -> tuple[set[int], set[int]]:
+    """Returns the parameters that decay, and those that do not."""
+    ids: tuple[set[int], set[int]] = (set(), set())
+    for group in module.optimizers().param_groups:  # type: ignore[union-attr]
+        ids[group["weight_decay"] == 0].update(map(id, group["params"]))
+    return ids
 
 
 def test_pretraining__normalises_bytes_and_passes_floats(photos: Path) -> None:

@@ -19,8 +19,10 @@ from pytorch_lightning.callbacks import Callback
 
 from lightly_mim.callbacks import MetricsLogger
 from lightly_mim.checkpoints import read_encoder
+from lightly_mim.config import to_config
 from lightly_mim.evaluation import evaluate, load_encoder
-from lightly_mim.methods import MAE, SimMIM
+from lightly_mim.methods import MAE, CrossMAE, SimMIM
+from lightly_mim.optim import Recipe
 from lightly_mim.pretraining import Pretraining, pretrain
 from lightly_mim.runs import RunDirectory, TakenOverError
 
@@ -328,6 +330,66 @@ def test_resume__out_is_enough(
     further = run(tmp_path / "further", photos, method=again, epochs=1, lr=1e-9)
     for name, tensor in further.state_dict().items():
         torch.testing.assert_close(tensor, method.state_dict()[name])
+
+
+def of_an_earlier_version(run: Path, **recipe: Any) -> None:
+    """Takes out of a run's arguments what earlier versions did not record."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("weight_decay_on", "min_lr_is_absolute", "full_warmup_from"):
+        del config["recipe"][name]
+    config["recipe"] |= recipe
+    del config["method"]["init_args"]["init"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_resume__of_an_earlier_version(
+    whole: Path, photos: Path, cut: Path, tmp_path: Path
+) -> None:
+    out = copy_of(cut, tmp_path)
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    was = kept["recipe"]["weight_decay_on"]
+    assert was  # of a published recipe: not what earlier versions did
+    of_an_earlier_version(out, decay_mask_token=False)
+    with pytest.raises(ValueError, match=r"recipe.weight_decay_on: \[\] in the run, "):
+        run(out, photos, callbacks=OTHER, resume=True, recipe=SimMIM.recipe())
+    pretrain(out, resume=True, allow_changes=["callbacks"])
+    found = yaml.safe_load((out / "config.yaml").read_text())
+    assert found["recipe"] == kept["recipe"] | {"weight_decay_on": []}
+    assert found["method"] == kept["method"]
+    assert_same(weights(out), weights(whole))  # its ViT has none of these
+
+
+@pytest.mark.parametrize("decayed", [True, False])
+@pytest.mark.parametrize(
+    ("method", "options", "init"),
+    [
+        (SimMIM, {}, "timm"),
+        (MAE, {}, "mae"),
+        (CrossMAE, {}, "mae"),
+        (MAE, {"pretrained": True}, "timm"),
+    ],
+)
+def test_stored_config__of_an_earlier_version(
+    tmp_path: Path, method: Any, options: dict[str, Any], init: str, decayed: bool
+) -> None:
+    config = {
+        "out": "a",
+        "data": "b",
+        "recipe": to_config(method.recipe() if method.recipes else MAE.recipe()),
+        "method": {
+            "class_path": f"lightly_mim.methods.{method.__name__}",
+            "init_args": {"encoder": "vit_tiny_patch16_224", "init": None},
+            "dict_kwargs": options,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    of_an_earlier_version(tmp_path, decay_mask_token=decayed)
+    stored = RunDirectory(tmp_path).stored_config()
+    assert stored is not None
+    assert stored["method"]["init_args"]["init"] == init
+    recipe = stored["recipe"]
+    assert recipe["weight_decay_on"] == (["mask_token"] if decayed else [])
+    assert Recipe(**recipe).full_warmup_from is None
 
 
 def test_resume__out_alone_with_a_change(

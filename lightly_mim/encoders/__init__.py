@@ -9,11 +9,13 @@ from lightly_mim.encoders.build import (
     masked_encoder,
     resize_encoder,
 )
+from lightly_mim.encoders.initialization import Init
 from lightly_mim.encoders.pooling import AnyPool, Pool, pool_tokens
 
 __all__ = [
     "AnyPool",
     "Encoder",
+    "Init",
     "MaskedEncoder",
     "Pool",
     "UnsupportedModelError",

@@ -3,7 +3,8 @@
 The ViT of the official SimMIM code is a Beit with one shared table, no absolute
 positions and layer scale 0.1 (https://github.com/microsoft/SimMIM, configs/vit_base):
 `masked_encoder("beit_base_patch16_224", use_shared_rel_pos_bias=True,
-use_rel_pos_bias=False, use_abs_pos_emb=False, use_fc_norm=False, init_values=0.1)`.
+use_rel_pos_bias=False, use_abs_pos_emb=False, use_fc_norm=False, init_values=0.1,
+init="simmim")`.
 """
 
 from __future__ import annotations

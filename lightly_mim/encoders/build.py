@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import timm
-import torch
 from lightly.models.modules.masked_vision_transformer_timm import (
     MaskedVisionTransformerTIMM,
 )
@@ -31,10 +29,16 @@ from lightly_mim.encoders.base import (
 )
 from lightly_mim.encoders.beit import MaskedBeit
 from lightly_mim.encoders.eva import MaskedEva
+from lightly_mim.encoders.initialization import (
+    Init,
+    PosEmbed,
+    initialize,
+    set_positions,
+)
 from lightly_mim.encoders.swin import MaskedSwin
 from lightly_mim.encoders.transformer import MaskedTransformer
 from lightly_mim.encoders.vit import MaskedViT
-from lightly_mim.patches import Size, grid_size, sincos_positions, to_pair
+from lightly_mim.patches import Size, grid_size, to_pair
 
 if TYPE_CHECKING:
     Encoder = str | nn.Module
@@ -71,7 +75,8 @@ def masked_encoder(
     img_size: Size | None = None,
     in_chans: int = 3,
     pretrained: bool = False,
-    pos_embed: Literal["learned", "sincos"] | None = None,
+    pos_embed: PosEmbed | None = None,
+    init: Init = "timm",
     **options: Any,
 ) -> MaskedEncoder:
     """Builds an encoder from a timm name, or wraps a timm model.
@@ -89,9 +94,13 @@ def masked_encoder(
         pretrained:
             Whether timm loads its pretrained weights.
         pos_embed:
-            None leaves the absolute positions as timm made them, "learned" asks for
-            learned ones, "sincos" replaces them, pretrained ones too, by fixed 2-D
-            sines and cosines as in MAE, for any aspect ratio.
+            None leaves the absolute positions as timm or `init` made them, "learned"
+            asks for learned ones, "sincos" replaces them, pretrained ones too, by fixed
+            2-D sines and cosines as in MAE, for any aspect ratio.
+        init:
+            The law that the weights are drawn by, of an encoder that is built by its
+            name without pretrained weights: "timm", "mae" or "simmim", see
+            `lightly_mim.encoders.initialization.initialize`.
         **options:
             Further arguments of the timm model, such as `depth`, `embed_dim`,
             `window_size`, `drop_path_rate` or `dynamic_img_size`.
@@ -105,12 +114,22 @@ def masked_encoder(
         The encoder, without a mask token.
 
     Raises:
-        ValueError: If timm has no such model or cannot build it like that.
+        ValueError: If timm has no such model or cannot build it like that, or if the
+            weights that are there cannot be drawn by `init`.
         UnsupportedModelError: A ValueError. If the model is of a family that is not
             supported, or has a part that a mask does not get along with.
     """
+    if init not in get_args(Init):
+        raise ValueError(f"init is one of {', '.join(get_args(Init))}, got {init!r}.")
+    if init != "timm" and (pretrained or not isinstance(encoder, str)):
+        what = "pretrained=True" if pretrained else "a model that is passed by hand"
+        raise ValueError(
+            f"init={init!r} draws new weights, and {what} brings its own: leave init "
+            "out, or name a timm model without pretrained weights."
+        )
     if isinstance(encoder, str):
         wrapped = _build(encoder, img_size, in_chans, pretrained, options)
+        initialize(wrapped, init, pos_embed)
     else:
         if pretrained or options:
             raise ValueError(
@@ -129,8 +148,8 @@ def masked_encoder(
                 f"The model was built with in_chans={wrapped.in_chans}, got "
                 f"in_chans={in_chans}. Build it for the channels that you need."
             )
-    if pos_embed is not None:
-        _set_positions(wrapped, pos_embed)
+        if pos_embed is not None:
+            set_positions(wrapped, pos_embed)
     return wrapped
 
 
@@ -209,7 +228,7 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
     resized = type(encoder)(vit)
     resized.mask_token = encoder.mask_token
     resized.name, resized.options = encoder.name, options
-    resized.pos_embed = encoder.pos_embed
+    resized.pos_embed, resized.token_bound = encoder.pos_embed, encoder.token_bound
     resized.mean, resized.std = encoder.mean, encoder.std
     resized.pool = encoder.pool
     resized.untrained = encoder.untrained
@@ -299,26 +318,3 @@ def _wrap(model: nn.Module) -> MaskedEncoder:
         raise UnsupportedModelError(str(error), model) from error
     encoder.mean, encoder.std = pretrained_statistics(model, encoder.in_chans)
     return encoder
-
-
-def _set_positions(encoder: MaskedEncoder, pos_embed: str) -> None:
-    """Makes the absolute positions learned, or fixed sines and cosines."""
-    if pos_embed not in ("learned", "sincos"):
-        raise ValueError(
-            f"pos_embed is 'learned', 'sincos' or None, got '{pos_embed}'."
-        )
-    positions: nn.Parameter | None = getattr(encoder.vit, "pos_embed", None)
-    if positions is None:
-        raise ValueError(
-            f"{type(encoder.vit).__name__} was built without absolute positions, got "
-            f"pos_embed='{pos_embed}'. Leave pos_embed out."
-        )
-    if pos_embed == "sincos":
-        # With no_embed_class, prefix tokens have no positions.
-        num_prefix = positions.shape[1] - math.prod(encoder.grid)
-        with torch.no_grad():
-            positions.copy_(
-                sincos_positions(encoder.grid, encoder.embed_dim, num_prefix)
-            )
-    positions.requires_grad_(pos_embed == "learned")
-    encoder.pos_embed = pos_embed

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightly_mim.config import Recorded, constructor_arguments
-from lightly_mim.encoders import MaskedEncoder, choose_attention
+from lightly_mim.encoders import Encoder, Init, MaskedEncoder, choose_attention
 from lightly_mim.heads import Head
 from lightly_mim.losses import Loss
 from lightly_mim.masking import Mask, Masking, RandomMasking, UnitMasking
@@ -119,6 +119,8 @@ class MaskedImageModel(Recorded, nn.Module):
         }
         if recipe.drop_path is not None:
             settings["drop_path_rate"] = recipe.drop_path
+        if options.get("pretrained"):
+            settings.pop("init", None)  # there is nothing to draw
         return cls(**(settings | options))
 
     @classmethod
@@ -310,6 +312,28 @@ def refuse_replaced(cls: type[MaskedImageModel], names: Iterable[str]) -> None:
     if refused:
         what = " ".join(f"{name}: {cls.replaced[name]}" for name in refused)
         raise ValueError(f"{cls.__name__} does not take {what}")
+
+
+def choose_init(
+    init: Init | None, encoder: Encoder, options: Mapping[str, Any], default: Init
+) -> Init:
+    """Returns the law that the weights of a method's encoder are drawn by.
+
+    Args:
+        init:
+            What was asked for. None leaves weights that come from elsewhere as they
+            are, and takes the default for others.
+        encoder:
+            The `encoder` of the method.
+        options:
+            The options of that encoder.
+        default:
+            The method's own law.
+    """
+    if init is not None:
+        return init
+    new = isinstance(encoder, str) and not options.get("pretrained")
+    return default if new else "timm"
 
 
 def choose_masking(

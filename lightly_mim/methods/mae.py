@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from lightly.models.modules.masked_vision_transformer_timm import init_weights
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
 from lightly_mim.defaults import decoder_size, num_heads
 from lightly_mim.encoders import (
     Encoder,
+    Init,
     MaskedEncoder,
     can_drop_tokens,
     masked_encoder,
@@ -30,6 +30,7 @@ from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
     check_unit,
+    choose_init,
     choose_masking,
     choose_part,
     count_values,
@@ -65,10 +66,7 @@ class MAE(MaskedImageModel):
     Args:
         encoder:
             timm name or timm module of a VisionTransformer, Beit or Eva, or a
-            `MaskedEncoder`. One that is built here by its name, and not pretrained, is
-            initialised as in the reference, with fixed sine-cosine positions if it has
-            absolute ones (`pos_embed="learned"` keeps timm's). Weights that come from
-            elsewhere are left as they are.
+            `MaskedEncoder`.
         img_size:
             Side of the images in pixels or (height, width). None for the encoder's own.
         in_chans:
@@ -98,6 +96,12 @@ class MAE(MaskedImageModel):
         decoder_num_heads:
             Number of the decoder's attention heads. By default of 32 values each (16 in
             the reference code).
+        init:
+            The law of the encoder's weights, see `masked_encoder`. By default "mae",
+            that of the reference, with fixed sine-cosine positions if there are
+            absolute ones (`pos_embed="learned"` keeps timm's), for an encoder that is
+            built here by its name. Weights that come from elsewhere are left as they
+            are.
         encoder_options:
             Further options of the encoder: see `lightly_mim.encoders.masked_encoder`.
 
@@ -138,18 +142,18 @@ class MAE(MaskedImageModel):
         decoder_dim: int | None = None,
         decoder_depth: int | None = None,
         decoder_num_heads: int | None = None,
+        init: Init | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
         self.target = choose_part(target, PatchNormalizedPixels(), "target")
         self.loss = choose_loss(loss, self.target.num_classes, default=L2())
         _check_family(encoder)
+        init = choose_init(init, encoder, encoder_options, default="mae")
         self.encoder: MaskedEncoder = masked_encoder(
-            encoder, img_size=img_size, in_chans=in_chans, **encoder_options
+            encoder, img_size=img_size, in_chans=in_chans, init=init, **encoder_options
         )
         _check_encoder(self.encoder)
-        if isinstance(encoder, str) and not encoder_options.get("pretrained"):
-            _initialize_encoder(self.encoder, **encoder_options)
         patch_size = self.encoder.patch_size
         self.masking = choose_masking(
             masking, mask_patch_size, mask_ratio, RandomMasking(patch_size, 0.75)
@@ -178,6 +182,7 @@ class MAE(MaskedImageModel):
             decoder_num_heads=decoder_num_heads,
             mask_patch_size=None,
             mask_ratio=None,
+            init=init,
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -287,36 +292,18 @@ def _name(encoder: Encoder) -> str:
     return encoder if isinstance(encoder, str) else type(encoder).__name__
 
 
-def _initialize_encoder(
-    encoder: MaskedEncoder, pos_embed: str | None = None, **_: Any
-) -> None:
-    """Draws the weights as the reference does.
-
-    Linear layers, and the patch embedding as one, are Xavier uniform (appendix A.1),
-    tokens normal with deviation 0.02. The bias of the patch embedding, a convolution,
-    keeps PyTorch's default there, too.
-    """
-    encoder.apply(init_weights)
-    with torch.no_grad():
-        nn.init.xavier_uniform_(encoder.vit.patch_embed.proj.weight.flatten(1))
-    for name in ("cls_token", "reg_token"):
-        token = getattr(encoder.vit, name, None)
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-    if pos_embed is None and getattr(encoder.vit, "pos_embed", None) is not None:
-        masked_encoder(encoder, pos_embed="sincos")
-
-
 # Appendix A.1, table 8 of the paper. Rates are per 256 images.
 _BASE = Recipe(
     source="MAE, appendix A.1, table 8, and table 3 (1600 epochs)",
     encoder="vit_base_patch16_224",
+    encoder_options={"init": "mae"},
     img_size=224,
     epochs=1600,
     batch_size=4096,
     lr=1.5e-4,
     lr_batch_size=256,
     warmup_epochs=40,
+    full_warmup_from=800,
     schedule="cosine",
     cosine_from_warmup=True,
     betas=(0.9, 0.95),
@@ -325,7 +312,8 @@ _BASE = Recipe(
     min_scale=0.2,
 )
 # Figure 7: shorter runs of ViT-L have the same schedule and warm-up. For ViT-B and
-# ViT-H the paper has no shorter runs; these do the same.
+# ViT-H the paper has no shorter runs; these do the same. Other runs of fewer than 800
+# epochs have their share of the warm-up.
 _SHORTER = "MAE, appendix A.1, table 8, and figure 7 (shorter schedules)"
 _ENCODERS = {
     "vit_base": "vit_base_patch16_224",
@@ -338,6 +326,7 @@ MAE.recipes = {
         _BASE,
         encoder=encoder,
         epochs=epochs,
+        full_warmup_from=min(epochs, 800),
         source=_BASE.source if epochs == _BASE.epochs else _SHORTER,
     )
     for epochs in (1600, 800, 400)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightly_mim.defaults import mask_unit, target_window
-from lightly_mim.encoders import Encoder, MaskedEncoder, masked_encoder
+from lightly_mim.defaults import initialization, mask_unit, target_window
+from lightly_mim.encoders import Encoder, Init, MaskedEncoder, masked_encoder
 from lightly_mim.heads import Head, LinearHead
 from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
 from lightly_mim.masking import Mask, Masking, RandomMasking
@@ -25,6 +25,7 @@ from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
     check_unit,
+    choose_init,
     choose_masking,
     choose_part,
     count_values,
@@ -80,6 +81,10 @@ class SimMIM(MaskedImageModel):
             Short for `masking=RandomMasking(mask_patch_size, ...)`.
         mask_ratio:
             Short for `masking=RandomMasking(..., ratio=mask_ratio)`.
+        init:
+            The law of the weights of an encoder that is built here by its name, see
+            `masked_encoder`. By default `lightly_mim.defaults.initialization`; the
+            reference's is "simmim", which its recipes take.
         encoder_options:
             Further options of the encoder: see `lightly_mim.encoders.masked_encoder`.
 
@@ -110,6 +115,7 @@ class SimMIM(MaskedImageModel):
         region: Literal["masked", "all", "visible"] = "masked",
         mask_patch_size: Size | None = None,
         mask_ratio: float | None = None,
+        init: Init | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
@@ -122,8 +128,9 @@ class SimMIM(MaskedImageModel):
             # timm builds Swin with 0.1; the reference pretrains it without, and the ViT
             # with 0.1, which its recipe sets.
             encoder_options = {"drop_path_rate": 0.0} | encoder_options
+        init = choose_init(init, encoder, encoder_options, initialization(encoder))
         self.encoder: MaskedEncoder = masked_encoder(
-            encoder, img_size=img_size, in_chans=in_chans, **encoder_options
+            encoder, img_size=img_size, in_chans=in_chans, init=init, **encoder_options
         )
         size = self.encoder.img_size
         unit = mask_unit(size, self.encoder.patch_size)
@@ -153,6 +160,7 @@ class SimMIM(MaskedImageModel):
             loss=self.loss,
             mask_patch_size=None,
             mask_ratio=None,
+            init=init,
         )
 
     def forward(self, images: Tensor, mask: Mask | Tensor | None = None) -> MIMOutput:
@@ -214,10 +222,14 @@ def _grid(size: Sequence[int], encoder: MaskedEncoder) -> tuple[int, int]:
 # Section 4.1.1 and appendix A of the paper, with the values of the configuration files
 # that its code was published with where the paper is silent. Rates are per 512 images
 # and every run has 2048 in a step. All encoders see 192 pixels except the ViT.
+#
+# The code looks for what timm leaves out of weight decay under names that are not the
+# pretrained model's: but for the mask token it decays. The ViT's mask token does, too.
+_DECAYED = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 _SWIN = Recipe(
     source="microsoft/SimMIM, configs/swin_base__100ep",
     encoder="swin_base_patch4_window7_224",
-    encoder_options={"window_size": 6},
+    encoder_options={"window_size": 6, "init": "simmim"},
     method_options={"target": Pixels()},
     img_size=192,
     epochs=100,
@@ -230,6 +242,7 @@ _SWIN = Recipe(
     schedule="cosine",
     betas=(0.9, 0.999),
     weight_decay=0.05,
+    weight_decay_on=_DECAYED,
     clip_grad=5.0,
     drop_path=0.0,
     min_scale=0.67,
@@ -254,7 +267,7 @@ SimMIM.recipes = {
         _SWIN_800,
         source="microsoft/SimMIM, configs/swin_large__800ep",
         encoder="swin_large_patch4_window12_384",
-        encoder_options={"window_size": 12},
+        encoder_options={"window_size": 12, "init": "simmim"},
     ),
     "vit_base_800ep": dataclasses.replace(
         _SWIN_800,
@@ -268,17 +281,17 @@ SimMIM.recipes = {
             "use_abs_pos_emb": False,
             "use_fc_norm": False,
             "init_values": 0.1,
+            "init": "simmim",
         },
         img_size=224,
         drop_path=0.1,
-        # The reference exempts the mask token of Swin from weight decay, not the ViT's.
-        decay_mask_token=True,
+        weight_decay_on=(*_DECAYED, "mask_token"),
     ),
     "swinv2_base_800ep": dataclasses.replace(
         _SWIN_800,
         source="microsoft/Swin-Transformer, configs/simmim: swinv2_base, 800ep",
         encoder="swinv2_base_window12_192",
-        encoder_options={},
+        encoder_options={"init": "simmim"},
         method_options={"target": LocallyNormalizedPixels(47)},
         drop_path=0.1,
     ),

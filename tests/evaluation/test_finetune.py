@@ -25,6 +25,7 @@ from lightly_mim.evaluation.finetune import (
     default_recipe,
     mixed_loss,
 )
+from lightly_mim.optim import learning_rate_factor
 
 from .test_supervised import OPTIONS, stripes, trained
 
@@ -338,6 +339,52 @@ def test_settings__override_the_recipe() -> None:
     assert (recipe.epochs, recipe.warmup_epochs) == (20, 1)
     assert (recipe.lr, recipe.layer_decay, recipe.clip_grad) == (1e-3, 0.9, 1.0)
     assert (recipe.rand_augment, recipe.batch_size) == ("", 1024)
+
+
+def test_recipes__where_the_cosine_begins_and_ends() -> None:
+    for name, recipe in RECIPES.items():
+        # MAE's code, and WARMUP_PREFIX of the code of SwinV2.
+        from_warmup = name.startswith("mae_") or name == "simmim_swinv2_base"
+        assert recipe.cosine_from_warmup == from_warmup, name
+        # 1e-6 of MAE's code is the rate itself; SimMIM's is per 512 images.
+        absolute = name.startswith("mae_")
+        assert recipe.min_lr_is_absolute == absolute, name
+        assert recipe.min_lr == (1e-6 if absolute else 2.5e-7)
+
+
+def test_recipes__rates_of_swinv2() -> None:
+    """At 100 epochs of 2048 images: 20 of warm-up, and the cosine over the other 80."""
+    recipe = RECIPES["simmim_swinv2_base"]
+    end = recipe.min_lr / recipe.lr
+    for epoch in (20, 40, 60, 99):
+        cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 20) / 80))
+        expected = end + (1 - end) * cosine
+        found = learning_rate_factor(epoch * 5, 5, 500, recipe)
+        assert found == pytest.approx(expected)
+    assert learning_rate_factor(100, 5, 500, recipe) == 1
+    swin = RECIPES["simmim_swin_base_100ep"]
+    assert learning_rate_factor(100, 5, 500, swin) == pytest.approx(0.9045, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_finetune__tables_decay_in_simmims_vit_alone(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def catch(model: Any, recipe: Any, *arguments: Any, **_: Any) -> None:
+        left_out.extend(arguments[-1])
+        raise Stop
+
+    left_out: list[str] = []
+    monkeypatch.setattr(finetune, "build_optimizer", catch)
+    vit = masked_encoder("beit_base_patch16_224", img_size=16, **OPTIONS)
+    with pytest.raises(Stop):
+        FineTune(recipe=name)(vit, stripes(10, 2), 2, out=tmp_path, num_workers=0)
+    assert "encoder.vit.cls_token" in left_out
+    table = "encoder.vit.blocks.0.attn.relative_position_bias_table"
+    assert (table in left_out) == (name != "simmim_vit_base")
 
 
 def test_recipes__only_maes_code_scales_the_ends_with_the_layers() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from lightly_mim.losses import L1, L2, Loss, SmoothL1
 from lightly_mim.masking import Mask, RandomMasking
 from lightly_mim.methods import SimMIM
 from lightly_mim.methods.base import MaskedImageModel
+from lightly_mim.optim import Recipe, build_optimizer
 from lightly_mim.patches import gather_patches
 from lightly_mim.targets import LocallyNormalizedPixels, Target
 
@@ -510,8 +512,9 @@ def test_from_recipe__builds_the_encoder(name: str) -> None:
     model = SimMIM.from_recipe(name, **SMALL[name.split("_")[0]])
     assert model.encoder.img_size == (recipe.img_size, recipe.img_size)
     assert model.encoder.name == recipe.encoder
+    assert model.init_args["init"] == recipe.encoder_options["init"] == "simmim"
     for key, value in recipe.encoder_options.items():
-        assert model.encoder.options[key] == value
+        assert key == "init" or model.encoder.options[key] == value
 
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -532,6 +535,38 @@ def test_no_weight_decay__names_exist() -> None:
         names = {name for name, _ in model.named_parameters()}
         assert model.no_weight_decay() <= names
         assert "encoder.mask_token" in model.no_weight_decay()
+
+
+@pytest.mark.parametrize("name", SimMIM.recipes)
+def test_recipes__decay_what_the_reference_decays(name: str) -> None:
+    """What its code leaves out are vectors, biases, and these by their exact names."""
+    left_out = {"encoder.mask_token"}
+    if name.startswith("vit"):
+        left_out = {"encoder.vit.pos_embed", "encoder.vit.cls_token"}
+    recipe = SimMIM.recipe(name)
+    model = SimMIM.from_recipe(name, **SMALL[name.split("_")[0]])
+    for settings, published in ((recipe, True), (plain(recipe), False)):
+        exempt = settings.exempt(model.no_weight_decay())
+        optimizer, _ = build_optimizer(model, settings, 2048, 1, 100, exempt)
+        decay = {
+            id(parameter): group["weight_decay"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        special = 0
+        for key, parameter in model.named_parameters():
+            expected = parameter.ndim > 1 and key not in left_out
+            if any(word in key for word in ("bias_table", "cpb_mlp", "logit_scale")):
+                expected &= published
+                special += 1
+            if key == "encoder.mask_token":
+                expected = published and name.startswith("vit")
+            assert decay[id(parameter)] == (0.05 if expected else 0), key
+        assert special > 0
+
+
+def plain(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, weight_decay_on=())
 
 
 # Bad input.
