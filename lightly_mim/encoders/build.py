@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import timm
 from lightly.models.modules.masked_vision_transformer_timm import (
@@ -36,6 +36,7 @@ from lightly_mim.encoders.initialization import (
     set_positions,
 )
 from lightly_mim.encoders.swin import MaskedSwin
+from lightly_mim.encoders.tables import spline_table
 from lightly_mim.encoders.transformer import MaskedTransformer
 from lightly_mim.encoders.vit import MaskedViT
 from lightly_mim.patches import Size, grid_size, to_pair
@@ -173,7 +174,9 @@ def can_drop_tokens(encoder: Encoder) -> bool:
     return family is None or family.can_drop_tokens
 
 
-def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
+def resize_encoder(
+    encoder: MaskedEncoder, img_size: Size, tables: Literal["timm", "simmim"] = "timm"
+) -> MaskedEncoder:
     """Makes an encoder take images of another size, with the weights that it has.
 
     What fine-tuning at a higher resolution than pretraining needs. timm resamples what
@@ -187,13 +190,17 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
             The encoder. Its timm model is changed: do not use it any more.
         img_size:
             Height and width of the images in pixels, one number for squares.
+        tables:
+            How a SwinTransformer's tables of relative positions are resampled: "timm"
+            does it linearly, "simmim" by a cubic spline on a geometric grid, as
+            SimMIM's code does for fine-tuning (`lightly_mim.encoders.tables`).
 
     Returns:
         An encoder of that size, on the same device. `options` has what rebuilds it.
 
     Raises:
-        ValueError: If patches or windows do not tile such images, or if the encoder is
-            not built around a timm transformer.
+        ValueError: If patches or windows do not tile such images, if the encoder is
+            not built around a timm transformer, or if it has no tables for `tables`.
     """
     size = to_pair(img_size, "img_size")
     if size == encoder.img_size:
@@ -202,6 +209,13 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
         raise ValueError(
             f"How to resize a {type(encoder).__name__} is not known: build it with "
             f"img_size={size} and load the weights."
+        )
+    if tables != "timm" and (
+        tables != "simmim" or not isinstance(encoder.vit, SwinTransformer)
+    ):
+        raise ValueError(
+            "tables is 'timm', or for a SwinTransformer 'simmim', got "
+            f"{tables!r} for a {type(encoder.vit).__name__}."
         )
     grid_size(size, encoder.patch_size)  # timm would cut the rest of the image off
     vit, options = encoder.vit, dict(encoder.options)
@@ -217,10 +231,18 @@ def resize_encoder(encoder: MaskedEncoder, img_size: Size) -> MaskedEncoder:
         options["pretrained_window_sizes"] = [
             list(stage.blocks[0].attn.pretrained_window_size) for stage in vit.layers
         ]
+    kept = {}
+    if tables == "simmim":
+        attentions = [block.attn for stage in vit.layers for block in stage.blocks]
+        kept = {a: (a.window_size, a.relative_position_bias_table) for a in attentions}
     with warnings.catch_warnings():
         # How timm's interpolation indexes tables, PyTorch warns of.
         warnings.filterwarnings("ignore", module="timm.layers.interpolate")
         vit.set_input_size(size, **windows)
+    for attention, (window, table) in kept.items():
+        if attention.window_size != window:
+            resampled = spline_table(table, window, attention.window_size)
+            attention.relative_position_bias_table.data = resampled
     if windows:
         options["window_size"] = [
             list(stage.blocks[0].window_size) for stage in vit.layers

@@ -223,6 +223,9 @@ def _grid(size: Sequence[int], encoder: MaskedEncoder) -> tuple[int, int]:
 # that its code was published with where the paper is silent. Rates are per 512 images
 # and every run has 2048 in a step. All encoders see 192 pixels except the ViT.
 #
+# The code moves its schedule after a step, so that its first two steps have the first
+# rate; here each step has its own, one step ahead of the code.
+#
 # The code looks for what timm leaves out of weight decay under names that are not the
 # pretrained model's: but for the mask token it decays. The ViT's mask token does, too.
 _DECAYED = ("relative_position_bias_table", "cpb_mlp", "logit_scale")

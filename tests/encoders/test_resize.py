@@ -3,13 +3,16 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.interpolate import make_interp_spline
 from timm.models import beit, eva, swin_transformer, swin_transformer_v2
 from timm.models import vision_transformer as vit
 from torch import nn
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder, resize_encoder
+from lightly_mim.encoders.tables import spline_table
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 STAGES = {"depths": [2, 2, 1, 1], "embed_dim": 16, "num_heads": [1, 1, 2, 2]}
@@ -74,6 +77,73 @@ def test_resize_encoder__equals_timms_loading_at_the_new_size(
     fresh.vit.load_state_dict(family.checkpoint_filter_fn(weights, fresh.vit))
     images = torch.randn(2, 3, *resized.img_size)
     assert torch.equal(resized(images), fresh(images))
+
+
+def restated(z: np.ndarray, new: int) -> np.ndarray:
+    """SimMIM's resampling of a square table, by one spline along each side."""
+    half = len(z) // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-9:
+        ratio = (low + high) / 2
+        if sum(ratio**i for i in range(half)) > new // 2:
+            high = ratio
+        else:
+            low = ratio
+    places = [0.0]
+    for i in range(half):
+        places = [places[0] - ratio**i, *places, places[-1] + ratio**i]
+    at = np.clip(np.arange(-(new // 2), new // 2 + 1.0), places[0], places[-1])
+    for _ in range(2):
+        z = make_interp_spline(places, z, k=3)(at).T
+    return z
+
+
+@pytest.mark.parametrize(("window", "new"), [(6, 224), (12, 224), (6, 192), (6, 384)])
+def test_resize_encoder__simmims_tables(window: int, new: int) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    options = {**STAGES, "window_size": window}
+    # Its last stage has a grid of 6: windows of 12 are of 6 there.
+    old = build(name, 192, **options)
+    tables = [
+        (block.attn, block.attn.relative_position_bias_table.detach().double().numpy())
+        for stage in old.vit.layers
+        for block in stage.blocks
+    ]
+    tables = [(attention, table.copy()) for attention, table in tables]
+    resized = resize_encoder(old, new, tables="simmim")
+    for attention, table in tables:
+        side = 2 * attention.window_size[0] - 1
+        found = attention.relative_position_bias_table
+        assert found.requires_grad
+        assert found.shape == (side**2, table.shape[1])
+        for head in range(table.shape[1]):
+            square = table[:, head].reshape(round(len(table) ** 0.5), -1)
+            expected = square if new == 192 else restated(square, side)
+            expected = torch.from_numpy(expected.reshape(-1)).float()
+            torch.testing.assert_close(found[:, head], expected, rtol=1e-5, atol=1e-6)
+    assert resized(torch.randn(1, 3, new, new)).isfinite().all()
+
+
+def test_spline_table__keeps_a_wide_smooth_table() -> None:
+    """Height and width are not mixed up: a plane in either direction stays one."""
+    rows = torch.arange(-5.0, 6).repeat_interleave(7)
+    resampled = spline_table(torch.stack([rows, rows * 0 + 2], 1), (6, 4), (7, 6))
+    first, second = resampled.view(13, 11, 2).unbind(-1)
+    torch.testing.assert_close(first, first[:, :1].expand_as(first))
+    assert (first.diff(dim=0) > 0).all()
+    torch.testing.assert_close(first[[0, 6, 12], 0], torch.tensor([-5.0, 0, 5]))
+    torch.testing.assert_close(second, torch.full((13, 11), 2.0))
+
+
+def test_resize_encoder__bad_tables() -> None:
+    swin = build("swin_tiny_patch4_window7_224", 64, **STAGES, window_size=2)
+    with pytest.raises(ValueError, match="at least 3 x 3, got 2 x 2.*tables='timm'"):
+        resize_encoder(swin, 128, tables="simmim")
+    vit_encoder = build("vit_tiny_patch16_224", 32, **SMALL)
+    with pytest.raises(ValueError, match="for a SwinTransformer 'simmim', got 'simmi"):
+        resize_encoder(vit_encoder, 64, tables="simmim")
+    with pytest.raises(ValueError, match="tables is 'timm', or .*got 'cubic'"):
+        resize_encoder(swin, 128, tables="cubic")  # type: ignore[arg-type]
 
 
 def test_resize_encoder__same_size() -> None:
