@@ -36,11 +36,11 @@ class EncoderCheckpoint(NamedTuple):
             The weights of the timm model, under timm's names, on the CPU.
         spec:
             What `lightly_mim.encoders.masked_encoder` builds the encoder from: `name`
-            (None if the model was passed by hand), `img_size`, `in_chans`, `options`
-            and `pos_embed`; besides `mean` and `std` of the images, the `pool` of the
-            encoder and the `version` of lightly_mim that wrote the file. `unfinished`,
-            see `MaskedEncoder`, if the weights are of a run that had not come to its
-            end.
+            (None if the model was passed by hand), `img_size`, `in_chans`, `options`,
+            `pos_embed` and `init`; besides `mean` and `std` of the images, the `pool`
+            of the encoder and the `version` of lightly_mim that wrote the file.
+            `unfinished`, see `MaskedEncoder`, if the weights are of a run that had not
+            come to its end.
     """
 
     state_dict: dict[str, Tensor]
@@ -60,6 +60,7 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         "in_chans": encoder.in_chans,
         "options": encoder.options,
         "pos_embed": encoder.pos_embed,
+        "init": encoder.init,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
         "pool": encoder.pool,

@@ -49,8 +49,8 @@ class MaskedEncoder(ABC, nn.Module):
             JSON.
         pos_embed:
             The `pos_embed` argument of `masked_encoder`.
-        token_bound:
-            Where the distribution of the mask token is cut off, see `add_mask_token`.
+        init:
+            The `init` argument of `masked_encoder`.
         img_size:
             (height, width) in pixels that the model was built for.
         in_chans:
@@ -117,7 +117,7 @@ class MaskedEncoder(ABC, nn.Module):
         self.options: dict[str, Any] = {}
         self.pos_embed: str | None = None
         self.untrained = False
-        self.token_bound = 2.0
+        self.init = "timm"
         self.unfinished: dict[str, int | None] | None = None
 
         self.img_size = to_pair(img_size, "img_size")
@@ -381,15 +381,14 @@ class MaskedEncoder(ABC, nn.Module):
     def add_mask_token(self) -> None:
         """Adds the mask token, drawn from a normal with deviation 0.02.
 
-        The deviation is that of SimMIM's and MAE's code. It is cut off at
-        `token_bound`, far outside but for a ViT with `init="simmim"`. A mask token that
-        is already there is kept.
+        The deviation is that of SimMIM's and MAE's code. The former cuts a ViT's off at
+        one deviation, and so does `init="simmim"`. A mask token that is already there
+        is kept.
         """
         if self.mask_token is None:
             token = next(self.vit.parameters()).new_empty(1, 1, self.patch_dim)
-            nn.init.trunc_normal_(
-                token, std=0.02, a=-self.token_bound, b=self.token_bound
-            )
+            bound = 0.02 if self.init == "simmim" and self.can_drop_tokens else 2.0
+            nn.init.trunc_normal_(token, std=0.02, a=-bound, b=bound)
             self.mask_token = nn.Parameter(token)
 
     def replace_masked(self, tokens: Tensor, masked: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def resize_encoder(
     resized = type(encoder)(vit)
     resized.mask_token = encoder.mask_token
     resized.name, resized.options = encoder.name, options
-    resized.pos_embed, resized.token_bound = encoder.pos_embed, encoder.token_bound
+    resized.pos_embed, resized.init = encoder.pos_embed, encoder.init
     resized.mean, resized.std = encoder.mean, encoder.std
     resized.pool = encoder.pool
     resized.untrained = encoder.untrained

@@ -52,6 +52,7 @@ def initialize(
         ValueError: If the blocks are of a kind that the law does not know, or if there
             are no positions to set.
     """
+    encoder.init = init
     if init == "mae":
         _as_mae(encoder)
         if pos_embed is None and getattr(encoder.vit, "pos_embed", None) is not None:
@@ -113,7 +114,6 @@ def _as_mae(encoder: MaskedEncoder) -> None:
 
 def _as_simmim(encoder: MaskedEncoder) -> None:
     vit = encoder.vit
-    encoder.token_bound = _STD
     for layer in (vit.patch_embed.proj, *_linear_layers(vit)):
         _truncated_normal(layer.weight)
         if layer.bias is not None:

@@ -134,6 +134,7 @@ def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
                 encoder.in_chans,
                 encoder.pos_embed,
                 encoder.options,
+                encoder.init,
             )
             other.pool = encoder.pool
         else:
@@ -284,6 +285,7 @@ def _load_saved(path: Path) -> MaskedEncoder:
         ) from error
     encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
     encoder.untrained = False
+    encoder.init = spec.get("init", "timm")  # not said by earlier versions
     # Files that do not say it are of a version whose encoders all had the mean.
     encoder.pool = spec.get("pool", "mean")
     encoder.unfinished = spec.get("unfinished")
@@ -296,6 +298,7 @@ def _build(
     in_chans: int,
     pos_embed: Any,
     options: dict[str, Any],
+    init: Any = "timm",
 ) -> MaskedEncoder:
     height, width = img_size
     return masked_encoder(
@@ -303,5 +306,6 @@ def _build(
         img_size=(height, width),
         in_chans=in_chans,
         pos_embed=pos_embed,
+        init=init,
         **options,
     )

@@ -170,7 +170,7 @@ def test_mask_token__follows_the_law_after_a_resize() -> None:
 def test_methods__take_and_record_it(method: Any, init: Any) -> None:
     small = {} if method is SimMIM else {"decoder_dim": 16, "decoder_depth": 1}
     model = method(**VITS["vit"], **small, init=init)
-    default = "timm" if method is SimMIM else "mae"
+    default = "mae"
     assert model.init_args["init"] == (init or default)
     again = method(**model.init_args)
     assert again.init_args == model.init_args
