@@ -265,9 +265,7 @@ class Pretraining(pl.LightningModule):
         if recipe is None:
             num_images = int(per_epoch * batch_size) if per_epoch < math.inf else None
             epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
-            recipe = defaults.recipe(
-                self.method.encoder, num_images, batch_size, epochs
-            )
+            recipe = self.method.default_recipe(num_images, batch_size, epochs)
         total_steps, steps_per_epoch = self._length(recipe, per_epoch)
         optimizer, scheduler = build_optimizer(
             self.method,

@@ -111,7 +111,7 @@ def settings_of(
     if recipe is None and stored is None:
         batch_size = given.get("batch_size")
         return dataclasses.replace(
-            defaults.recipe(method.encoder, num_images, batch_size, epochs), **given
+            method.default_recipe(num_images, batch_size, epochs), **given
         )
     recipe = recipe or stored
     assert recipe is not None

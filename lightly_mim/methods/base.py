@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
+from lightly_mim import defaults
 from lightly_mim.config import Recorded, constructor_arguments
 from lightly_mim.encoders import Encoder, Init, MaskedEncoder, choose_attention
 from lightly_mim.heads import Head
@@ -73,8 +74,7 @@ class MaskedImageModel(Recorded, nn.Module):
         num_views:
             Number of augmented views of an image that the method takes.
         recipes:
-            Published settings by name. The first one is the default; without any,
-            `pretrain` needs a `Recipe` as recipe.
+            Published settings by name.
         replaced:
             What to say instead of arguments that the method took once, or that its
             relatives take, by their names.
@@ -138,6 +138,33 @@ class MaskedImageModel(Recorded, nn.Module):
                 f"{', '.join(cls.recipes) or 'none. Pass a Recipe as recipe'}."
             )
         return cls.recipes[name]
+
+    def default_recipe(
+        self,
+        num_images: int | None = None,
+        batch_size: int | None = None,
+        epochs: int | None = None,
+    ) -> Recipe:
+        """Returns settings for the images at hand, see `lightly_mim.defaults.recipe`.
+
+        The crops are those of the method's own transform, and AdamW's betas those that
+        it was published with.
+
+        Args:
+            num_images:
+                Number of training images, None if it is not known.
+            batch_size:
+                Images per optimiser step if that is decided.
+            epochs:
+                Passes over the images if that is decided.
+        """
+        own: dict[str, Any] = {}
+        if self.recipes:
+            own["betas"] = self.recipe().betas
+        crop = getattr(self.transform(), "min_scale", None)
+        if crop is not None:
+            own["min_scale"] = crop
+        return defaults.recipe(self.encoder, num_images, batch_size, epochs, **own)
 
     def forward(self, images: Tensor, mask: Mask | Tensor | None = None) -> MIMOutput:
         """Computes the loss of a batch.

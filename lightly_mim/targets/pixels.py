@@ -107,6 +107,21 @@ class PatchNormalizedPixels(PixelTarget):
       target", and table 1d)
     """
 
+    def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
+        """Returns the number of values of a cell, see `Target`.
+
+        Raises:
+            ValueError: If it is one, which has no deviation.
+        """
+        width = super().width(cell_size, in_chans)
+        if width == 1:
+            raise ValueError(
+                f"{type(self).__name__} divides by the deviation within a patch, and a "
+                "patch of 1 x 1 pixel and 1 channel has none: use a larger patch_size, "
+                "or target=Pixels()."
+            )
+        return width
+
     def __call__(
         self, images: Tensor, index: Tensor, cell_size: tuple[int, int]
     ) -> Tensor:
