@@ -145,7 +145,7 @@ FULL = Form(
     blocks=4,  # of every pixel, 256 classes would make a head of 150 million parameters
     gradients=8,  # MaskFeat's
     inverse_swins=(InverseSwinHead("tiny"), InverseSwinHead("base")),
-    decoder={"decoder_depth": 8},
+    decoder={"decoder_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
     pretraining={"epochs": 100, "batch_size": 256},
     lr=None,
     last_layers=4,
@@ -278,6 +278,7 @@ class Space:
         usual = {
             "masking": RandomMasking(self.unit, RATIO),
             "target": self.form.target,
+            "init": "timm",
         }
         return Row(name, shown, SimMIM, {**self.arguments, **usual, **parts}, paper)
 

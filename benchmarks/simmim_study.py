@@ -56,6 +56,7 @@ from simmim_tables import MASK_AXES, ROW_FILE, describe, write_tables
 from solar_cells import DATA as SOLAR_CELLS
 from torch import Generator
 
+from lightly_mim import MAE
 from lightly_mim.data import open_data
 from lightly_mim.files import atomic_write
 from lightly_mim.masking import (
@@ -294,9 +295,12 @@ def plan(name: str, arguments: argparse.Namespace) -> Plan:
     pretraining["validate"] = False
     for option in ("epochs", "batch_size"):
         pretraining[option] = getattr(arguments, option) or pretraining[option]
+    recipe = row.method.recipe()
+    pretraining["recipe"] = recipe
+    if row.method is MAE:  # the share of the paper's longest runs
+        pretraining["warmup_epochs"] = pretraining["epochs"] * 0.025
     if arguments.lr is None and of.lr is not None:
         # pretrain takes the rate for as many images as the recipe counts by.
-        recipe = row.method.recipe()
         pretraining["lr"] = of.lr * recipe.lr_batch_size / of.pretraining["batch_size"]
     baselines = ["random", "pixels"] if name == DEFAULT else []
     return Plan(row.build, pretraining, {"baselines": baselines})

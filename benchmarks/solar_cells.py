@@ -52,17 +52,18 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         # there, the same share here. Cells differ in brightness as a whole; without it
         # the model spends its short training on that.
         "target": LocallyNormalizedPixels(15),
+        "init": "timm",  # that of the README's table
     },
     # A decoder in proportion to the encoder, a half as wide; the rest is the paper's.
     "MAE": {"decoder_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3},
 }
 
-# The schedule. What is not listed is that of the method's first recipe, with warm-up
-# in proportion to the epochs.
+# The schedule. What is not listed is that of the method's first recipe.
 EPOCHS = {"SimMIM": 32, "MAE": 24}
 BATCH_SIZE = 32  # small, for many steps: an epoch has 61
 LEARNING_RATE = 1e-3  # of a batch of 32; scaled in proportion for other batches
 WEIGHT_DECAY = 0.05  # the paper's
+WARMUP = {"SimMIM": 0.1, "MAE": 0.025}  # shares of the run; the papers' longest runs'
 MIN_SCALE = 0.67  # smallest share of a cell that a crop covers; the paper's
 
 # The evaluation, whose choices are made on training images.
@@ -190,10 +191,13 @@ def plan(name: str, arguments: argparse.Namespace) -> Plan:
     # pretrain takes the rate for as many images as the recipe counts by.
     default_lr = LEARNING_RATE * method.recipe().lr_batch_size / BATCH_SIZE
     epochs = QUICK_EPOCHS if quick else EPOCHS.get(name, EPOCHS["SimMIM"])
+    epochs = arguments.epochs or epochs
     return Plan(
         partial(method, **options),
         {
-            "epochs": arguments.epochs or epochs,
+            "recipe": method.recipe(),
+            "epochs": epochs,
+            "warmup_epochs": epochs * WARMUP.get(name, WARMUP["SimMIM"]),
             "batch_size": arguments.batch_size or BATCH_SIZE,
             "lr": default_lr if arguments.lr is None else arguments.lr,
             "weight_decay": WEIGHT_DECAY,
