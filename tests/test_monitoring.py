@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -124,8 +125,24 @@ def test_probe_and_alarm__change_nothing(
 
 WATCHED: dict[str, Any] = {"probe": "linear", "probe_every": 1, "rank_every": 1}
 ALONE: dict[str, Any] = {"rank_every": 0}
-LOGGED = ("step", "epoch", "probe_top1", "rankme", "knn_top1", "train_loss")
-WHOLE: dict[str, Any] = {}  # rows of a run that was watched and not cut
+
+
+def logged_rows(path: Path) -> list[dict[str, str]]:
+    names = ("step", "epoch", "probe_top1", "rankme", "knn_top1", "train_loss")
+    return [{name: row[name] for name in names} for row in rows_of(path)]
+
+
+@pytest.fixture(scope="module")
+def watched_rows(
+    photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
+    """The rows of a run that was watched and not cut."""
+    out = tmp_path_factory.mktemp("runs") / "watched"
+    run(out, photos, **WATCHED, tensorboard=True)
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("probe_top1", "rankme", "knn_top1"):
+        assert events.Scalars(name)[0].step == 0
+    return logged_rows(out)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +156,7 @@ WHOLE: dict[str, Any] = {}  # rows of a run that was watched and not cut
 )
 def test_probe__resumed_run_ends_the_same(
     plain: tuple[Path, Watch],
+    watched_rows: list[dict[str, str]],
     photos: Path,
     tmp_path: Path,
     first: dict[str, Any],
@@ -148,11 +166,6 @@ def test_probe__resumed_run_ends_the_same(
     save: bool,
 ) -> None:
     """Also if it was begun with the probe and goes on without, or the other way."""
-    if "whole" not in WHOLE:
-        run(tmp_path / "whole", photos, **WATCHED)
-        WHOLE["whole"] = [
-            {name: row[name] for name in LOGGED} for row in rows_of(tmp_path / "whole")
-        ]
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt" if save else None
     with pytest.raises(InterruptedError):
         interrupt = Interrupt(epoch, batch, checkpoint)
@@ -161,8 +174,7 @@ def test_probe__resumed_run_ends_the_same(
     run(tmp_path / "run", photos, callbacks=[Interrupt(9, 9)], resume=True, **then)
     assert_same(weights(tmp_path / "run"), weights(plain[0]))
     if first is WATCHED and then is WATCHED:
-        rows = rows_of(tmp_path / "run")
-        assert [{name: row[name] for name in LOGGED} for row in rows] == WHOLE["whole"]
+        assert logged_rows(tmp_path / "run") == watched_rows
     expected = (epoch + 1 if first is WATCHED else 0) + (
         3 - epoch if then is WATCHED else 0
     )
