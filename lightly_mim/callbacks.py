@@ -82,6 +82,21 @@ def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
     return last or bool(every_n_epochs and epoch % every_n_epochs == 0)
 
 
+def log_now(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Logs values at the step of the moment, also where `LightningModule.log` cannot.
+
+    Args:
+        trainer:
+            The Trainer.
+        metrics:
+            The values by name.
+    """
+    for logger in trainer.loggers:
+        row = {**metrics, "epoch": trainer.current_epoch}
+        logger.log_metrics(row, step=trainer.global_step)
+        logger.save()
+
+
 def method_of(pl_module: pl.LightningModule) -> MaskedImageModel:
     """Returns the method that a `Pretraining` trains."""
     method = pl_module.method
@@ -310,7 +325,8 @@ class EpochLines(Callback):
         """Prints the line."""
         metrics = trainer.callback_metrics
         losses = ("train_loss", "val_loss")
-        names = (*losses, "probe_top1", "rankme", "avg_dist", "images_per_second")
+        looks = ("probe_top1", "knn_top1", "alignment", "rankme")
+        names = (*losses, *looks, "avg_dist", "images_per_second")
         values = "  ".join(
             f"{name} {float(metrics[name]):.4g}"
             for name in names

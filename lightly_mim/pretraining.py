@@ -57,7 +57,7 @@ from lightly_mim.files import expand_user
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.monitoring import (
-    CollapseAlarm,
+    FeatureWatch,
     OnlineProbe,
     Probe,
     check_finite_images,
@@ -544,7 +544,7 @@ def pretrain(
             the name of a data set (see `lightly_mim.data.open_data`); or a Dataset
             that yields (sample, ...): samples that are still PIL images or uint8
             tensors get the method's augmentation, float tensors and lists of views are
-            taken as they are. Labels are of use to a probe alone.
+            taken as they are. Labels are of use to `probe` and `rank_every` alone.
         method:
             The method, or a function that makes it. `seed` covers the initial weights
             only of what is made by a function: on the command line, always. None
@@ -623,10 +623,14 @@ def pretrain(
             is then not fitted on. It changes nothing of the run. See
             `lightly_mim.monitoring.OnlineProbe`.
         probe_every:
-            Epochs between two probes. 0 for the last epoch only.
+            Epochs between two probes, besides one before the first step and one at the
+            end. 0 for those two only.
         rank_every:
-            Epochs between two looks at whether the encoder has collapsed: `rankme` in
-            the logs, and a warning; see `lightly_mim.monitoring.CollapseAlarm`. 0 for
+            Epochs between two looks at the features of up to 512 training images,
+            besides one before the first step and one at the end: `rankme` and, with
+            labels, `knn_top1` in the logs, a warning if the encoder collapses, and at
+            the end a sentence, or a warning if the features are worse than before. It
+            changes nothing of the run. See `lightly_mim.monitoring.FeatureWatch`. 0 for
             none.
         avg_dist:
             Log the masks' AvgDist in pixels, see
@@ -1021,7 +1025,7 @@ class _Images(pl.LightningDataModule):
             on_error=on_error,
             min_size=smallest,
             with_val=validate,
-            labels=False,  # only a probe needs them
+            labels=False,  # only what watches the run needs them
         )
         self.num_images: int = len(self.train)  # type: ignore[arg-type]
         if on_error == "raise":
@@ -1135,7 +1139,7 @@ class _Images(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             num_workers=self.num_workers if num_workers is None else num_workers,
-            labels=False,  # a probe reads them for itself
+            labels=False,  # what watches the run reads them for itself
         )
 
 
@@ -1179,9 +1183,9 @@ def _watching(
     """Returns the callbacks that encode whole images while the encoder trains."""
     train = images.plain()
     options: dict[str, Any] = {"num_workers": images.num_workers}
-    alarm = CollapseAlarm(train, every_n_epochs=rank_every, **options)
+    watch = FeatureWatch(train, every_n_epochs=rank_every, **options)
     if probe is None:
-        return [alarm]
+        return [watch]
     for part in (train, images.val):
         is_folder = isinstance(part, ImageDataset)
         if is_folder and not part.classes:  # type: ignore[union-attr]
@@ -1193,7 +1197,7 @@ def _watching(
     if images.val is not None:
         match_classes(train, images.val)
     options |= {"every_n_epochs": probe_every, "seed": images.seed}
-    return [alarm, OnlineProbe(train, images.val, probe, **options)]
+    return [watch, OnlineProbe(train, images.val, probe, **options)]
 
 
 def default_precision(accelerator: str) -> Precision:

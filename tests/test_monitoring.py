@@ -14,15 +14,22 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from lightly.data import LightlyDataset
+from PIL import Image
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from sklearn.datasets import load_digits
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.data import open_data, seed_from
+from lightly_mim.data import ImageDataset, open_data, seed_from
 from lightly_mim.evaluation import Linear, extract_features
 from lightly_mim.evaluation.rank import rank_me
 from lightly_mim.methods import SimMIM
-from lightly_mim.monitoring import CollapseAlarm, OnlineProbe
+from lightly_mim.monitoring import FeatureWatch, OnlineProbe
+from lightly_mim.monitoring.watch import Look, alignment_scores, is_worse, knn_scores
 from lightly_mim.pretraining import Pretraining
 from lightly_mim.transforms import EvalTransform, SimMIMTransform
 
@@ -98,13 +105,18 @@ def test_probe_and_alarm__change_nothing(
     first = 0 if validate else 1
     assert [e[first:] for e in watch.seen] == [e[first:] for e in plain[1].seen]
     assert column(tmp_path / "run", "train_loss") == column(plain[0], "train_loss")
-    # Every second epoch, and the last one; the others have no such number.
+    # Before the first step, after every second epoch, and after the last one.
     rows = [row for row in rows_of(tmp_path / "run") if row["probe_top1"]]
-    assert [int(row["epoch"]) for row in rows] == [1, 2]
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    assert [int(row["step"]) for row in rows] == [0, 7, 11]
     assert all(0 <= float(row["probe_top1"]) <= 1 for row in rows)
-    assert len(column(tmp_path / "run", "rankme")) == 3
-    lines = [line for line in capsys.readouterr().out.splitlines() if "s" in line]
-    lines = [line for line in lines if line.startswith("epoch ")]
+    for name in ("rankme", "uniformity", "knn_top1"):
+        assert len(column(tmp_path / "run", name)) == 4
+    printed = capsys.readouterr().out
+    value = float(rows[0]["probe_top1"])
+    assert f"before training: probe_top1 {value:.4g}\n" in printed
+    assert "kNN on 32 training images: " in printed
+    lines = [line for line in printed.splitlines() if line.startswith("epoch ")]
     assert ["probe_top1" in line for line in lines] == [False, True, True]
     assert all("rankme" in line for line in lines)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -113,6 +125,24 @@ def test_probe_and_alarm__change_nothing(
 
 WATCHED: dict[str, Any] = {"probe": "linear", "probe_every": 1, "rank_every": 1}
 ALONE: dict[str, Any] = {"rank_every": 0}
+
+
+def logged_rows(path: Path) -> list[dict[str, str]]:
+    names = ("step", "epoch", "probe_top1", "rankme", "knn_top1", "train_loss")
+    return [{name: row[name] for name in names} for row in rows_of(path)]
+
+
+@pytest.fixture(scope="module")
+def watched_rows(
+    photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
+    """The rows of a run that was watched and not cut."""
+    out = tmp_path_factory.mktemp("runs") / "watched"
+    run(out, photos, **WATCHED, tensorboard=True)
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("probe_top1", "rankme", "knn_top1"):
+        assert events.Scalars(name)[0].step == 0
+    return logged_rows(out)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +156,7 @@ ALONE: dict[str, Any] = {"rank_every": 0}
 )
 def test_probe__resumed_run_ends_the_same(
     plain: tuple[Path, Watch],
+    watched_rows: list[dict[str, str]],
     photos: Path,
     tmp_path: Path,
     first: dict[str, Any],
@@ -142,7 +173,9 @@ def test_probe__resumed_run_ends_the_same(
     torch.manual_seed(123)
     run(tmp_path / "run", photos, callbacks=[Interrupt(9, 9)], resume=True, **then)
     assert_same(weights(tmp_path / "run"), weights(plain[0]))
-    expected = (epoch if first is WATCHED else 0) + (
+    if first is WATCHED and then is WATCHED:
+        assert logged_rows(tmp_path / "run") == watched_rows
+    expected = (epoch + 1 if first is WATCHED else 0) + (
         3 - epoch if then is WATCHED else 0
     )
     for name in ("probe_top1", "rankme"):
@@ -255,7 +288,7 @@ def test_probe__with_ones_own_trainer(photos: Path, tmp_path: Path) -> None:
         enable_model_summary=False,
         callbacks=[
             OnlineProbe(data, Coloured(10, 40), every_n_epochs=1),
-            CollapseAlarm(data, every_n_epochs=1),
+            FeatureWatch(data, every_n_epochs=1),
             best,
         ],
         num_sanity_val_steps=0,
@@ -334,12 +367,12 @@ def test_alarm__measures_whole_images() -> None:
     torch.manual_seed(0)
     method = SimMIM(**DROPPING).train()
     data = Coloured(40)
-    measured = CollapseAlarm(data, num_workers=0).measure(method)
+    measured = FeatureWatch(data, num_workers=0).measure(method).values
     features = extract_features(method.encoder, data, num_workers=0)
     (values,) = features.values.values()
     assert measured["rankme"] == pytest.approx(rank_me(values), rel=1e-6)
     assert method.training
-    alarm = CollapseAlarm(data, num_images=10, num_workers=0)
+    alarm = FeatureWatch(data, num_images=10, num_workers=0)
     data.read.clear()
     alarm.measure(method)
     alarm.measure(method)
@@ -359,14 +392,17 @@ class Collapse(Callback):
 
 def test_alarm__goes_off_once(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.warns(UserWarning, match="seems to have collapsed: in epoch 2") as seen:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         run(out, photos, rank_every=1, callbacks=[Collapse()])
-    assert len([w for w in seen if "collapsed" in str(w.message)]) == 1
-    ranks = column(out, "rankme")
+    said = [str(w.message) for w in seen if "collapsed" in str(w.message)]
+    assert len(said) == 1
+    assert "seems to have collapsed: in epoch 2" in said[0]
+    ranks = column(out, "rankme")[1:]
     assert ranks[0] > 1.5 > ranks[1]
     # A resumed run remembers both.
     state = torch.load(out / "checkpoints" / "last.ckpt")["callbacks"]
-    (alarm,) = (state[key] for key in state if "CollapseAlarm" in key)
+    (alarm,) = (state[key] for key in state if "FeatureWatch" in key)
     assert alarm["warned"]
     assert alarm["highest"] >= max(ranks)
 
@@ -375,6 +411,7 @@ def test_alarm__fall_to_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     class Trainer:
         global_step, current_epoch, max_epochs, max_steps = 0, 0, 9, -1
         is_global_zero, precision = True, "32-true"
+        loggers = ()
 
         class strategy:
             broadcast = staticmethod(lambda value: value)
@@ -384,10 +421,8 @@ def test_alarm__fall_to_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
         log_dict = staticmethod(lambda values: None)
 
     ranks = iter([30.0, 40.0, 8.1, 7.9, 7.0])
-    alarm = CollapseAlarm(Coloured(4), every_n_epochs=1)
-    monkeypatch.setattr(
-        alarm, "measure", lambda *_: {"rankme": next(ranks), "uniformity": 0.0}
-    )
+    alarm = FeatureWatch(Coloured(4), every_n_epochs=1)
+    monkeypatch.setattr(alarm, "measure", lambda *_: look(0, 4, rankme=next(ranks)))
     trainer: Any = Trainer()
     alarm.on_train_start(trainer, Module())  # type: ignore[arg-type]
     for _ in range(2):
@@ -395,6 +430,202 @@ def test_alarm__fall_to_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="7.9 directions .*40.0 at most"):
         alarm.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]
     alarm.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]
+
+
+# Better or worse than before the training.
+
+
+def look(right: int, total: int, rankme: float = 10.0, name: str = "knn_top1") -> Look:
+    scores = (torch.arange(total) < right).float()
+    values = {"rankme": rankme, "uniformity": -1.0, name: float(scores.mean())}
+    return Look(values, scores, images=1, step=1)
+
+
+def test_watch__is_worse_beyond_chance() -> None:
+    # Of 100 images n are worse and none is better: 2^-n, 3.1 % for 5, 6.3 % for 4.
+    assert is_worse(look(60, 100), look(55, 100))
+    assert not is_worse(look(60, 100), look(56, 100))
+    assert not is_worse(look(60, 100), look(80, 100))
+    assert not is_worse(look(60, 100), look(60, 100))
+    # Without labels both must be worse.
+    start = look(60, 100, 10.0, "alignment")
+    assert is_worse(start, look(40, 100, 5.9, "alignment"))
+    assert not is_worse(start, look(40, 100, 6.1, "alignment"))
+    assert not is_worse(start, look(60, 100, 1.0, "alignment"))
+
+
+def test_watch__knn_is_scikit_learns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3 * 7  # numbers need not be consecutive
+    features = torch.randn(90, 6, generator=generator) * torch.arange(1, 7)
+    features += labels[:, None] / 7
+    mine = knn_scores(features, labels)
+    scaled = StandardScaler().fit_transform(features.numpy())
+
+    def vote(distances: Any) -> Any:  # cosine distances
+        return np.exp((1 - distances) / 0.07)
+
+    model = KNeighborsClassifier(20, metric="cosine", weights=vote)
+    predicted = cross_val_predict(model, scaled, labels.numpy(), cv=LeaveOneOut())
+    assert mine.tolist() == (predicted == labels.numpy()).astype(float).tolist()
+    assert 0.4 < mine.mean() < 1
+
+
+def test_watch__alignment() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(40, 8, generator=generator)
+    near = first + 0.01 * torch.randn(40, 8, generator=generator)
+    other = torch.randn(40, 8, generator=generator)
+    assert alignment_scores(first, near).mean() == 1
+    assert alignment_scores(first, other).mean() == pytest.approx(0.5, abs=0.1)
+    same = torch.ones(40, 8)
+    assert alignment_scores(same, same).mean() == 0
+
+
+class Labelled(Coloured):
+    """The same pictures with other labels."""
+
+    def __init__(self, label: Any) -> None:
+        super().__init__(24)
+        self.label = label
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any, str]:
+        image, number, name = super().__getitem__(index)
+        return image, self.label(number, index), name
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        (lambda number, index: number, "knn_top1"),
+        (lambda number, index: np.int64(number), "knn_top1"),
+        (lambda number, index: 2**40 * number, "knn_top1"),
+        (lambda number, index: 0, "alignment"),  # one class
+        (lambda number, index: index, "alignment"),  # no class twice
+        (lambda number, index: None, "alignment"),
+        (lambda number, index: 0.5 * number, "alignment"),
+        (lambda number, index: 2**70, "alignment"),
+        (lambda number, index: number - 1, "alignment"),  # -1 is no class
+        (lambda number, index: torch.zeros(4, 4), "alignment"),
+    ],
+)
+def test_watch__uses_labels_where_there_are_some(label: Any, name: str) -> None:
+    measured = FeatureWatch(Labelled(label), num_workers=0).measure(SimMIM(**TINY_VIT))
+    assert name in measured.values
+    assert len(measured.scores) == 24
+    assert len(measured.values) == 3
+
+
+def test_watch__takes_whole_classes_where_they_are_many(tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / f"{number:02d}"
+        folder.mkdir()
+        for copy in range(12):
+            image = Image.new("RGB", (32, 32), (8 * number, copy, 0))
+            image.save(folder / f"{copy}.png")
+    data = ImageDataset(tmp_path, TRANSFORM)
+    watch = FeatureWatch(data, num_images=50, num_workers=0)
+    watch.measure(SimMIM(**TINY_VIT))
+    assert watch._read is not None
+    classes, counts = watch._read.labels.unique(return_counts=True)
+    assert classes.tolist() == [0, 6, 12, 18, 24]
+    assert counts.tolist() == [10] * 5
+
+
+class Digits(Dataset[Any]):
+    """scikit-learn's digits, 256 of them at 16 x 16 pixels."""
+
+    in_memory = True
+
+    def __init__(self, labels: bool = True) -> None:
+        data = load_digits()
+        pixels = torch.tensor(data.images[:256] * 255 / 16).to(torch.uint8)
+        self.images = pixels[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
+        self.labels = data.target[:256].tolist() if labels else [None] * 256
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any, str]:
+        return self.images[index], self.labels[index], str(index)
+
+
+def pretrain_digits(out: Path, labels: bool, **options: Any) -> list[str]:
+    """Returns the warnings about the features."""
+
+    def build() -> SimMIM:
+        sizes = {"img_size": 16, "patch_size": 4, "mask_patch_size": 4}
+        return SimMIM(**(TINY_VIT | sizes), in_chans=1)
+
+    options = {"batch_size": 32, "warmup_epochs": 1, "rank_every": 100, **options}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run(out, Digits(labels), method=build, progress=False, **options)  # type: ignore[arg-type]
+    return [str(w.message) for w in seen if "are worse than before" in str(w.message)]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_watch__warns_of_a_rate_far_too_high(
+    tmp_path: Path, labels: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (warning,) = pretrain_digits(tmp_path / "run", labels, lr=5.0, epochs=3)
+    name = "kNN on 256" if labels else "Features of 256 training images: RankMe"
+    assert name in warning
+    assert "Try a lower learning rate" in warning
+    assert "leave out recipe" in warning
+    assert " before training, " not in capsys.readouterr().out
+    values = column(tmp_path / "run", "knn_top1" if labels else "alignment")
+    assert values[0] > values[-1]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_watch__praises_a_good_run(
+    tmp_path: Path, labels: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not pretrain_digits(tmp_path / "run", labels, lr=0.1, epochs=10)
+    printed = capsys.readouterr().out
+    if labels:
+        before, after = column(tmp_path / "run", "knn_top1")
+        assert before < after
+        assert (
+            f"kNN on 256 training images: {100 * before:.1f} % before training, "
+            f"{100 * after:.1f} % after.\n"
+        ) in printed
+    else:
+        assert "Features of 256 training images: RankMe " in printed
+
+
+def test_watch__state() -> None:
+    """A checkpoint of an earlier version has no looks."""
+    watch = FeatureWatch(Coloured(4))
+    watch.load_state_dict({"highest": 3.0, "warned": True})
+    assert watch.state_dict() == {
+        "highest": 3.0,
+        "warned": True,
+        "start": None,
+        "last": None,
+    }
+    watch._start = watch._last = look(2, 4)
+    again = FeatureWatch(Coloured(4))
+    again.load_state_dict(watch.state_dict())
+    assert again._start is not None
+    assert torch.equal(again._start.scores, watch._start.scores)
+    assert again._start.values == watch._start.values
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_watch__compares_the_same_images_only(
+    images: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = FeatureWatch(Coloured(4))
+    watch._start = look(3, 4)._replace(images=images)
+    watch._last = look(4, 4)
+    trainer: Any = type("Trainer", (), {"is_global_zero": True})
+    watch.on_fit_end(trainer, None)  # type: ignore[arg-type]
+    change = "75.0 % before training, 100.0 % after."
+    if images == 2:
+        change = "100.0 % after training (before it was not measured)."
+    assert capsys.readouterr().out == f"kNN on 4 training images: {change}\n"
 
 
 # Several processes.
@@ -442,7 +673,7 @@ def test_probe__two_processes_agree(photos: Path, tmp_path: Path) -> None:
     assert_same(weights(tmp_path / "watched"), weights(tmp_path / "plain"))
     first, second = ((tmp_path / f"rank{n}.json").read_text() for n in (0, 1))
     assert first == second
-    assert len(column(tmp_path / "watched", "probe_top1")) == 2
+    assert len(column(tmp_path / "watched", "probe_top1")) == 3
 
 
 def test_cli__probe(photos: Path, tmp_path: Path) -> None:
@@ -452,4 +683,4 @@ def test_cli__probe(photos: Path, tmp_path: Path) -> None:
 
     words = ["--out", str(tmp_path / "run"), "--data", str(photos), *VIT, *RUN]
     main(["pretrain", *words, "--probe", "linear", "--probe_every", "1"])
-    assert len(column(tmp_path / "run", "probe_top1")) == 1
+    assert len(column(tmp_path / "run", "probe_top1")) == 2

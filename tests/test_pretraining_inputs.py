@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.methods import SimMIM
-from lightly_mim.monitoring import CollapseAlarm, OnlineProbe
+from lightly_mim.monitoring import FeatureWatch, OnlineProbe
 from lightly_mim.optim import NonFiniteLossError, learning_rate_factor
 from lightly_mim.pretraining import Pretraining, pretrain
 
@@ -72,8 +72,9 @@ def test_pretrain__needs_no_labels(tmp_path: Path, label: str, kind: str) -> Non
     data = Labelled(LABELS[label], kind)
     options = SHORT_RUN | {"epochs": 1, "rank_every": 1}
     pretrain(tmp_path / "run", data, build, val=data, **options)
-    (rank,) = [r["rankme"] for r in rows_of(tmp_path / "run") if r["rankme"]]
-    assert float(rank) > 1
+    ranks = [float(r["rankme"]) for r in rows_of(tmp_path / "run") if r["rankme"]]
+    assert len(ranks) == 2
+    assert min(ranks) > 1
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -165,7 +166,7 @@ def test_pretrain__nan_in_validation_images(tmp_path: Path) -> None:
 def test_watchers__name_images_with_nan() -> None:
     data = Holed({3: math.nan, 5: -math.inf})
     with pytest.raises(NonFiniteLossError, match=r"2 of 16 images .*: 3, 5\."):
-        CollapseAlarm(data, num_workers=0).measure(SimMIM(**TINY_VIT))
+        FeatureWatch(data, num_workers=0).measure(SimMIM(**TINY_VIT))
     with pytest.raises(NonFiniteLossError, match=r"hold NaN or infinite"):
         OnlineProbe(data, num_workers=0).read()
 

@@ -49,10 +49,13 @@ class KeyedDataset(Dataset[Any]):
             First part of the key.
         labels:
             Whether targets are labels, whole numbers. False replaces them by 0,
-            whatever they are, masks, boxes or None.
+            whatever they are, masks, boxes or None; None replaces those by -1 that are
+            no whole numbers.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int, labels: bool = True) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, labels: bool | None = True
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.labels = labels
@@ -68,10 +71,20 @@ class KeyedDataset(Dataset[Any]):
             try:
                 sample, target, filename = as_item(self.dataset[index], index)
                 _check_sample(sample, index)
-                label = _as_label(target, index) if self.labels else 0
+                label = self._label(target, index)
             except BrokenImageError as error:
                 return error
             return sample, label, filename
+
+    def _label(self, target: Any, index: int) -> int:
+        if self.labels is False:
+            return 0
+        try:
+            return _as_label(target, index)
+        except BrokenImageError:
+            if self.labels is None:
+                return -1
+            raise
 
 
 def _check_sample(sample: Any, index: int) -> None:
@@ -88,12 +101,15 @@ def _check_sample(sample: Any, index: int) -> None:
 
 def _as_label(target: Any, index: int) -> int:
     try:
-        return operator.index(target)  # also of numpy's and PyTorch's whole numbers
+        number = operator.index(target)  # also of numpy's and PyTorch's whole numbers
+        if number.bit_length() > 63:
+            raise ValueError
+        return number
     except (TypeError, ValueError, RuntimeError):
         shown = printable(repr(target))
         raise BrokenImageError(
             f"The label of sample {index} of the data set is no class: whole numbers "
-            f"are needed, got {type(target).__name__} "
+            f"of 64 bits are needed, got {type(target).__name__} "
             f"{shown if len(shown) < 80 else shown[:80] + ' ...'}."
         ) from None
 
@@ -276,6 +292,8 @@ class KeyedLoader(DataLoader[Any]):
             Number of processes; each reads `batch_size / world_size` images per batch.
         num_workers:
             Processes that read. None takes `default_num_workers`.
+        labels:
+            Whether targets are labels; see `KeyedDataset`.
         **options:
             Further arguments of `torch.utils.data.DataLoader`, such as
             `prefetch_factor` or `multiprocessing_context`.
@@ -300,7 +318,7 @@ class KeyedLoader(DataLoader[Any]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int | None = None,
-        labels: bool = True,
+        labels: bool | None = True,
         **options: Any,
     ) -> None:
         batches = GlobalBatches(

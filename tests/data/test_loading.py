@@ -481,6 +481,17 @@ def test_labels__that_are_none(sample, target) -> None:
         list(KeyedLoader(dataset, 3, **options))
 
 
+def test_labels__where_there_are_some() -> None:
+    """None keeps those that are classes; True refuses the others by name."""
+    labels = [3, None, 0.5, np.int64(2), 2**70, torch.zeros(2, 2)]
+    items = [(torch.zeros(3, 4, 4), label, str(i)) for i, label in enumerate(labels)]
+    options = {"training": False, "num_workers": 0}
+    ((_, found, _),) = KeyedLoader(items, 6, labels=None, **options)
+    assert found.tolist() == [3, -1, -1, 2, -1, -1]
+    with pytest.raises(ValueError, match="sample 0 .* whole numbers of 64 bits"):
+        list(KeyedLoader(items[4:5], 1, **options))
+
+
 @pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor, bool])
 def test_labels__of_any_whole_number(kind) -> None:
     loader = KeyedLoader(
