@@ -200,7 +200,8 @@ def images_per_step(num_images: int) -> int:
     Returns:
         A power of two, from 8 to 256.
     """
-    return min(max(2 ** int(math.log2(max(num_images, 1)) / 2), 8), 256)
+    power = int(math.log2(max(num_images, 1)) / 2)
+    return int(min(max(2**power, 8), 256))
 
 
 def passes(num_images: int) -> int:

@@ -23,6 +23,7 @@ from lightly_mim.optim import Recipe
 
 # The arguments of `pretrain` that replace single values of a recipe.
 REPLACEABLE = ("batch_size", "lr", "warmup_epochs", "weight_decay", "min_scale")
+FEW_STEPS = 500
 IMAGENET = 1_281_167  # training images, which the published recipes pass over
 
 
@@ -123,7 +124,11 @@ def settings_of(
 def warn_of_few_steps(
     method: MaskedImageModel, recipe: str | Recipe | None, settings: Recipe, steps: int
 ) -> None:
-    """Warns of a published recipe in a run of a hundredth of its steps or fewer.
+    """Warns of a run that is too short for what it is to learn.
+
+    With a published recipe that is one of a hundredth of its steps or fewer; else one
+    of fewer than 500. On the sets of `benchmarks/defaults.py` features were behind
+    their random start after 250 steps of 32 images and ahead of it after 500.
 
     Args:
         method:
@@ -135,22 +140,26 @@ def warn_of_few_steps(
         steps:
             Optimiser steps of the run.
     """
-    if not isinstance(recipe, str):
-        return
-    published = method.recipe(recipe)
-    its_steps = published.epochs * IMAGENET // published.batch_size
-    if steps * 100 > its_steps:
-        return
-    rate, its_rate = (
-        each.lr * each.batch_size / each.lr_batch_size for each in (settings, published)
-    )
-    warnings.warn(
-        f"{recipe} was published for {its_steps:,} steps at a learning rate of up to "
-        f"{its_rate:.2g}; this run takes {steps:,} steps at up to {rate:.2g}, after "
-        "which the encoder will hardly have changed. Leave recipe out for settings "
-        "that are made for the images at hand, or train longer.",
-        stacklevel=2,
-    )
+    rate = settings.lr * settings.batch_size / settings.lr_batch_size
+    if isinstance(recipe, str):
+        published = method.recipe(recipe)
+        its_steps = published.epochs * IMAGENET // published.batch_size
+        its_rate = published.lr * published.batch_size / published.lr_batch_size
+        few = steps * 100 <= its_steps
+        reason = (
+            f"{recipe} was published for {its_steps:,} steps at a learning rate of up "
+            f"to {its_rate:.2g}. Leave recipe out for settings that are made for the "
+            "images at hand, or train for more epochs."
+        )
+    else:
+        few = steps < FEW_STEPS
+        reason = "Train for more epochs, or take a smaller batch_size."
+    if few:
+        warnings.warn(
+            f"This run takes {steps:,} steps at a learning rate of up to {rate:.2g}: "
+            f"the encoder will hardly be better than before. {reason}",
+            stacklevel=2,
+        )
 
 
 def channel_statistics(images: Tensor) -> dict[str, list[float]] | None:
