@@ -124,10 +124,10 @@ def settings_of(
 def warn_of_few_steps(
     method: MaskedImageModel, recipe: str | Recipe | None, settings: Recipe, steps: int
 ) -> None:
-    """Warns of a run that is too short for what it is to learn.
+    """Says before they are spent that the steps of a run are too few.
 
-    With a published recipe that is one of a hundredth of its steps or fewer; else one
-    of fewer than 500. On the sets of `benchmarks/defaults.py` features were behind
+    With a published recipe a hundredth of its steps or fewer are worth a warning, else
+    fewer than 500 a line. On the sets of `benchmarks/defaults.py` features were behind
     their random start after 250 steps of 32 images and ahead of it after 500.
 
     Args:
@@ -141,23 +141,22 @@ def warn_of_few_steps(
             Optimiser steps of the run.
     """
     rate = settings.lr * settings.batch_size / settings.lr_batch_size
-    if isinstance(recipe, str):
-        published = method.recipe(recipe)
-        its_steps = published.epochs * IMAGENET // published.batch_size
-        its_rate = published.lr * published.batch_size / published.lr_batch_size
-        few = steps * 100 <= its_steps
-        reason = (
-            f"{recipe} was published for {its_steps:,} steps at a learning rate of up "
-            f"to {its_rate:.2g}. Leave recipe out for settings that are made for the "
-            "images at hand, or train for more epochs."
-        )
-    else:
-        few = steps < FEW_STEPS
-        reason = "Train for more epochs, or take a smaller batch_size."
-    if few:
+    said = (
+        f"This run takes {steps:,} steps at a learning rate of up to {rate:.2g}, after "
+        "which the encoder will hardly be better than before. "
+    )
+    if not isinstance(recipe, str):
+        if steps < FEW_STEPS:
+            print(f"{said}Train for more epochs, or take a smaller batch_size.")
+        return
+    published = method.recipe(recipe)
+    its_steps = published.epochs * IMAGENET // published.batch_size
+    its_rate = published.lr * published.batch_size / published.lr_batch_size
+    if steps * 100 <= its_steps:
         warnings.warn(
-            f"This run takes {steps:,} steps at a learning rate of up to {rate:.2g}: "
-            f"the encoder will hardly be better than before. {reason}",
+            f"{said}{recipe} was published for {its_steps:,} steps at up to "
+            f"{its_rate:.2g}. Leave recipe out for settings that are made for the "
+            "images at hand, or train for more epochs.",
             stacklevel=2,
         )
 
