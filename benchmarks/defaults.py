@@ -10,7 +10,9 @@ Each row is a file: what is there is not measured again.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
+import itertools
 import json
 import statistics
 import subprocess
@@ -55,7 +57,7 @@ from lightly_mim.optim import build_optimizer
 from lightly_mim.settings import channel_statistics, set_statistics, settings_of
 from lightly_mim.targets import PatchNormalizedPixels, Pixels
 
-IMAGES = 24_000  # seen by every run
+IMAGES = 16_000  # seen by every run
 ENCODER: dict[str, Any] = {"embed_dim": 128, "depth": 4, "num_heads": 4}
 PROTOCOLS = ("knn", "linear")
 # A short grid: the differences that count here are those between encoders.
@@ -76,6 +78,16 @@ class Images(Dataset[Any]):
     def __init__(self, pixels: Any, labels: Any) -> None:
         self.pictures = [Image.fromarray(picture) for picture in pixels]
         self.labels = [int(label) for label in labels]
+
+    def take(self, number: int | None) -> Images:
+        """Returns that many of the pictures, the same in every run; None for all."""
+        if number is None:
+            return self
+        drawn = np.random.default_rng(0).permutation(len(self))[:number]
+        few = copy.copy(self)
+        few.pictures = [self.pictures[index] for index in drawn]
+        few.labels = [self.labels[index] for index in drawn]
+        return few
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -409,7 +421,12 @@ PEERS = ("SimMIM", "MAE", "lightly's SimMIM", "lightly's MAE")
 
 
 def measure(
-    name: str, model: str, seed: int, images: int, change: Change | None
+    name: str,
+    model: str,
+    seed: int,
+    images: int,
+    change: Change | None,
+    pictures: int | None = None,
 ) -> dict[str, Any]:
     """Trains and scores one row.
 
@@ -425,12 +442,15 @@ def measure(
         change:
             What is done otherwise than by default. The row is then scored on held-out
             training images.
+        pictures:
+            How many of the training images to pretrain on. The probes take all.
 
     Returns:
         The scores before and after, and how long it took.
     """
     of = SETS[name]
-    train, test = of.read()
+    labelled, test = of.read()
+    train = labelled.take(pictures)
     epochs = max(round(images / len(train)), 1)
     method = model.removeprefix("lightly's ")
     options, pretraining = (change[1](of), dict(change[2])) if change else ({}, {})
@@ -451,10 +471,11 @@ def measure(
         "model": model,
         "seed": seed,
         "epochs": epochs,
+        "pictures": len(train),
         "images": epochs * len(train),
         "cpu_seconds": round(seconds),
-        "before": score(start, train, shown, seed),
-        "after": score(trained, train, shown, seed),
+        "before": score(start, labelled, shown, seed),
+        "after": score(trained, labelled, shown, seed),
     }
 
 
@@ -468,18 +489,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rows = []
-    for seed in arguments.seeds:
-        for name in arguments.sets:
-            for label, model, change in _rows(arguments.choice):
-                words = [arguments.choice or "peers", name, label, f"seed{seed}"]
-                file = arguments.out / ("-".join(words).replace(" ", "_") + ".json")
-                if not file.exists():
-                    row = measure(name, model, seed, arguments.images, change)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_write(file) as temporary:
-                        Path(temporary).write_text(json.dumps({"label": label, **row}))
-                rows.append(json.loads(file.read_text()))
-                print(json.dumps(rows[-1]), flush=True)
+    runs = itertools.product(
+        arguments.seeds, arguments.sets, arguments.pictures, _rows(arguments.choice)
+    )
+    for seed, name, pictures, (label, model, change) in runs:
+        if model not in arguments.models:
+            continue
+        label = label if pictures is None else f"{label}, {pictures} pictures"
+        words = [arguments.choice or "peers", name, label, f"seed{seed}"]
+        words += [] if arguments.images == IMAGES else [f"{arguments.images}"]
+        file = arguments.out / ("-".join(words).replace(" ", "_") + ".json")
+        if not file.exists():
+            row = measure(name, model, seed, arguments.images, change, pictures)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file) as temporary:
+                Path(temporary).write_text(json.dumps({"label": label, **row}))
+        rows.append(json.loads(file.read_text()))
+        print(json.dumps(rows[-1]), flush=True)
     table = markdown_table(*tabulate(rows))
     print(f"\n{table}")
 
@@ -525,6 +551,15 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--models", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--pictures",
+        nargs="+",
+        type=int,
+        default=[None],
+        metavar="N",
+        help="pretrain on so many of the training images; the probes take all of them",
+    )
     parser.add_argument("--choice", choices=CHOICES, help="a choice of the defaults")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=IMAGES, help="seen by each run")
