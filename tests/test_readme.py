@@ -23,6 +23,8 @@ SHORTENED = [
     (r"--batch_size \d+", "--batch_size 4"),
     (r"vit_small_patch16_224", "vit_tiny_patch16_224"),
     (r"\(2, 384\)", "(2, 192)"),
+    (r"(--out runs/a1 .*)", r"\1 --epochs 1"),
+    (r"--minutes \d+", "--minutes 0.01"),
 ]
 
 

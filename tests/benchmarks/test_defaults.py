@@ -1,0 +1,118 @@
+"""The evidence for the defaults."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightly_mim.targets import Pixels
+
+MODELS = ["SimMIM", "lightly's MAE"]
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def defaults() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("defaults")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(defaults: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"embed_dim": 32, "depth": 1, "num_heads": 1}
+    monkeypatch.setattr(defaults, "ENCODER", size)
+    monkeypatch.setattr(
+        defaults, "LINEAR", defaults.Linear(learning_rates=(0.1,), epochs=2)
+    )
+
+
+def test_main__measures_once_and_goes_on(
+    defaults: Any, tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--sets", "digits", "--seeds", "0", "--images", "200", "--out"]
+    words += [str(tmp_path), "--pictures", "200", "--models", *MODELS]
+    with pytest.warns(FutureWarning, match="MAEDecoderTIMM"):
+        defaults.main(words)
+    rows = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert {row["model"] for row in rows} == set(MODELS)
+    for row in rows:
+        assert row["pictures"] == row["images"] == 200
+        assert row["before"] != row["after"]
+        assert all(
+            0 < row[when][protocol] <= 100
+            for when in ("before", "after")
+            for protocol in defaults.PROTOCOLS
+        )
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    defaults.main(words)
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert "| digits | lightly's MAE, 200 pictures |" in capsys.readouterr().out
+
+
+def test_choice__is_scored_on_training_images(
+    defaults: Any, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        defaults, "score", lambda *args: seen.append(args) or {"knn": 1.0}
+    )
+    row = defaults.measure(
+        "digits", "SimMIM", 0, 64, defaults.CHOICES["target"]["pixels"], 64
+    )
+    assert row["after"] == {"knn": 1.0}
+    assert all(test is None for _, _, test, _ in seen)
+
+
+def test_ours__says_nothing_but_the_encoder(defaults: Any) -> None:
+    of = defaults.SETS["digits"]
+    build = defaults.ours(of, "SimMIM", {})
+    assert set(build.keywords) == {
+        *("encoder", "img_size", "patch_size", "in_chans"),
+        *defaults.ENCODER,
+    }
+    pixels = defaults.ours(of, "SimMIM", {"target": Pixels()})()
+    assert isinstance(pixels.target, Pixels)
+
+
+def test_lightly__masks_single_patches_and_measures_them_alone(defaults: Any) -> None:
+    of = defaults.SETS["digits"]
+    for decodes in (False, True):
+        if decodes:
+            with pytest.warns(FutureWarning, match="MAEDecoderTIMM"):
+                model = defaults.Lightly(of, decodes)
+        else:
+            model = defaults.Lightly(of, decodes)
+        loss = model(torch.randn(3, 1, 8, 8))
+        loss.backward()
+        assert loss.isfinite()
+        assert loss > 0
+
+
+def test_tabulate__means_and_deviations_over_seeds(defaults: Any) -> None:
+    values = np.array([70.0, 72.0, 77.0])
+    rows = [
+        {
+            "set": "a",
+            "label": "b",
+            **{w: {"knn": v, "linear": 1} for w in ("before", "after")},
+        }
+        for v in values
+    ]
+    header, [line] = defaults.tabulate(rows)
+    assert header[2] == "knn, before"
+    assert line[2] == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
