@@ -61,6 +61,10 @@ def mask_unit(
     return unit(img_size[0], patch_size[0]), unit(img_size[1], patch_size[1])
 
 
+# Share of the variance of all pixels that lies between the means of the pictures.
+SAME_BRIGHTNESS = 0.05
+
+
 def target_window(img_size: tuple[int, int]) -> int:
     """Returns the window in pixels that SimMIM's target is normalised in.
 

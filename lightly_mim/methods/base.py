@@ -243,6 +243,15 @@ class MaskedImageModel(Recorded, nn.Module):
             )
         mask.on(self.encoder.grid)
 
+    def suit(self, brightness: float) -> None:
+        """Takes what suits the images of a run, of what was left open.
+
+        Args:
+            brightness:
+                Share of the variance of all pixels that lies between the means of the
+                images, 0 to 1.
+        """
+
     def fit_target(self, sample: Callable[[], Tensor]) -> None:
         """Lets a target that learns from images do so before the training starts.
 

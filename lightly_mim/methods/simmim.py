@@ -16,7 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightly_mim.defaults import initialization, mask_unit, target_window
+from lightly_mim.defaults import (
+    SAME_BRIGHTNESS,
+    initialization,
+    mask_unit,
+    target_window,
+)
 from lightly_mim.encoders import Encoder, Init, MaskedEncoder, masked_encoder
 from lightly_mim.heads import Head, LinearHead
 from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
@@ -139,6 +144,7 @@ class SimMIM(MaskedImageModel):
         )
         window = LocallyNormalizedPixels(target_window(size))
         self.target = choose_part(target, window, "target")
+        self._target_is_open = target is None
         self.loss = choose_loss(loss, self.target.num_classes, default=L1())
         check_unit(type(self).__name__, self.masking, self.encoder)
         self.encoder.add_mask_token()
@@ -178,6 +184,17 @@ class SimMIM(MaskedImageModel):
         )
         features = self.encoder.pool_encoded(encoded)
         return MIMOutput(loss, prediction, target, index, weight, mask, features)
+
+    def suit(self, brightness: float) -> None:
+        """Takes plain pixels if none were asked for and images are as bright.
+
+        Args:
+            brightness:
+                See `MaskedImageModel.suit`.
+        """
+        if self._target_is_open and brightness < SAME_BRIGHTNESS:
+            self.target = Pixels()
+            self.record(target=self.target)
 
     def transform(
         self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
