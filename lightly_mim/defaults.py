@@ -182,7 +182,7 @@ def recipe(
 
 def images_per_step(num_images: int) -> int:
     """Returns the batch size: small, since few images make few steps."""
-    return min(max(2 ** int(math.log2(max(num_images, 1)) / 2), 8), 256)
+    return min(max(2 ** int(math.log2(num_images) / 2), 8), 256, num_images)
 
 
 def passes(num_images: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -78,8 +79,10 @@ def as_published(
     published = dict(recipe.method_options)
     if "init" in recipe.encoder_options and not build.keywords.get("pretrained"):
         published["init"] = recipe.encoder_options["init"]
-    open_ = {k: v for k, v in published.items() if build.keywords.get(k) is None}
-    return partial(build, **open_)
+    said = {name for name, value in build.keywords.items() if value is not None}
+    if build.func is method:  # by their places
+        said |= set(list(inspect.signature(method).parameters)[: len(build.args)])
+    return partial(build, **{k: v for k, v in published.items() if k not in said})
 
 
 def settings_of(
