@@ -1047,10 +1047,10 @@ class _Images(pl.LightningDataModule):
         )
 
     def statistics(self) -> dict[str, list[float]] | None:
-        """Returns mean and deviation of each channel, None for images of floats."""
+        """Returns mean and deviation of each channel, None for floats and views."""
         few = spread_out(self.plain(), NUM_TO_FIT)
-        batch = next(iter(self._loader(few, len(few), num_workers=0)))
-        return channel_statistics(batch_images(batch))
+        images = next(iter(self._loader(few, len(few), num_workers=0)))[0]
+        return channel_statistics(images) if isinstance(images, Tensor) else None
 
     def check(self, trainer: pl.Trainer) -> None:
         """Raises a ValueError if batch and processes do not fit the images."""
