@@ -259,11 +259,14 @@ class Pretraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and the schedule of the recipe."""
         trainer = self.trainer
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
         batch_size = self._global_batch_size()
         per_epoch = self._steps_per_epoch()
         recipe = self.recipe
         if recipe is None:
-            num_images = int(per_epoch * batch_size) if per_epoch < math.inf else None
+            known = 0 < per_epoch < math.inf
+            num_images = int(per_epoch * batch_size) if known else None
             epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
             recipe = defaults.recipe(
                 self.method.encoder, num_images, batch_size, epochs
@@ -291,8 +294,6 @@ class Pretraining(pl.LightningModule):
         trainer = self.trainer
         if trainer.max_epochs == -1 and self.recipe is None and not self._timed:
             return math.inf
-        if trainer.train_dataloader is None:
-            trainer.fit_loop.setup_data()
         batches = trainer.num_training_batches
         if math.isinf(batches):
             return math.inf
