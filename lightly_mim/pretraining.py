@@ -699,7 +699,8 @@ def pretrain(
     if stored is not None:
         # What was chosen when the run began is the run's own.
         own = _stored_recipe(run, stored) if recipe is None else None
-        settings = settings_of(method, arguments, own)
+        measured = {} if minutes is None else {"epochs": stored["recipe"]["epochs"]}
+        settings = settings_of(method, arguments | measured, own)
         normalize = normalize or stored.get("normalize")
     else:
         images = open_images()
