@@ -371,6 +371,7 @@ class Pretraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepares the note of non-finite losses and the clock."""
+        self.method.encoder.untrained = False
         self._bad_step = torch.tensor(-1, device=self.device)
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._log_every = log_every or sys.maxsize
@@ -447,6 +448,7 @@ class Pretraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the rows of `metrics.csv` that are going to be written again."""
         self._loader_state = checkpoint.get("train_loader")
+        self.method.encoder.untrained = False
         # Without a Trainer the weights alone are loaded, by `load_from_checkpoint`.
         for logger in self._trainer.loggers if self._trainer else ():
             if isinstance(logger, MetricsLogger):
@@ -734,6 +736,7 @@ def pretrain(
         print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
         Pretraining(method).load_state_dict(state["state_dict"])
+        method.encoder.untrained = False
         return method
     if settings.drop_path is not None:
         method.encoder.set_drop_path(settings.drop_path)
