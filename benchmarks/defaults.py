@@ -295,7 +295,6 @@ def train_lightly(
     pixels = np.stack([np.asarray(picture) for picture in train.pictures])
     tensor = torch.from_numpy(pixels.reshape(len(pixels), *pixels.shape[1:3], -1))
     normalize = channel_statistics(tensor.permute(0, 3, 1, 2))
-    assert normalize is not None
     transform = MAETransform(input_size=of.img_size, normalize=normalize)
     names = ("recipe", "batch_size", "lr", "warmup_epochs", "weight_decay", "min_scale")
     arguments = dict.fromkeys(names) | {"epochs": epochs}

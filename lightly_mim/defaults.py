@@ -202,10 +202,10 @@ def images_per_step(num_images: int) -> int:
             Number of training images.
 
     Returns:
-        A power of two, from 8 to 256.
+        A power of two, from 8 to 256, or the number of images if that is less.
     """
-    power = int(math.log2(max(num_images, 1)) / 2)
-    return int(min(max(2**power, 8), 256))
+    power = int(math.log2(num_images) / 2)
+    return int(min(max(2**power, 8), 256, num_images))
 
 
 def passes(num_images: int) -> int:

@@ -67,10 +67,12 @@ from lightly_mim.preemption import Preempted, deferred, listening
 from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
 from lightly_mim.settings import (
     as_published,
+    brightness_share,
     channel_statistics,
     choose_method,
     set_statistics,
     settings_of,
+    suit_as_before,
     warn_of_few_steps,
 )
 from lightly_mim.transforms import EvalTransform
@@ -259,11 +261,14 @@ class Pretraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and the schedule of the recipe."""
         trainer = self.trainer
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
         batch_size = self._global_batch_size()
         per_epoch = self._steps_per_epoch()
         recipe = self.recipe
         if recipe is None:
-            num_images = int(per_epoch * batch_size) if per_epoch < math.inf else None
+            known = 0 < per_epoch < math.inf
+            num_images = int(per_epoch * batch_size) if known else None
             epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
             recipe = self.method.default_recipe(num_images, batch_size, epochs)
         total_steps, steps_per_epoch = self._length(recipe, per_epoch)
@@ -289,8 +294,6 @@ class Pretraining(pl.LightningModule):
         trainer = self.trainer
         if trainer.max_epochs == -1 and self.recipe is None and not self._timed:
             return math.inf
-        if trainer.train_dataloader is None:
-            trainer.fit_loop.setup_data()
         batches = trainer.num_training_batches
         if math.isinf(batches):
             return math.inf
@@ -368,6 +371,7 @@ class Pretraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepares the note of non-finite losses and the clock."""
+        self.method.encoder.untrained = False
         self._bad_step = torch.tensor(-1, device=self.device)
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._log_every = log_every or sys.maxsize
@@ -444,6 +448,7 @@ class Pretraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the rows of `metrics.csv` that are going to be written again."""
         self._loader_state = checkpoint.get("train_loader")
+        self.method.encoder.untrained = False
         # Without a Trainer the weights alone are loaded, by `load_from_checkpoint`.
         for logger in self._trainer.loggers if self._trainer else ():
             if isinstance(logger, MetricsLogger):
@@ -700,13 +705,19 @@ def pretrain(
     if stored is not None:
         # What was chosen when the run began is the run's own.
         own = _stored_recipe(run, stored) if recipe is None else None
-        settings = settings_of(method, arguments, own)
+        measured = {} if minutes is None else {"epochs": stored["recipe"]["epochs"]}
+        settings = settings_of(method, arguments | measured, own)
         normalize = normalize or stored.get("normalize")
+        if recipe is None:
+            suit_as_before(method, stored)
     else:
         images = open_images()
         settings = settings_of(method, arguments, num_images=images.num_images)
-        if normalize is None and recipe is None and method.encoder.untrained:
-            normalize = images.statistics()
+        pictures = images.pixels() if recipe is None else None
+        if pictures is not None:
+            method.suit(brightness_share(pictures))
+            if normalize is None and method.encoder.untrained:
+                normalize = channel_statistics(pictures)
     if normalize is not None:
         set_statistics(method.encoder, normalize)
     if minutes is not None and images is not None:
@@ -734,6 +745,7 @@ def pretrain(
         print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
         Pretraining(method).load_state_dict(state["state_dict"])
+        method.encoder.untrained = False
         return method
     if settings.drop_path is not None:
         method.encoder.set_drop_path(settings.drop_path)
@@ -1048,11 +1060,12 @@ class _Images(pl.LightningDataModule):
             normalize=None, min_scale=recipe.min_scale
         )
 
-    def statistics(self) -> dict[str, list[float]] | None:
-        """Returns mean and deviation of each channel, None for images of floats."""
+    def pixels(self) -> Tensor | None:
+        """Returns some of the images as uint8, None for floats and views."""
         few = spread_out(self.plain(), NUM_TO_FIT)
-        batch = next(iter(self._loader(few, len(few), num_workers=0)))
-        return channel_statistics(batch_images(batch))
+        images = next(iter(self._loader(few, len(few), num_workers=0)))[0]
+        known = isinstance(images, Tensor) and images.dtype == torch.uint8
+        return images if known else None
 
     def check(self, trainer: pl.Trainer) -> None:
         """Raises a ValueError if batch and processes do not fit the images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,14 @@ from torch import Tensor
 
 import lightly_mim.methods
 from lightly_mim import defaults
+from lightly_mim.config import to_config
 from lightly_mim.data import open_data
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import survey
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import Recipe
+from lightly_mim.targets import Pixels
 
 # The arguments of `pretrain` that replace single values of a recipe.
 REPLACEABLE = ("batch_size", "lr", "warmup_epochs", "weight_decay", "min_scale")
@@ -79,8 +82,10 @@ def as_published(
     published = dict(recipe.method_options)
     if "init" in recipe.encoder_options and not build.keywords.get("pretrained"):
         published["init"] = recipe.encoder_options["init"]
-    open_ = {k: v for k, v in published.items() if build.keywords.get(k) is None}
-    return partial(build, **open_)
+    said = {name for name, value in build.keywords.items() if value is not None}
+    if build.func is method:  # by their places
+        said |= set(list(inspect.signature(method).parameters)[: len(build.args)])
+    return partial(build, **{k: v for k, v in published.items() if k not in said})
 
 
 def settings_of(
@@ -161,16 +166,13 @@ def warn_of_few_steps(
         )
 
 
-def channel_statistics(images: Tensor) -> dict[str, list[float]] | None:
+def channel_statistics(images: Tensor) -> dict[str, list[float]]:
     """Returns `mean` and `std` of each channel, of values in [0, 1].
 
     Args:
         images:
-            Tensor with shape (num_images, channels, height, width). Of floats, which
-            count as normalised, there are none.
+            uint8 tensor with shape (num_images, channels, height, width).
     """
-    if images.is_floating_point():
-        return None
     values = images.double() / 255
     mean = values.mean(dim=(0, 2, 3))
     # A channel that is the same everywhere is not divided by nothing.
@@ -179,6 +181,36 @@ def channel_statistics(images: Tensor) -> dict[str, list[float]] | None:
         name: [round(value, 4) for value in tensor.tolist()]
         for name, tensor in (("mean", mean), ("std", std))
     }
+
+
+def brightness_share(images: Tensor) -> float:
+    """Returns the share of the variance of all pixels that lies between the images.
+
+    Args:
+        images:
+            Tensor with shape (num_images, channels, height, width).
+
+    Returns:
+        0 if all images are as bright, 1 if each of them is of one colour.
+    """
+    values = images.double()
+    between = values.mean(dim=(2, 3)).var(dim=0, correction=0).mean()
+    total = values.var(dim=(0, 2, 3), correction=0).mean()
+    return float(between / total) if total > 0 else 0.0
+
+
+def suit_as_before(method: MaskedImageModel, stored: Mapping[str, Any]) -> None:
+    """Lets a method take what its run took for its images when it began.
+
+    Args:
+        method:
+            The method of a run that goes on.
+        stored:
+            The run's config.yaml.
+    """
+    arguments = (stored.get("method") or {}).get("init_args") or {}
+    if arguments.get("target") == to_config(Pixels()):
+        method.suit(brightness=0.0)
 
 
 def set_statistics(
