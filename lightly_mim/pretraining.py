@@ -72,6 +72,7 @@ from lightly_mim.settings import (
     choose_method,
     set_statistics,
     settings_of,
+    statistics_are_open,
     suit_as_before,
     warn_of_few_steps,
 )
@@ -716,7 +717,7 @@ def pretrain(
         pictures = images.pixels() if recipe is None else None
         if pictures is not None:
             method.suit(brightness_share(pictures))
-            if normalize is None and method.encoder.untrained:
+            if normalize is None and statistics_are_open(method.encoder):
                 normalize = channel_statistics(pictures)
     if normalize is not None:
         set_statistics(method.encoder, normalize)
@@ -1356,6 +1357,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["minutes"] is not None and arguments["epochs"] is not None:
         raise ValueError("Pass epochs or minutes, not both.")
+    if arguments["minutes"] == 0:
+        raise ValueError("minutes is above 0, got minutes=0.")
     if isinstance(method, type) or not (
         method is None or isinstance(method, MaskedImageModel) or callable(method)
     ):
@@ -1421,7 +1424,8 @@ def _summary(
     """Returns what a run is about to do, with what was chosen for it."""
     method, encoder = images.method, images.method.encoder
     height, width = encoder.img_size
-    mask = Mask.of(method.draw_mask(torch.empty(1, 1, height, width)))
+    one = torch.empty(1, 1, height, width)
+    mask = Mask.of(method.draw_mask(one, Generator().manual_seed(0)))
     cells = math.prod(mask.grid)
     if images.val is None:
         validation = "no validation images (val=... gives a validation loss)"

@@ -20,6 +20,7 @@ from lightly_mim.data import open_data
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import survey
 from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import Recipe
 from lightly_mim.targets import Pixels
@@ -211,6 +212,17 @@ def suit_as_before(method: MaskedImageModel, stored: Mapping[str, Any]) -> None:
     arguments = (stored.get("method") or {}).get("init_args") or {}
     if arguments.get("target") == to_config(Pixels()):
         method.suit(brightness=0.0)
+
+
+def statistics_are_open(encoder: MaskedEncoder) -> bool:
+    """Returns whether an encoder has new weights and ImageNet's mean and deviation.
+
+    Args:
+        encoder:
+            The encoder.
+    """
+    own = (encoder.mean, encoder.std) != imagenet_statistics(encoder.in_chans)
+    return encoder.untrained and not own
 
 
 def set_statistics(

@@ -24,7 +24,7 @@ TINY_VIT: dict[str, Any] = {
 SHORT_RUN: dict[str, Any] = {
     "epochs": 3,
     "batch_size": 8,
-    "lr": 0.1,
+    "lr": 0.002,
     "precision": "32-true",
     "accelerator": "cpu",
     "devices": 1,

@@ -116,7 +116,10 @@ MISTAKES = {
     "--method CrossMAE --method.img_size 64": "--method CrossMAE needs an encoder",
     "--method DINOv3": "no method 'DINOv3'. There are: MAE, ",
     "--method simmim": "no method 'simmim'. Did you mean SimMIM?",
-    "": "A run begins with data and method: pass both, or --resume to go on",
+    "": "y does not exist. Give a folder of images",
+    "--recipe swin_base_100ep": "--recipe swin_base_100ep is a method's: pass the meth",
+    f"--method SimMIM {ENCODER} --epochs 3 --minutes 3":
+        "Pass --epochs or --minutes, not both",
     "--bach-size 8": "no option --bach_size. Did you mean --batch_size? lightly-mim p",
     "--epochs many": "--epochs takes a whole number, got many.",
     "--precision half": "--precision takes one of 32-true, bf16-mixed, 16-mixed, got h",
@@ -322,7 +325,8 @@ def test_files_where_one_stands_are_not_executed(start: str, tmp_path: Path) -> 
     ("words", "refused"),
     [
         ("--batch_size 2048", True),
-        ("", True),  # the recipe's
+        ("--recipe swin_base_100ep", True),  # its batches have 2048 images
+        ("", False),  # chosen for the images
         ("--batch_size {more}", True),
         ("--batch_size {all}", False),
         ("--batch_size 2048 --data nowhere", False),

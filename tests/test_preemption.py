@@ -344,7 +344,7 @@ def build():
 
 if __name__ == "__main__":
     pretrain(
-        sys.argv[1] + "/run", {data!r}, build, epochs=3, batch_size=8, lr=0.1,
+        sys.argv[1] + "/run", {data!r}, build, epochs=3, batch_size=8, lr=0.002,
         precision="32-true", accelerator="cpu", devices={devices},
         strategy="auto" if {devices} == 1 else "ddp", num_workers=1,
         tensorboard=False, log_every=2, callbacks=[Send()], save_every_minutes=0,

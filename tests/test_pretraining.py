@@ -23,6 +23,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightly_mim import defaults
 from lightly_mim.checkpoints import read_encoder
 from lightly_mim.data import BrokenImageError
 from lightly_mim.masking import Mask
@@ -492,7 +493,7 @@ def test_pretrain__killed_run_goes_on(
         "def build():\n"
         f"    return SimMIM(**{DROPPING!r})\n"
         f"pretrain({str(out)!r}, {str(photos)!r}, build, epochs=3, batch_size=8,"
-        " lr=0.1, precision='32-true', accelerator='cpu', devices=1, num_workers=0,"
+        " lr=0.002, precision='32-true', accelerator='cpu', devices=1, num_workers=0,"
         " tensorboard=False, log_every=2, reconstruct_every=2)\n".replace(
             "log_every=2, rec", "log_every=2, callbacks=[Interrupt()], rec"
         )
@@ -512,7 +513,7 @@ def test_pretrain__config_says_what_was_chosen(finished: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["precision"] == "32-true"
     assert config["recipe"]["weight_decay"] == 0.05
-    assert config["recipe"]["lr"] == 0.1
+    assert config["recipe"]["lr"] == 0.002
     assert "overwrite" not in config
     assert "resume" not in config
 
@@ -521,7 +522,7 @@ def test_pretrain__refuses_a_run_that_is_there(finished: Path, photos: Path) -> 
     before = weights(finished)
     with pytest.raises(ValueError, match="a finished run .* overwrite to replace"):
         run(finished, photos, reconstruct_every=2)
-    with pytest.raises(ValueError, match=r"lr: 0.1 in the run, 0.2 now"):
+    with pytest.raises(ValueError, match=r"lr: 0.002 in the run, 0.2 now"):
         run(finished, photos, reconstruct_every=2, lr=0.2, resume=True)
     # Another way to write the same folder is the same folder.
     run(finished, Path(f"{photos}/"), reconstruct_every=2, resume=True)
@@ -628,7 +629,7 @@ def build():
 if __name__ == "__main__":
     devices = int(sys.argv[2])
     pretrain(
-        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.1,
+        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.002,
         precision="32-true", accelerator="cpu", devices=devices,
         strategy="ddp" if devices > 1 else "auto", num_workers=0, tensorboard=False,
         resume=len(sys.argv) > 3,
@@ -693,13 +694,17 @@ def lightly_loader(data: Path, **options: Any) -> DataLoader[Any]:
 @no_validation
 @few_batches
 def test_pretraining__takes_lightlys_loader(photos: Path, tmp_path: Path) -> None:
-    module = Pretraining(SimMIM(**TINY_VIT))
-    fit = trainer(tmp_path)
-    fit.fit(module, lightly_loader(photos))
     # 100-epoch recipe: 2e-4 per 512 images, and 8 images in a step.
-    schedule = module.lr_schedulers()
-    assert schedule.base_lrs[0] == pytest.approx(2e-4 * 8 / 512)
-    assert fit.global_step == 4
+    for recipe, rate in (
+        (None, defaults.learning_rate(8)),
+        (SimMIM.recipe(), 2e-4 * 8 / 512),
+    ):
+        module = Pretraining(SimMIM(**TINY_VIT), recipe)
+        fit = trainer(tmp_path)
+        fit.fit(module, lightly_loader(photos))
+        schedule: Any = module.lr_schedulers()
+        assert schedule.base_lrs[0] == pytest.approx(rate)
+        assert fit.global_step == 4
 
 
 @no_validation

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightly_mim import defaults
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.methods import SimMIM
@@ -246,7 +247,7 @@ def rates(module: Pretraining, steps: int) -> list[float]:
 @pytest.mark.parametrize("num_images", [8, 40])
 def test_pretraining__max_steps(tmp_path: Path, num_images: int) -> None:
     """10 steps are the same run in 5 epochs, in one, or without epochs."""
-    recipe = SimMIM.recipe()
+    recipe = defaults.recipe(SimMIM(**TINY_VIT).encoder, num_images)
     expected = [
         learning_rate_factor(step, 10 / recipe.epochs, 10, recipe) for step in range(10)
     ]
@@ -284,7 +285,11 @@ def test_pretraining__max_time(tmp_path: Path) -> None:
     """The schedule is that of the recipe's epochs, and the time cuts it."""
     loader: Any = DataLoader(Labelled(0), batch_size=4)
     module = fitted(loader, tmp_path, max_time=timedelta(seconds=1))
-    assert module._total_steps == 4 * SimMIM.recipe().epochs
+    assert module._total_steps == 4 * defaults.passes(16)
+    assert 0 < module.trainer.global_step < module._total_steps
+    options: Any = {"recipe": SimMIM.recipe(), "max_time": timedelta(seconds=1)}
+    module = fitted(loader, tmp_path, **options)
+    assert module._total_steps == 4 * 100
     assert 0 < module.trainer.global_step < module._total_steps
     with pytest.raises(ValueError, match="for a loader without a length, max_steps"):
         fitted(DataLoader(Endless(), batch_size=4), tmp_path, max_time="00:00:00:01")

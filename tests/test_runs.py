@@ -25,6 +25,7 @@ from lightly_mim.methods import MAE, CrossMAE, SimMIM
 from lightly_mim.optim import Recipe
 from lightly_mim.pretraining import Pretraining, pretrain
 from lightly_mim.runs import RunDirectory, TakenOverError
+from lightly_mim.targets import Pixels
 
 from .conftest import TINY_VIT
 from .test_pretraining import (
@@ -293,8 +294,11 @@ def test_resume__changes_are_listed_and_recorded(
         ({"allow_changes": ["lr"], "resume": True}, "allow_changes is a list of some"),
         ({"allow_changes": "data", "resume": True}, "list of some of .*got 'data'"),
         ({"allow_changes": ["data"]}, "is for a run that goes on"),
-        ({"data": None}, "A run begins with data and method"),
-        ({"method": None}, "A run begins with data and method"),
+        ({"data": None}, "A run begins with data: pass a folder"),
+        (
+            {"method": None, "recipe": "vit_base_800ep"},
+            "recipe='vit_base_800ep' is a method's: pass the method as well",
+        ),
     ],
 )
 def test_resume__refuses(
@@ -338,25 +342,33 @@ def of_an_earlier_version(run: Path, **recipe: Any) -> None:
     for name in ("weight_decay_on", "min_lr_is_absolute", "full_warmup_from"):
         del config["recipe"][name]
     config["recipe"] |= recipe
+    for name in ("normalize", "minutes"):
+        config.pop(name, None)
     del config["method"]["init_args"]["init"]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def test_resume__of_an_earlier_version(
-    whole: Path, photos: Path, cut: Path, tmp_path: Path
-) -> None:
-    out = copy_of(cut, tmp_path)
+def test_resume__of_an_earlier_version(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "method": lambda: SimMIM(**TINY_VIT, target=Pixels(), init="timm"),
+        "recipe": SimMIM.recipe(),
+    }
+    run(tmp_path / "whole", photos, **options)
+    out = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        run(out, photos, callbacks=[Interrupt(2, 0)], **options)
     kept = yaml.safe_load((out / "config.yaml").read_text())
     was = kept["recipe"]["weight_decay_on"]
     assert was  # of a published recipe: not what earlier versions did
     of_an_earlier_version(out, decay_mask_token=False)
     with pytest.raises(ValueError, match=r"recipe.weight_decay_on: \[\] in the run, "):
-        run(out, photos, callbacks=OTHER, resume=True, recipe=SimMIM.recipe())
+        run(out, photos, callbacks=OTHER, resume=True, **options)
     pretrain(out, resume=True, allow_changes=["callbacks"])
     found = yaml.safe_load((out / "config.yaml").read_text())
     assert found["recipe"] == kept["recipe"] | {"weight_decay_on": []}
     assert found["method"] == kept["method"]
-    assert_same(weights(out), weights(whole))  # its ViT has none of these
+    assert found["normalize"] is None  # ImageNet's
+    assert_same(weights(out), weights(tmp_path / "whole"))  # its ViT has none of these
 
 
 @pytest.mark.parametrize("decayed", [True, False])
@@ -400,7 +412,7 @@ def test_resume__out_alone_with_a_change(
     pretrain(out, data, resume=True, on_error="skip", allow_changes=allowed)
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["data"], config["on_error"]) == (str(data), "skip")
-    assert (config["lr"], config["batch_size"]) == (0.1, 8)
+    assert (config["lr"], config["batch_size"]) == (0.002, 8)
 
 
 class Mine(SimMIM):
@@ -511,7 +523,7 @@ def build():
 if __name__ == "__main__":
     devices = int(sys.argv[2])
     pretrain(
-        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.1,
+        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.002,
         precision="32-true", accelerator="cpu", devices=devices,
         strategy="ddp", num_workers=0, tensorboard=False, callbacks=[Cut()],
         resume=True, allow_changes=sys.argv[4:],

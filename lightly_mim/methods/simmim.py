@@ -138,7 +138,7 @@ class SimMIM(MaskedImageModel):
             encoder, img_size=img_size, in_chans=in_chans, init=init, **encoder_options
         )
         size = self.encoder.img_size
-        unit = mask_unit(size, self.encoder.patch_size)
+        unit = mask_unit(size, self.encoder.stride)
         self.masking = choose_masking(
             masking, mask_patch_size, mask_ratio, RandomMasking(unit, 0.6)
         )

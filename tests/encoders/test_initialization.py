@@ -170,15 +170,14 @@ def test_mask_token__follows_the_law_after_a_resize() -> None:
 def test_methods__take_and_record_it(method: Any, init: Any) -> None:
     small = {} if method is SimMIM else {"decoder_dim": 16, "decoder_depth": 1}
     model = method(**VITS["vit"], **small, init=init)
-    default = "mae"
-    assert model.init_args["init"] == (init or default)
+    assert model.init_args["init"] == (init or "mae")
     again = method(**model.init_args)
     assert again.init_args == model.init_args
     weight = model.encoder.vit.blocks[0].attn.qkv.weight
     bound = math.sqrt(6 / sum(weight.shape))
     laws = {"timm": NORMAL, "simmim": NARROW, "mae": stats.uniform(-bound, 2 * bound)}
-    check(weight, laws[init or default])
-    others = [law for name, law in laws.items() if name != (init or default)]
+    check(weight, laws[init or "mae"])
+    others = [law for name, law in laws.items() if name != (init or "mae")]
     for other in others:
         assert stats.kstest(weight.detach().flatten(), other.cdf).pvalue < 1e-12
 

@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "depth": 1,
     "num_heads": 2,
 }
+UNIT: dict[str, Any] = {"mask_patch_size": 32}  # the paper's
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
@@ -39,10 +40,14 @@ DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
     ("method", "name", "options", "img_size", "unit"),
     [
         # 512, 504, 480, ... were proposed in turn.
-        (SimMIM, "vit_small_patch14_dinov2", {}, 504, 28),
-        (SimMIM, "vit_small_patch14_dinov2", {"img_size": 504}, 504, 28),
-        (SimMIM, "vit_small_patch14_dinov2", {"img_size": (224, 518)}, (224, 504), 28),
-        (SimMIM, "eva02_tiny_patch14_224", {}, 224, 28),
+        (SimMIM, "vit_small_patch14_dinov2", UNIT, 504, 28),
+        (SimMIM, "vit_small_patch14_dinov2", UNIT | {"img_size": 504}, 504, 28),
+        (
+            *(SimMIM, "vit_small_patch14_dinov2"),
+            UNIT | {"img_size": (224, 518)},
+            *((224, 504), 28),
+        ),
+        (SimMIM, "eva02_tiny_patch14_224", UNIT, 224, 28),
         (SimMIM, VIT, {"mask_patch_size": (32, 24)}, 224, (32, 16)),
         (SimMIM, VIT, {"mask_patch_size": 90}, 224, 112),
         (SimMIM, SWIN, {"mask_patch_size": 30}, 224, 28),

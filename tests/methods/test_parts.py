@@ -519,7 +519,8 @@ def test_own_parts__say_what_is_missing() -> None:
         SimMIM(**VIT, target=no_target)
     with pytest.raises(ValueError, match="A head is built by the method.*Linear"):
         SimMIM(**VIT, head=nn.Linear(32, 768))
-    model = SimMIM(**VIT, head=lambda *sizes: TanhHead(32, 700))
+    head = {"head": lambda *sizes: TanhHead(32, 700)}
+    model = SimMIM(**VIT, **head, mask_patch_size=32)
     with pytest.raises(ValueError, match=r"\(3, 12, 700\).*has \(3, 12, 768\): build"):
         model(images(model))
     with pytest.raises(ValueError, match="ColorBins.*has not seen any images"):

@@ -27,7 +27,7 @@ from lightly_mim.methods import SimMIM
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.optim import Recipe, build_optimizer
 from lightly_mim.patches import gather_patches
-from lightly_mim.targets import LocallyNormalizedPixels, Target
+from lightly_mim.targets import LocallyNormalizedPixels, Pixels, Target
 
 Size = tuple[int, int]
 
@@ -55,6 +55,7 @@ BEIT: dict[str, Any] = {
     "use_fc_norm": False,
     "init_values": 0.1,
 }
+PAPER: dict[str, Any] = {"target": Pixels(), "masking": RandomMasking(32, 0.6)}
 
 
 def images(size: tuple[int, int] = (64, 64), channels: int = 3) -> Tensor:
@@ -139,7 +140,7 @@ def test_loss_and_gradients__equal_hugging_face(
     options: dict[str, Any], build: Any
 ) -> None:
     torch.manual_seed(0)
-    model = SimMIM(**options).eval()
+    model = SimMIM(**options, **PAPER, init="timm").eval()
     # Biases and scales begin at 0 and 1, tables and tokens near 0: move all of them,
     # so that none can be mapped wrongly without being seen.
     for parameter in model.parameters():
@@ -265,6 +266,7 @@ def test_loss__equals_plain_loops(
         in_chans=channels,
         mask_patch_size=mask_patch_size,
         mask_ratio=0.4,
+        target=Pixels(),
         region=region,
         loss=part,
     ).eval()
@@ -363,7 +365,7 @@ def test_loss__of_cells_equals_plain_loops(
 
 @pytest.mark.parametrize("options", [VIT, SWIN, BEIT])
 def test_output(options: dict[str, Any]) -> None:
-    model = SimMIM(**options)
+    model = SimMIM(**options, **PAPER)
     pixels = images(model.encoder.img_size)
     output = model(pixels)
     stride = model.encoder.stride[0]
@@ -386,7 +388,13 @@ def test_forward__leaves_no_parameter_without_gradient(options: dict[str, Any]) 
     model = SimMIM(**options)
     model(images(model.encoder.img_size)).loss.backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
-    assert unused == []
+    # Positions that are fixed are not trained.
+    fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert fixed == (["encoder.vit.pos_embed"] if options is VIT else [])
+    assert unused == fixed
+    model = SimMIM(**options, **PAPER, init="timm")
+    model(images(model.encoder.img_size)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_forward__does_not_see_the_masked_pixels() -> None:
@@ -427,7 +435,7 @@ def test_norm_target__is_what_the_loss_sees() -> None:
     assert output.target.std() == pytest.approx(1, abs=0.1)
     # Predicting the target exactly gives back the image.
     restored = model.target.to_pixels(output.target, pixels, output.index, (16, 16))
-    expected = SimMIM(**VIT).target(pixels, output.index, (16, 16))
+    expected = Pixels()(pixels, output.index, (16, 16))
     torch.testing.assert_close(restored, expected)
 
 
@@ -480,6 +488,29 @@ def test_transform__is_the_papers() -> None:
     assert transform.min_scale == 0.67
 
 
+@pytest.mark.parametrize(
+    ("options", "unit", "window", "init"),
+    [
+        (VIT, 16, 15, "mae"),
+        (BEIT, 16, 15, "mae"),
+        (VIT | {"img_size": 192}, 32, 47, "mae"),
+        (VIT | {"img_size": 224}, 32, 55, "mae"),
+        (VIT | {"img_size": 32, "patch_size": 4}, 4, 7, "mae"),
+        (SWIN, 16, 31, "timm"),
+        (SWIN | {"img_size": 192, "window_size": 6}, 32, 47, "timm"),
+    ],
+)
+def test_defaults__are_in_proportion_to_the_images(
+    options: dict[str, Any], unit: int, window: int, init: str
+) -> None:
+    model = SimMIM(**options)
+    assert to_config(model.masking) == to_config(RandomMasking((unit, unit), 0.6))
+    assert to_config(model.target) == to_config(LocallyNormalizedPixels(window))
+    assert model.init_args["init"] == init
+    again = SimMIM(**model.init_args)
+    assert to_config(again) == to_config(model)
+
+
 # Recipes.
 
 
@@ -513,6 +544,8 @@ def test_from_recipe__builds_the_encoder(name: str) -> None:
     assert model.encoder.img_size == (recipe.img_size, recipe.img_size)
     assert model.encoder.name == recipe.encoder
     assert model.init_args["init"] == recipe.encoder_options["init"] == "simmim"
+    assert to_config(model.target) == to_config(recipe.method_options["target"])
+    assert to_config(model.masking) == to_config(RandomMasking((32, 32), 0.6))
     for key, value in recipe.encoder_options.items():
         assert key == "init" or model.encoder.options[key] == value
 
@@ -605,7 +638,7 @@ def test_forward__refuses() -> None:
         model(images(), torch.eye(3, dtype=torch.bool).expand(2, -1, -1))
     with pytest.raises(ValueError, match="8 x 8 cells cannot be laid over"):
         model(images(), torch.eye(8, dtype=torch.bool).expand(2, -1, -1))
-    odd = SimMIM(**{**VIT, "img_size": 48})
+    odd = SimMIM(**{**VIT, "img_size": 48}, mask_patch_size=32)
     with pytest.raises(ValueError, match="48 x 48 pixels.*mask_patch_size 32 x 32"):
         odd(images((48, 48)))
 
