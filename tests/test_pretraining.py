@@ -652,7 +652,8 @@ def test_pretrain__two_processes_give_the_weights_of_one(
         )
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+        # The keys' bias has no gradient but rounding, which AdamW scales up.
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-4)
     rows = [rows_of(tmp_path / str(n)) for n in (1, 2)]
     for name in ("train_loss", "val_loss"):
         assert [float(row[name]) for row in rows[0] if row[name]] == pytest.approx(
