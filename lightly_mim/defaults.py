@@ -101,10 +101,10 @@ def decoder_size(embed_dim: int, depth: int) -> tuple[int, int]:
     """Returns (width, depth) of MAE's decoder, in proportion to the encoder.
 
     MAE's 512 and 8 are two thirds of ViT-B's 768 and 12 (table 1, a and b). Behind a
-    ViT of 192 and 6 they would cost some 40 times as much as the encoder. A half of width
-    and depth came to 52 / 64 instead of 64 / 72 on digits, 63 / 76 instead of 66 / 78
-    on MNIST, 59 / 58 instead of 59 / 56 on drawings and 77 / 73 instead of 75 / 70 on
-    solar cells.
+    ViT of 192 and 6 they would cost some 40 times as much as the encoder. A half of
+    width and depth came to 52 / 64 instead of 64 / 72 on digits, 63 / 76 instead of 66
+    / 78 on MNIST, 59 / 58 instead of 59 / 56 on drawings and 77 / 73 instead of 75 / 70
+    on solar cells.
 
     Args:
         embed_dim:
