@@ -135,6 +135,11 @@ def method(
 ) -> tuple[str, dict[str, Any]]:
     """Returns method and encoder for a data set and a machine.
 
+    MAE, which sees twice as many images in the same time and was ahead of SimMIM on
+    MNIST (63 / 76 against 49 / 65) and drawings (59 / 58 against 56 / 55) and level on
+    solar cells (77 / 73 against 77 / 74). Pictures of a few pixels get patches of one,
+    in which MAE's target has no deviation, and SimMIM.
+
     Args:
         num_images:
             How many pictures there are.
@@ -157,10 +162,11 @@ def method(
     patch_size = min(max(round(side / along), 1), 16)
     img_size = min(side // patch_size, along) * patch_size
     options |= {"img_size": img_size, "patch_size": patch_size}
+    name = "MAE" if patch_size > 1 else "SimMIM"
     if gpu:
-        return "MAE", {"encoder": "vit_small_patch16_224", **options}
+        return name, {"encoder": "vit_small_patch16_224", **options}
     small = {"embed_dim": 192, "depth": 6, "num_heads": 6}
-    return "SimMIM", {"encoder": "vit_tiny_patch16_224", **options, **small}
+    return name, {"encoder": "vit_tiny_patch16_224", **options, **small}
 
 
 def recipe(

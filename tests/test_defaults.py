@@ -184,8 +184,8 @@ def test_method__can_be_built_for_the_images(
 
 
 def test_method__grows_with_the_images_and_the_machine() -> None:
-    small = defaults.method(2000, 64, False, gpu=False)
-    assert small[0] == "SimMIM"
+    assert defaults.method(2000, 64, False, gpu=False)[0] == "MAE"
+    assert defaults.method(2000, 8, True, gpu=False)[0] == "SimMIM"
     assert defaults.method(2000, 300, False, gpu=True)[1]["encoder"].startswith(
         "vit_small"
     )
