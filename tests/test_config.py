@@ -249,7 +249,7 @@ def test_to_config__says_what_was_chosen_for_a_method() -> None:
     config = to_config(SimMIM(**VIT))["init_args"]
     assert {name: config[name]["class_path"] for name in ROOMS} == {
         "masking": "lightly_mim.masking.RandomMasking",
-        "target": "lightly_mim.targets.Pixels",
+        "target": "lightly_mim.targets.LocallyNormalizedPixels",
         "head": "lightly_mim.heads.LinearHead",
         "loss": "lightly_mim.losses.L1",
     }
@@ -370,7 +370,7 @@ WORDS = [
             "masking=MixtureMasking masking.maskings=[BlockMasking,RandomMasking]",
             {"masking": MixtureMasking([BlockMasking(), RandomMasking()])},
         ),
-        ("mask_ratio=0.5", {"masking": RandomMasking((32, 32), 0.5)}),
+        ("mask_ratio=0.5", {"masking": RandomMasking((16, 16), 0.5)}),
         (
             "target=Pixels target.factor=4 loss=SmoothL1 loss.beta=0.25",
             {"target": Pixels(factor=4), "loss": SmoothL1(0.25)},

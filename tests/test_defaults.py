@@ -230,7 +230,7 @@ def test_recipe(
     assert recipe.epochs == (epochs or defaults.passes(number))
     # The rate is the rate itself.
     assert recipe.lr_batch_size == recipe.batch_size
-    assert recipe.lr == defaults.learning_rate(recipe.batch_size)
+    assert recipe.lr == defaults.learning_rate(ENCODER.embed_dim)
     assert recipe.warmup_epochs <= recipe.epochs
 
 

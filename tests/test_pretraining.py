@@ -637,6 +637,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_pretrain__two_processes_give_the_weights_of_one(
     photos: Path, tmp_path: Path
 ) -> None:

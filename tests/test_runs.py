@@ -487,7 +487,7 @@ def test_command_line__out_is_enough(
     words = ["pretrain", "--out", str(copy_of(cut, tmp_path)), "--resume"]
     for more, message in {
         (): "--allow-changes callbacks",
-        ("--lr", "3"): "lr: 0.1 in the run, 3.0 now",
+        ("--lr", "3"): "lr: 0.002 in the run, 3.0 now",
         ("--allow-changes", "lr"): "allow_changes is a list of some of",
     }.items():
         with pytest.raises(SystemExit) as error:
@@ -503,7 +503,7 @@ def test_command_line__out_is_enough(
     assert "no run in" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["pretrain", "--out", str(tmp_path / "none"), "--data", "photos"])
-    assert "A run begins with data and method" in capsys.readouterr().err
+    assert "photos does not exist" in capsys.readouterr().err
 
 
 DDP_SCRIPT = """
@@ -531,6 +531,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_resume__other_number_of_processes(photos: Path, tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(DDP_SCRIPT.format(vit=TINY_VIT, data=str(photos)))
@@ -554,7 +555,8 @@ def test_resume__other_number_of_processes(photos: Path, tmp_path: Path) -> None
         assert "does not end bit for bit" in done.stdout
         one, other = weights(tmp_path / "whole"), weights(tmp_path / out)
         for name, tensor in one.items():
-            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+            # The keys' bias has no gradient but rounding, which AdamW scales up.
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-4)
         finished = json.loads((tmp_path / out / "finished.json").read_text())
         assert finished["changes"][0]["changes"] == {"devices": [first, then]}
 

@@ -171,28 +171,35 @@ def test_settings_of__refuses() -> None:
 # Too few steps.
 
 
-def test_warn_of_few_steps() -> None:
+def test_warn_of_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
     """100 epochs of 1,281,167 images in batches of 2048 are 62,556 steps."""
     method = SimMIM(**TINY_VIT)
     name = "swin_base_100ep"
     recipe = SimMIM.recipe(name)
-    message = r"swin_base_100ep was published for 62,556 .* 0.0008; this run takes 625 "
+    message = (
+        "takes 625 steps at a learning rate of up to 0.0008, .* published for 62,556 "
+    )
     with pytest.warns(UserWarning, match=message + "steps at up to 0.0008"):
         warn_of_few_steps(method, name, recipe, 625)
     small = dataclasses.replace(recipe, batch_size=8)
-    with pytest.warns(UserWarning, match="steps at up to 3.1e-06"):
+    with pytest.warns(UserWarning, match="4 steps at a learning rate of up to 3.1e-06"):
         warn_of_few_steps(method, name, small, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_few_steps(method, name, recipe, 626)
-        warn_of_few_steps(method, None, small, 4)
+        warn_of_few_steps(method, None, small, 500)
+        assert not capsys.readouterr().out
+        warn_of_few_steps(method, None, small, 499)
         warn_of_few_steps(method, small, small, 4)  # of one's own
+    few, fewer = capsys.readouterr().out.splitlines()
+    assert few.startswith("This run takes 499 steps")
+    assert fewer.startswith("This run takes 4 steps")
 
 
 def test_pretrain__warns_of_few_steps(photos: Path, tmp_path: Path) -> None:
     options = SHORT_RUN | {"epochs": 1, "lr": None}
     build = partial(SimMIM, **TINY_VIT)
-    with pytest.warns(UserWarning, match="this run takes 4 steps .* Leave recipe out"):
+    with pytest.warns(UserWarning, match="This run takes 4 steps .* Leave recipe out"):
         model = pretrain(
             tmp_path / "a", photos, build, recipe="swin_base_100ep", **options
         )
@@ -226,10 +233,9 @@ def test_channel_statistics__are_numpys(channels: int) -> None:
         np.testing.assert_allclose(found[name], expected, atol=5.1e-5)
 
 
-def test_channel_statistics__of_one_colour_and_of_floats() -> None:
+def test_channel_statistics__of_one_colour() -> None:
     grey = torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)
     assert channel_statistics(grey) == {"mean": [0.2], "std": [0.0039]}  # 1 / 255
-    assert channel_statistics(torch.rand(2, 3, 4, 4)) is None
 
 
 def test_set_statistics() -> None:
@@ -314,7 +320,7 @@ def test_pretrain__resumed_run_keeps_what_was_chosen(
     # A later version chooses otherwise, and does not look at the images again.
     monkeypatch.setattr(defaults, "learning_rate", lambda batch_size: 0.5)
     monkeypatch.setattr(defaults, "images_per_step", lambda num_images: 4)
-    monkeypatch.delattr(pretraining._Images, "statistics")
+    monkeypatch.delattr(pretraining._Images, "pixels")
     begin(out, moved, callbacks=[Interrupt(9, 9)], resume=True)
     assert_same(weights(out), weights(whole))
     for name in ("recipe", "normalize"):
@@ -384,7 +390,7 @@ def test_pretrain__data_alone_is_enough(
     data = pictures(tmp_path / "data", mode)
     cli.main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "SimMIM, vit_tiny_patch16_224 at 32 x 32 pixels in patches of 4 x 4" in said
+    assert "MAE, vit_tiny_patch16_224 at 32 x 32 pixels in patches of 4 x 4" in said
     assert "where not said chosen by lightly_mim.defaults" in said
     config = config_of(tmp_path / "run")
     assert config["method"]["init_args"]["in_chans"] == channels
@@ -410,7 +416,7 @@ def test_choose_method__needs_pictures() -> None:
         choose_method(data, "cpu")
     data = [(torch.zeros(1, 40, 64, dtype=torch.uint8), 0)] * 4
     build: Any = choose_method(data, "cpu")
-    assert build.func is SimMIM
+    assert build.func is MAE
     assert (build.keywords["in_chans"], build.keywords["img_size"]) == (1, 40)
     assert choose_method(data, "gpu").func is MAE  # type: ignore[attr-defined]
 

@@ -28,6 +28,7 @@ def script() -> Any:
         yield importlib.import_module("solar_cells")
 
 
+@pytest.mark.slow
 def test_main__quick(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

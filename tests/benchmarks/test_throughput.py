@@ -80,6 +80,7 @@ def test_evaluation__tables(
     assert all(float(line[-1].split()[0]) > 0 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_mae__leaves_patches_out(
     script: ModuleType, capsys: pytest.CaptureFixture[str]

@@ -190,6 +190,7 @@ def test_save_encoder__metadata_is_json(tmp_path: Path) -> None:
         "in_chans",
         "options",
         "pos_embed",
+        "init",
         "mean",
         "std",
         "pool",

@@ -496,7 +496,7 @@ def test_transform__is_the_papers() -> None:
         (VIT | {"img_size": 192}, 32, 47, "mae"),
         (VIT | {"img_size": 224}, 32, 55, "mae"),
         (VIT | {"img_size": 32, "patch_size": 4}, 4, 7, "mae"),
-        (SWIN, 16, 31, "timm"),
+        (SWIN, 32, 31, "timm"),  # a cell
         (SWIN | {"img_size": 192, "window_size": 6}, 32, 47, "timm"),
     ],
 )
