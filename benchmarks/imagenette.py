@@ -15,6 +15,7 @@ from typing import Any
 from common import METHODS, Plan, build_parser, run_script, run_study
 
 from lightly_mim.data.named import imagenette
+from lightly_mim.methods.base import published_parts
 
 # The recipe that sets encoder, image size, masking, optimiser and augmentation. A
 # method that is not listed takes its first one.
@@ -168,8 +169,9 @@ def plan(name: str, arguments: argparse.Namespace) -> Plan:
     if arguments.encoder in (None, recipe.encoder):
         build = partial(method.from_recipe, recipe_name, **options)
     else:  # another encoder takes the recipe without the options of its encoder
-        defaults = {"img_size": recipe.img_size, **recipe.method_options}
-        build = partial(method, arguments.encoder, **(defaults | options))
+        parts = published_parts(recipe, options)
+        options = {"img_size": recipe.img_size, **parts, **options}
+        build = partial(method, arguments.encoder, **options)
     return Plan(
         build,
         {

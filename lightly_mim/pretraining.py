@@ -573,9 +573,9 @@ def pretrain(
             Passes over the training images. By default the recipe's, or chosen. Warm-up
             and schedule keep their share of the run.
         minutes:
-            How long the run is to take, instead of epochs: the speed is measured in a
-            few steps that are thrown away, and the number of epochs follows from it. In
-            one process only.
+            How long the training steps are to take, instead of epochs: their speed is
+            measured in a few that are thrown away, and the number of epochs follows
+            from it. Validation, probes and pictures come on top. In one process only.
         batch_size:
             Images per optimiser step, over all devices and accumulated micro-batches.
             By default the recipe's, or chosen. An incomplete last batch is dropped.
@@ -592,7 +592,7 @@ def pretrain(
         normalize:
             `mean` and `std` of each channel, of images in [0, 1]. By default ImageNet's
             with `recipe`, those that the weights were trained with for a pretrained
-            encoder, and else those of the training images.
+            encoder, and else those of 512 of the training images.
         seed:
             Seed of everything that is random.
         precision:
@@ -712,8 +712,13 @@ def pretrain(
         if recipe is None:
             suit_as_before(method, stored)
     else:
+        if _rank() == 0:  # before anything is looked at or chosen
+            run.check({}, resume, overwrite, allow_changes)
         images = open_images()
-        settings = settings_of(method, arguments, num_images=images.num_images)
+        provisional = {} if minutes is None else {"warmup_epochs": None}
+        settings = settings_of(
+            method, arguments | provisional, num_images=images.num_images
+        )
         pictures = images.pixels() if recipe is None else None
         if pictures is not None:
             method.suit(brightness_share(pictures))
@@ -721,9 +726,14 @@ def pretrain(
                 normalize = channel_statistics(pictures)
     if normalize is not None:
         set_statistics(method.encoder, normalize)
+    if settings.drop_path is not None:
+        method.encoder.set_drop_path(settings.drop_path)
+    if grad_checkpointing:
+        method.set_grad_checkpointing()
     if minutes is not None and images is not None:
         images.follow(settings)
-        epochs = _epochs_in(minutes, method, settings, images, arguments, precision)
+        options = arguments | {"devices": layout.devices, "num_nodes": layout.num_nodes}
+        epochs = _epochs_in(minutes, method, settings, images, options, precision)
         settings = settings_of(
             method, arguments | {"epochs": epochs}, num_images=images.num_images
         )
@@ -748,10 +758,6 @@ def pretrain(
         Pretraining(method).load_state_dict(state["state_dict"])
         method.encoder.untrained = False
         return method
-    if settings.drop_path is not None:
-        method.encoder.set_drop_path(settings.drop_path)
-    if grad_checkpointing:
-        method.set_grad_checkpointing()
     method.check_masking()
 
     images = images or open_images()
@@ -876,6 +882,13 @@ class _Speed(Callback):
         return (timed[-1] - timed[0]) / (len(timed) - 1)
 
 
+def _refuse_several(found: str) -> None:
+    raise ValueError(
+        "minutes is measured in one process, and each of several would find another "
+        f"speed; this run has {found}: pass epochs instead, or devices=1."
+    )
+
+
 def _epochs_in(
     minutes: float,
     method: MaskedImageModel,
@@ -885,6 +898,10 @@ def _epochs_in(
     precision: Precision,
 ) -> int:
     """Returns how many epochs fit into some minutes, by a few steps of a copy."""
+    devices = arguments["devices"]
+    several = devices > 1 if isinstance(devices, int) else len(devices) > 1
+    if (devices != "auto" and several) or arguments["num_nodes"] > 1:
+        _refuse_several(f"devices={devices} on {arguments['num_nodes']} machine(s)")
     speed = _Speed()
     names = ("accelerator", "devices", "strategy")
     trainer = _trainer(
@@ -901,11 +918,8 @@ def _epochs_in(
         enable_model_summary=False,
         callbacks=[speed],
     )
-    if trainer.world_size > 1 or (arguments["num_nodes"] or 1) > 1:
-        raise ValueError(
-            "minutes is measured in one process, and this run has "
-            f"{trainer.world_size}: pass epochs instead, or devices=1."
-        )
+    if trainer.world_size > 1:
+        _refuse_several(f"{trainer.world_size} of them")
     images.check(trainer)
     copied = copy.deepcopy(method)
     copied.choose_attention(trainer.strategy.root_device, precision == "bf16-mixed")
@@ -1041,7 +1055,7 @@ class _Images(pl.LightningDataModule):
             labels=False,  # only what watches the run needs them
         )
         self.num_images: int = len(self.train)  # type: ignore[arg-type]
-        if on_error == "raise":
+        if on_error == "raise" and isinstance(self.train, ImageDataset):
             _check_sizes(survey(self.train), smallest)
 
     def follow(self, recipe: Recipe) -> None:
@@ -1065,8 +1079,11 @@ class _Images(pl.LightningDataModule):
         """Returns some of the images as uint8, None for floats and views."""
         few = spread_out(self.plain(), NUM_TO_FIT)
         images = next(iter(self._loader(few, len(few), num_workers=0)))[0]
-        known = isinstance(images, Tensor) and images.dtype == torch.uint8
-        return images if known else None
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            return None
+        encoder = self.method.encoder
+        normalize_images(images[:1], encoder.mean, encoder.std)  # do channels fit?
+        return images
 
     def check(self, trainer: pl.Trainer) -> None:
         """Raises a ValueError if batch and processes do not fit the images."""
@@ -1166,7 +1183,7 @@ def _check_sizes(found: Survey, smallest: tuple[int, int]) -> None:
             f"{len(small)} of {len(found.sizes)} images that were looked at are "
             f"smaller than {smallest[0]} x {smallest[1]} pixels; the first of them, "
             f"{name}, has {height} x {width} (height x width). Remove them, leave "
-            'them out with on_error="skip", or train with a smaller mask_patch_size.'
+            'them out with on_error="skip", or take a smaller mask_patch_size or patch.'
         )
 
 
@@ -1383,7 +1400,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         *("minutes", "save_every_minutes"),
     ):
         value = arguments[name]
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        number = isinstance(value, (int, float))
+        if value is not None and not (number and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is at least 0 and finite, got {name}={value!r}.")
 
 
@@ -1394,7 +1412,7 @@ def _check_shares(batch_size: int, devices: int, accumulate: int) -> None:
         raise ValueError(
             f"batch_size is the number of images per optimiser step, {parts} = "
             f"{devices} device(s) x {accumulate} accumulated micro-batch(es) share it, "
-            f"and {batch_size} does not divide by that."
+            f"and {batch_size} does not divide by that: pass another batch_size."
         )
 
 

@@ -261,7 +261,10 @@ class RunDirectory:
                 "but does not end bit for bit as it would have."
             )
         else:
-            remedy = "Pass the run's own arguments, or another folder as out."
+            remedy = (
+                "Pass the run's own arguments, or none but out and resume, or another "
+                "folder as out."
+            )
         raise ValueError(
             f"The run in {self.path} was started with other arguments, so going on "
             "would mix two runs:\n  "

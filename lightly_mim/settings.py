@@ -22,6 +22,7 @@ from lightly_mim.data.survey import survey
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.methods import MaskedImageModel
+from lightly_mim.methods.base import published_parts
 from lightly_mim.optim import Recipe
 from lightly_mim.targets import Pixels
 
@@ -80,12 +81,15 @@ def as_published(
         return build
     if not isinstance(recipe, Recipe):
         recipe = method.recipe(recipe)
-    published = dict(recipe.method_options)
-    if "init" in recipe.encoder_options and not build.keywords.get("pretrained"):
-        published["init"] = recipe.encoder_options["init"]
     said = {name for name, value in build.keywords.items() if value is not None}
     if build.func is method:  # by their places
         said |= set(list(inspect.signature(method).parameters)[: len(build.args)])
+    published = published_parts(recipe, said)
+    first = build.args[0] if build.func is method and build.args else None
+    encoder = build.keywords.get("encoder", first)
+    new = isinstance(encoder, str) and not build.keywords.get("pretrained")
+    if new and "init" in recipe.encoder_options:
+        published["init"] = recipe.encoder_options["init"]
     return partial(build, **{k: v for k, v in published.items() if k not in said})
 
 
@@ -117,6 +121,8 @@ def settings_of(
         recipe = method.recipe(recipe)
     if recipe is None and stored is None:
         batch_size = given.get("batch_size")
+        if num_images is None and epochs is None:
+            given.pop("warmup_epochs", None)  # nobody knows yet of how many
         return dataclasses.replace(
             method.default_recipe(num_images, batch_size, epochs), **given
         )
@@ -239,19 +245,18 @@ def set_statistics(
     Raises:
         ValueError: If they are not that.
     """
-    found = {
-        name: tuple(map(float, normalize.get(name, ()))) for name in ("mean", "std")
-    }
-    finite = all(math.isfinite(v) for values in found.values() for v in values)
-    if (
-        set(normalize) != {"mean", "std"}
-        or any(len(values) != encoder.in_chans for values in found.values())
-        or not finite
-        or min(found["std"]) <= 0
-    ):
+    try:
+        found = {name: tuple(map(float, normalize[name])) for name in normalize}
+    except (TypeError, ValueError):
+        found = {}
+    fits = found.keys() == {"mean", "std"} and all(
+        len(values) == encoder.in_chans and all(map(math.isfinite, values))
+        for values in found.values()
+    )
+    if not fits or min(found["std"]) <= 0:
         raise ValueError(
             f"normalize has mean and std, {encoder.in_chans} number(s) each, one per "
             "channel of images in [0, 1], and deviations above 0, got "
-            f"{dict(normalize)!r}."
+            f"{normalize!r}."
         )
     encoder.mean, encoder.std = found["mean"], found["std"]

@@ -402,7 +402,7 @@ def test_alarm__goes_off_once(photos: Path, tmp_path: Path) -> None:
     assert ranks[0] > 1.5 > ranks[1]
     # A resumed run remembers both.
     state = torch.load(out / "checkpoints" / "last.ckpt")["callbacks"]
-    (alarm,) = (state[key] for key in state if "FeatureWatch" in key)
+    (alarm,) = (state[key] for key in state if "CollapseAlarm" in key)
     assert alarm["warned"]
     assert alarm["highest"] >= max(ranks)
 

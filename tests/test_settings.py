@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -23,6 +24,7 @@ from lightly_mim import MAE, SimMIM, cli, defaults, pretraining
 from lightly_mim.config import to_config
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import load_encoder
+from lightly_mim.masking import BlockMasking
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.pretraining import check_pretraining, pretrain
 from lightly_mim.settings import (
@@ -88,6 +90,20 @@ def test_as_published__what_was_said_wins() -> None:
     model = as_published(partial(SimMIM, *places, **rest), V2)()
     assert to_config(model.target) == to_config(said["target"])
     assert model.init_args["init"] == "simmim"
+
+
+def test_as_published__draws_nothing_for_a_module() -> None:
+    module = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    for build in (partial(SimMIM, module), partial(SimMIM, encoder=module)):
+        published = as_published(build, "swin_base_100ep")
+        assert "init" not in published.keywords  # type: ignore[attr-defined]
+        assert isinstance(published().target, Pixels)
+
+
+def test_as_published__a_masking_of_ones_own_wins() -> None:
+    encoder = {k: v for k, v in TINY_VIT.items() if k != "mask_patch_size"}
+    build = partial(SimMIM, **encoder, masking=BlockMasking(8, 0.5))
+    assert isinstance(as_published(build, "swin_base_100ep")().masking, BlockMasking)
 
 
 def test_as_published__leaves_others_alone() -> None:
@@ -468,7 +484,7 @@ def test_pretrain__minutes_of_a_named_recipe_are_kept(
         ({"minutes": math.inf, "epochs": None}, "minutes=inf"),
         (
             {"minutes": 1, "epochs": None, "devices": 2, "strategy": "ddp"},
-            "measured in one process, and this run has 2",
+            "measured in one process, .* this run has devices=2",
         ),
     ],
 )
@@ -483,24 +499,22 @@ def test_pretrain__refuses_minutes(
 # Pictures that are smaller than what is masked as a whole.
 
 
-@pytest.mark.parametrize("kind", ["folder", "data set"])
-def test_pretrain__refuses_small_pictures(kind: str, tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "data", "RGB")
-    Image.new("RGB", (35, 16)).save(folder / "13.png")
-    data: Any = folder
-    name = "13.png"
-    if kind == "data set":
-        data = [(Image.open(file), 0) for file in sorted(folder.iterdir())]
-        name = "image 13"
+def test_pretrain__refuses_small_pictures(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data", "RGB")
+    Image.new("RGB", (35, 16)).save(data / "13.png")
     build = partial(SimMIM, **TINY_VIT | {"img_size": 96, "mask_patch_size": 32})
-    message = rf"1 of 24 images .* smaller than 32 x 32.*{name}, has 16 x 35 .*skip"
+    message = r"1 of 24 images .* smaller than 32 x 32.*13.png, has 16 x 35 .*skip"
     with pytest.raises(ValueError, match=message):
         begin(tmp_path / "run", data, method=build)
     assert not (tmp_path / "run").exists()
-    if kind == "folder":
-        begin(tmp_path / "run", data, method=build, on_error="skip", epochs=1)
-    else:
-        begin(tmp_path / "run", data, epochs=1)  # units of 8 pixels
+    begin(tmp_path / "run", data, method=build, on_error="skip", epochs=1)
+
+
+def test_pretrain__says_that_channels_do_not_fit(tmp_path: Path) -> None:
+    grey = [(Image.new("L", (40, 40), value), 0) for value in range(0, 240, 10)]
+    with pytest.raises(ValueError, match="in_chans=1"):
+        begin(tmp_path / "run", grey)
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_pretraining__method_that_is_chosen() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.data.decode import (
@@ -94,6 +95,10 @@ def _samples(dataset: Dataset[Any]) -> Iterable[tuple[int, int, str, bool]]:
         item = inner[index]
         sample = item[0] if isinstance(item, (tuple, list)) else item
         if not is_image(sample):
+            continue
+        if isinstance(sample, Tensor) and (
+            sample.ndim != 3 or sample.shape[0] not in (1, 3)
+        ):
             continue
         if isinstance(sample, Image.Image):
             width, height = sample.size

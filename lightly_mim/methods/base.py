@@ -115,7 +115,7 @@ class MaskedImageModel(Recorded, nn.Module):
             "encoder": recipe.encoder,
             "img_size": recipe.img_size,
             **recipe.encoder_options,
-            **recipe.method_options,
+            **published_parts(recipe, options),
         }
         if recipe.drop_path is not None:
             settings["drop_path_rate"] = recipe.drop_path
@@ -328,6 +328,22 @@ class MaskedImageModel(Recorded, nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters with several dimensions that do not decay."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+
+def published_parts(recipe: Recipe, said: Iterable[str]) -> dict[str, Any]:
+    """Returns a recipe's options of the method, but for what is said otherwise.
+
+    Args:
+        recipe:
+            The recipe.
+        said:
+            Names of the options that the caller gives. A masking of one's own takes the
+            place of the size and the ratio that are short for one.
+    """
+    said = set(said)
+    if "masking" in said:
+        said |= {"mask_patch_size", "mask_ratio"}
+    return {k: v for k, v in recipe.method_options.items() if k not in said}
 
 
 def _image_size(images: Tensor) -> tuple[int, int]:

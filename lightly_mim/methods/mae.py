@@ -297,6 +297,11 @@ _BASE = Recipe(
     source="MAE, appendix A.1, table 8, and table 3 (1600 epochs)",
     encoder="vit_base_patch16_224",
     encoder_options={"init": "mae"},
+    method_options={
+        "decoder_dim": 512,
+        "decoder_depth": 8,
+        "decoder_num_heads": 16,
+    },
     img_size=224,
     epochs=1600,
     batch_size=4096,

@@ -250,7 +250,7 @@ _SWIN = Recipe(
     source="microsoft/SimMIM, configs/swin_base__100ep",
     encoder="swin_base_patch4_window7_224",
     encoder_options={"window_size": 6, "init": "simmim"},
-    method_options={"target": Pixels()},
+    method_options={"target": Pixels(), "mask_patch_size": 32, "mask_ratio": 0.6},
     img_size=192,
     epochs=100,
     batch_size=2048,
@@ -312,7 +312,10 @@ SimMIM.recipes = {
         source="microsoft/Swin-Transformer, configs/simmim: swinv2_base, 800ep",
         encoder="swinv2_base_window12_192",
         encoder_options={"init": "simmim"},
-        method_options={"target": LocallyNormalizedPixels(47)},
+        method_options={
+            **_SWIN.method_options,
+            "target": LocallyNormalizedPixels(47),
+        },
         drop_path=0.1,
     ),
 }

@@ -149,6 +149,11 @@ class FeatureWatch(Callback):
         self._last: Look | None = None
         self._read: FixedImages | None = None
 
+    @property
+    def state_key(self) -> str:
+        """The name in a checkpoint: what the class was called at first."""
+        return "CollapseAlarm"
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run must know: looks, highest rank and the warning."""
         looks = {"start": self._start, "last": self._last}

@@ -545,7 +545,7 @@ def test_from_recipe__builds_the_encoder(name: str) -> None:
     assert model.encoder.name == recipe.encoder
     assert model.init_args["init"] == recipe.encoder_options["init"] == "simmim"
     assert to_config(model.target) == to_config(recipe.method_options["target"])
-    assert to_config(model.masking) == to_config(RandomMasking((32, 32), 0.6))
+    assert to_config(model.masking) == to_config(RandomMasking(32, 0.6))
     for key, value in recipe.encoder_options.items():
         assert key == "init" or model.encoder.options[key] == value
 

@@ -815,7 +815,8 @@ def test_local_study__kill_leaves_nothing_running(photos: Path, tmp_path: Path) 
         start_new_session=True,
     )
     metrics = tmp_path / "s/tasks/00-imagenette/run/SimMIM-seed0/metrics.csv"
-    wait(metrics.exists, 120)
+    # The first row is from before the first step.
+    wait(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120)
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
