@@ -657,7 +657,7 @@ class Agree(Callback):
 if __name__ == "__main__":
     watched = sys.argv[2] == "watched"
     pretrain(
-        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.1,
+        sys.argv[1], {data!r}, build, epochs=2, batch_size=8, lr=0.002,
         precision="32-true", accelerator="cpu", devices=2, strategy="ddp",
         num_workers=0, tensorboard=False, rank_every=int(watched),
         probe="linear" if watched else None, probe_every=1,

@@ -68,7 +68,7 @@ class Slow(SimMIM):
 def words(data: Path, *options: str) -> list[str]:
     return [
         *("lightly-mim", "pretrain", "--data", str(data), "--method", "slow.Slow"),
-        *("--epochs", str(EPOCHS), "--batch_size", "2", "--lr", "0.1"),
+        *("--epochs", str(EPOCHS), "--batch_size", "2", "--lr", "0.0004"),
         *("--precision", "32-true", "--accelerator", "cpu", "--num_workers", "1"),
         *("--log_every", "1", "--tensorboard", "false", *options),
     ]
