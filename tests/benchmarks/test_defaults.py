@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,13 @@ import torch
 from lightly_mim.targets import Pixels
 
 MODELS = ["SimMIM", "lightly's MAE"]
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture(scope="module")
-def defaults() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("defaults")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def defaults(on_path: None) -> Any:
+    return importlib.import_module("defaults")
 
 
 @pytest.fixture

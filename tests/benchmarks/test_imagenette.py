@@ -31,10 +31,8 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("imagenette")
+def script(on_path: None) -> Any:
+    return importlib.import_module("imagenette")
 
 
 @pytest.fixture(scope="module")
@@ -212,28 +210,27 @@ def test_main__two_methods_in_one_table(
             super().__init__(encoder, loss=SmoothL1(beta), **options)
 
     monkeypatch.setitem(script.METHODS, "Smooth", Smooth)
-    words = [*TINY, "--data-dir", str(data_dir), "--method", "SimMIM", "Smooth"]
+    # A seed with which a random class token differs from the mean on twelve images.
+    words = [*TINY, "--data-dir", str(data_dir), "--seeds", "4"]
+    words += ["--method", "SimMIM", "Smooth"]
     out = tmp_path / "out"
     script.main([*words, "--out", str(out), "--recipe", "vit_base_800ep"])
     assert {row["method"] for row in rows_of(out)} == {"SimMIM", "Smooth"}
     losses = [
-        (out / f"{method}-seed0" / "metrics.csv").read_text()
+        (out / f"{method}-seed4" / "metrics.csv").read_text()
         for method in ("SimMIM", "Smooth")
     ]
     assert losses[0] != losses[1]
     table = (out / "table.md").read_text()
     labels = [line.split("|")[1].strip() for line in table.splitlines() if "|" in line]
-    assert labels[2:4] == ["SimMIM, pretrained", "Smooth, pretrained"]
-    # One baseline for both methods, or one for each if their numbers differ.
-    assert all(label.startswith("random initialisation") for label in labels[4:-1])
-    assert labels[-1] == "raw pixels"
-    # SimMIM's are means; of an unknown method the class token is tried, too.
-    for name, tried in {
-        "SimMIM": ["mean"],
-        "Smooth": ["mean", "cls", "cls+mean"],
-    }.items():
-        results = json.loads((out / f"{name}-seed0" / "results.json").read_text())
-        assert sorted(results["arguments"]["pools"] or tried) == sorted(tried)
+    assert labels[2:] == [
+        "SimMIM, pretrained",
+        "Smooth, pretrained",
+        # SimMIM's are means; of an unknown method the class token is tried, too.
+        "random initialisation (SimMIM)",
+        "random initialisation (Smooth)",
+        "raw pixels",
+    ]
 
 
 @pytest.mark.slow

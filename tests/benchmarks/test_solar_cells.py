@@ -12,8 +12,6 @@ import yaml
 
 import lightly_mim.data.named
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 # Smaller still than --quick.
 WORDS = (
     "--quick --encoder-option patch_size=16 embed_dim=24 depth=2 num_heads=2 "
@@ -22,10 +20,8 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("solar_cells")
+def script(on_path: None) -> Any:
+    return importlib.import_module("solar_cells")
 
 
 @pytest.mark.slow

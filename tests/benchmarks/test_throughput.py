@@ -5,30 +5,19 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
 
 from lightly_mim import masked_encoder
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("throughput")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def script(on_path: None) -> Any:
+    return importlib.import_module("throughput")
 
 
 @pytest.fixture
