@@ -47,10 +47,11 @@ from lightly_mim import (
     masked_encoder,
     pretrain,
 )
-from lightly_mim.data import KeyedLoader, keyed_random_state
+from lightly_mim.data import KeyedLoader, keyed_random_state, open_data
 from lightly_mim.data.named import solar_cells
 from lightly_mim.defaults import decoder_size, num_heads
 from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation import Linear
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import build_optimizer
@@ -62,7 +63,6 @@ ENCODER: dict[str, Any] = {"embed_dim": 128, "depth": 4, "num_heads": 4}
 PROTOCOLS = ("knn", "linear")
 # A short grid: the differences that count here are those between encoders.
 LINEAR = Linear(learning_rates=(1e-3, 1e-2, 1e-1), epochs=30)
-IMAGENET = {1: ([0.449], [0.226]), 3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
 
 
 class Images(Dataset[Any]):
@@ -274,20 +274,6 @@ class Lightly(nn.Module):
         return nn.functional.mse_loss(self.decoder.predict(decoded), target)
 
 
-class Views(Dataset[Any]):
-    """Images through lightly's own transform, in our form."""
-
-    def __init__(self, images: Images, transform: Any) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int, str]:
-        image, label = self.images[index]
-        return self.transform(image), label, str(index)
-
-
 def train_lightly(
     of: Set, name: str, train: Images, epochs: int, seed: int, like: MaskedImageModel
 ) -> tuple[MaskedEncoder, MaskedEncoder]:
@@ -307,7 +293,7 @@ def train_lightly(
             model, recipe, recipe.batch_size, steps, epochs * steps
         )
         loader = KeyedLoader(
-            Views(train, transform),
+            open_data(train, transform=transform)[0],
             recipe.batch_size,
             training=True,
             seed=seed,
@@ -454,8 +440,8 @@ def measure(
     method = model.removeprefix("lightly's ")
     options, pretraining = (change[1](of), dict(change[2])) if change else ({}, {})
     if "normalize" in pretraining:
-        mean, std = IMAGENET[of.in_chans]
-        pretraining["normalize"] = {"mean": mean, "std": std}
+        mean, std = imagenet_statistics(of.in_chans)
+        pretraining["normalize"] = {"mean": list(mean), "std": list(std)}
     start_time = time.process_time()
     if method == model:
         build = ours(of, method, options)

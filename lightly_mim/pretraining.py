@@ -1077,8 +1077,7 @@ class _Images(pl.LightningDataModule):
 
     def pixels(self) -> Tensor | None:
         """Returns some of the images as uint8, None for floats and views."""
-        few = spread_out(self.plain(), NUM_TO_FIT)
-        images = next(iter(self._loader(few, len(few), num_workers=0)))[0]
+        images = self._batch_of(self.plain(), NUM_TO_FIT)[0]
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             return None
         encoder = self.method.encoder
@@ -1111,10 +1110,13 @@ class _Images(pl.LightningDataModule):
         """Returns training images for a target to learn from, normalised."""
         return self._some(self.plain(), NUM_TO_FIT)
 
-    def _some(self, dataset: Dataset[Any], number: int) -> Tensor:
+    def _batch_of(self, dataset: Dataset[Any], number: int) -> Any:
         few = spread_out(dataset, number)
+        return next(iter(self._loader(few, len(few), num_workers=0)))
+
+    def _some(self, dataset: Dataset[Any], number: int) -> Tensor:
         encoder = self.method.encoder
-        batch = next(iter(self._loader(few, len(few), num_workers=0)))
+        batch = self._batch_of(dataset, number)
         images = batch_images(batch)
         check_finite_images(images, batch[2])
         return normalize_images(images, encoder.mean, encoder.std)

@@ -305,6 +305,7 @@ def as_options(
     message = re.sub(rf"(?<![\w.(-])({names})=({value})", replace, message)
     return re.sub(
         rf"(?<=[Pp]ass )(?:{names})\b(?! of\b)|\b(?:{names})(?= to (?:go|replace))"
+        rf"|(?<= or )(?:{names})(?=, not both)"
         rf"|(?<=\bas )(?:out|val)\b",
         lambda match: options.get(match[0], match[0]),
         message,

@@ -119,7 +119,7 @@ MISTAKES = {
     "": "y does not exist. Give a folder of images",
     "--recipe swin_base_100ep": "--recipe swin_base_100ep is a method's: pass the meth",
     f"--method SimMIM {ENCODER} --epochs 3 --minutes 3":
-        "Pass --epochs or minutes, not both",
+        "Pass --epochs or --minutes, not both",
     "--bach-size 8": "no option --bach_size. Did you mean --batch_size? lightly-mim p",
     "--epochs many": "--epochs takes a whole number, got many.",
     "--precision half": "--precision takes one of 32-true, bf16-mixed, 16-mixed, got h",
