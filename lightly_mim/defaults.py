@@ -8,8 +8,9 @@ to nothing. Each choice is one function, `pretrain` prints what they chose, and
 Figures in the docstrings are kNN / logistic accuracy in percent of the last layer, by
 cross-validation on training images, after 24,000 images in batches of 32 with a ViT of
 128 values and 4 blocks in 16 to 64 patches, one seed, so that differences of two points
-mean nothing. The sets are scikit-learn's digits, 4,000 images of MNIST, 1,506 drawings
-in colour (emoji) and 1,968 solar cells at 64 pixels.
+mean nothing; they were found with an earlier form of that script. The sets are
+scikit-learn's digits, 4,000 images of MNIST, 1,506 drawings in colour (emoji) and 1,968
+solar cells at 64 pixels.
 """
 
 from __future__ import annotations

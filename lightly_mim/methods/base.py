@@ -145,18 +145,10 @@ class MaskedImageModel(Recorded, nn.Module):
         batch_size: int | None = None,
         epochs: int | None = None,
     ) -> Recipe:
-        """Returns settings for the images at hand, see `lightly_mim.defaults.recipe`.
+        """Returns settings for the images at hand.
 
         The crops are those of the method's own transform, and AdamW's betas those that
-        it was published with.
-
-        Args:
-            num_images:
-                Number of training images, None if it is not known.
-            batch_size:
-                Images per optimiser step if that is decided.
-            epochs:
-                Passes over the images if that is decided.
+        it was published with. The arguments are those of `lightly_mim.defaults.recipe`.
         """
         own: dict[str, Any] = {}
         if self.recipes:
