@@ -223,8 +223,8 @@ def build_parser(
         "--lr",
         type=float,
         metavar="RATE",
-        help="highest learning rate per as many images as the method's recipes count "
-        f"by, 512 for SimMIM (default: {defaults['lr']})",
+        help="highest learning rate; where settings are a published recipe's, per as "
+        f"many images as it counts by, 512 for SimMIM (default: {defaults['lr']})",
     )
 
     machine = parser.add_argument_group("the machine")

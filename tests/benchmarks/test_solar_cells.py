@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 import lightly_mim.data.named
+from lightly_mim import defaults
+from lightly_mim.data.named import solar_cells
 
 # Smaller still than --quick.
 WORDS = (
@@ -81,15 +83,19 @@ def test_plan__constants(script: ModuleType, method: str) -> None:
     encoder = plan.build().encoder
     assert encoder.name == script.ENCODER
     assert encoder.in_chans == 1
-    side = script.IMG_SIZES[method]
-    assert encoder.img_size == (side, side)
-    assert encoder.grid == (script.PATCHES, script.PATCHES)
+    assert encoder.img_size == (script.IMG_SIZE, script.IMG_SIZE)
+    assert encoder.grid == (8, 8)
     assert encoder.embed_dim == script.ENCODER_OPTIONS["embed_dim"]
-    assert plan.pretraining["epochs"] == script.EPOCHS[method]
-    # The rate that pretrain makes of it, by the batch: per 512 images, for MAE per 256.
-    rate = plan.pretraining["lr"] * script.BATCH_SIZE
-    rate /= {"SimMIM": 512, "MAE": 256}[method]
-    assert rate == pytest.approx(script.LEARNING_RATE)
+    # All else is what the defaults choose for that many images.
+    assert plan.pretraining == {"epochs": script.EPOCHS, "validate": False}
+    chosen = plan.build().default_recipe(len(solar_cells("train")), epochs=24)
+    assert (chosen.batch_size, chosen.lr, chosen.lr_batch_size) == (32, 1e-3, 32)
+
+
+def test_encoder_is_what_pretrain_chooses(script: ModuleType) -> None:
+    _, chosen = defaults.method(num_images=1968, side=300, grey=True, gpu=False)
+    plan = plan_of(script).build.keywords
+    assert {name: plan[name] for name in chosen} == chosen
 
 
 def test_plan__parts_of_a_method(script: ModuleType) -> None:
@@ -125,12 +131,12 @@ def test_plan__refuses_parts(
 def test_plan__options_win(script: ModuleType) -> None:
     plan = plan_of(
         script,
-        *"--quick --epochs 3 --lr 0.5 --img-size 72 --batch-size 8".split(),
+        *"--quick --epochs 3 --lr 0.5 --img-size 80 --batch-size 8".split(),
         *"--encoder-option depth=1 --method-option mask_ratio=0.3".split(),
     )
     method = plan.build()
     assert method.encoder.num_layers == 1
-    assert method.encoder.img_size == (72, 72)
+    assert method.encoder.img_size == (80, 80)
     assert method.masking.ratio == 0.3
     assert plan.pretraining["epochs"] == 3
     assert plan.pretraining["lr"] == 0.5
