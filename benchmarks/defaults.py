@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import io
 import itertools
 import json
@@ -137,6 +138,25 @@ def _mnist() -> tuple[Images, Images]:
     return _split(pixels.reshape(-1, 28, 28), labels, 1000)
 
 
+def _fashion() -> tuple[Images, Images]:
+    """30,000 + 2,000 pictures of clothes, of the Debian package."""
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.exists():
+        raise ValueError(f"No {folder}: apt-get install dataset-fashion-mnist")
+    parts = []
+    for split, number in (("train", 30_000), ("t10k", 2_000)):
+        images = gzip.decompress(
+            (folder / f"{split}-images-idx3-ubyte.gz").read_bytes()
+        )
+        labels = gzip.decompress(
+            (folder / f"{split}-labels-idx1-ubyte.gz").read_bytes()
+        )
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+        classes = np.frombuffer(labels, np.uint8, offset=8)
+        parts.append(Images(pixels[:number], classes[:number]))
+    return parts[0], parts[1]
+
+
 def _emoji() -> tuple[Images, Images]:
     """Drawings in colour by group, of the npm package emoji-datasource-google."""
     package = "emoji-datasource-google@16.0.0"
@@ -172,6 +192,7 @@ SETS = {
     "digits": Set(_digits, 8, 2),
     "mnist": Set(_mnist, 28, 4),
     "emoji": Set(_emoji, 32, 4, 3),
+    "fashion": Set(_fashion, 28, 4),  # large: for --pictures
 }
 
 
@@ -475,17 +496,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     runs = itertools.product(
-        arguments.seeds, arguments.sets, arguments.pictures, _rows(arguments.choice)
+        arguments.seeds,
+        arguments.sets,
+        _rows(arguments.choice),
+        arguments.pictures,
+        arguments.images,
     )
-    for seed, name, pictures, (label, model, change) in runs:
+    for seed, name, (label, model, change), pictures, images in runs:
         if model not in arguments.models:
             continue
-        label = label if pictures is None else f"{label}, {pictures} pictures"
+        label += "" if pictures is None else f", {pictures} pictures"
+        label += "" if images == IMAGES else f", {images} images"
         words = [arguments.choice or "peers", name, label, f"seed{seed}"]
-        words += [] if arguments.images == IMAGES else [f"{arguments.images}"]
         file = arguments.out / ("-".join(words).replace(" ", "_") + ".json")
         if not file.exists():
-            row = measure(name, model, seed, arguments.images, change, pictures)
+            row = measure(name, model, seed, images, change, pictures)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as temporary:
                 Path(temporary).write_text(json.dumps({"label": label, **row}))
@@ -535,7 +560,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS)[:-1])
     parser.add_argument("--models", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument(
         "--pictures",
@@ -547,7 +572,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--choice", choices=CHOICES, help="a choice of the defaults")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=IMAGES, help="seen by each run")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=int,
+        default=[IMAGES],
+        metavar="N",
+        help="seen by each run",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
     return parser

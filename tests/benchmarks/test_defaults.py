@@ -52,7 +52,7 @@ def test_main__measures_once_and_goes_on(
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     defaults.main(words)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert "| digits | lightly's MAE, 200 pictures |" in capsys.readouterr().out
+    assert "| digits | lightly's MAE, 200 pictures, 200 images |" in capsys.readouterr().out
 
 
 def test_choice__is_scored_on_training_images(
