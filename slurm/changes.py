@@ -72,8 +72,8 @@ def _find(study: Study, name: str, queued: Mapping[str, tuple[str, str]]) -> Tas
         )
     task = found[0]
     if is_busy(study, task, queued):
-        jobs = {study.job(task, stage) for stage in task.stages}
-        words = ["scancel", *sorted(job for job in jobs if job in queued)]
+        jobs = {study.job(task, stage) for stage in task.stages} & set(queued)
+        words = ["scancel", *sorted(filter(None, jobs))]
         raise ValueError(
             f"{task.name} runs or is in the queue: end it first, "
             + (shlex.join(words) if len(words) > 1 else "by Ctrl-C.")

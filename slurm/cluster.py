@@ -178,13 +178,13 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
         group.add_argument(
             f"--{name}", type=type_, default=default, metavar="N", help=text
         )
-    for name, text, default in (
+    for name, text, limit in (
         ("time", "limit of a job in sbatch's words; a task that needs longer is "
          "requeued (default: 24:00:00)", "24:00:00"),
         ("evaluation-time", "limit of an evaluation (default: as --time)", None),
     ):  # fmt: skip
         group.add_argument(
-            f"--{name}", type=_minutes, default=default, metavar="TIME", help=text
+            f"--{name}", type=_minutes, default=limit, metavar="TIME", help=text
         )
     group.add_argument(
         "--mem", type=_memory, metavar="SIZE", help="memory per node, such as 64G"

@@ -13,10 +13,12 @@ class _AsWritten(yaml.SafeLoader):
     """Reads numbers and dates as their text: 0123 is no 83, 24:00:00 no 86400."""
 
 
+def _as_written(loader: _AsWritten, node: yaml.Node) -> Any:
+    return node.value
+
+
 for _tag in ("int", "float", "timestamp"):
-    _AsWritten.add_constructor(
-        f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_scalar
-    )
+    yaml.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_written, _AsWritten)
 
 
 def read_config(path: Path, known: set[str]) -> list[str]:

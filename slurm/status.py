@@ -100,7 +100,7 @@ def held_jobs(
             What `queue` returned.
     """
     jobs = [study.job(task, stage) for stage in study.open_stages(task)]
-    return [job for job in jobs if job in queued and _is_held(*queued[job])]
+    return [job for job in jobs if job and job in queued and _is_held(*queued[job])]
 
 
 def _is_held(state: str, reason: str) -> bool:
@@ -162,12 +162,12 @@ def _state(
     if not is_open:
         return "done", ""
     recorded = study.state(task)
-    status = recorded.get("status")
+    status: str | None = recorded.get("status")
     job = study.job(task, stage)
     attempts = study.attempts(task, stage)
     cluster = study.submissions[-1]["cluster"] if study.submissions else None
     reached = "trained" if recorded.get("done") else "queued"
-    if cluster == "slurm" and queued is not None and job in queued:
+    if cluster == "slurm" and queued and job and job in queued:
         slurm, reason = queued[job]
         if _is_held(slurm, reason):
             release = shlex.join(release_command([job]))
@@ -179,10 +179,11 @@ def _state(
         if status in (FAILED, INTERRUPTED):
             return status, _error(recorded)
         return "running", "" if slurm == "RUNNING" else slurm
-    ended = status in (FAILED, INTERRUPTED)
     last = (recorded.get("attempts") or [{}])[-1].get("job")
     # Of a local job that was started since, nothing is known yet.
-    if ended and (cluster != "local" or job in (None, last) or last == "debug"):
+    if status in (FAILED, INTERRUPTED) and (
+        cluster != "local" or job in (None, last) or last == "debug"
+    ):
         return status, _error(recorded)
     if cluster == "slurm" and queued is None:
         told = "SLURM cannot be asked here"

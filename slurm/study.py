@@ -145,8 +145,8 @@ class Study:
         """Replaces entries of the task's state.json. For rank 0 of its job alone."""
         from lightly_mim.files import atomic_write
 
-        state = {"stage": None, "status": None, "done": [], "error": None}
-        state |= {"attempts": []} | self.state(task) | changes
+        state: dict[str, Any] = {"stage": None, "status": None, "done": []}
+        state |= {"error": None, "attempts": []} | self.state(task) | changes
         with atomic_write(self._state_file(task)) as temporary:
             temporary.write_text(json.dumps(state, indent=2) + "\n")
 

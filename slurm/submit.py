@@ -382,12 +382,12 @@ def _submit(
     try:
         with outside_of_jobs():
             for chain in waves(study, pending):
-                before: list[submitit.Job[Any]] = []
+                before: Sequence[submitit.Job[Any]] = []
                 for members in chain:
                     stage = members[0][1]
                     array = executor(study, options, stage, len(members))
                     if before:
-                        wait_for(array, before)
+                        wait_for(array, before[0].job_id, len(before))
                     functions = [work(study, options, *member) for member in members]
                     before = array.submit_array(functions)
                     sent += before
@@ -415,16 +415,16 @@ def _submit(
     print(f"The study: {study.path}")
 
 
-def wait_for(array: Any, before: Sequence[submitit.Job[Any]]) -> None:
+def wait_for(array: Any, job: str, num_tasks: int) -> None:
     """Makes each element of an array wait for the same one of the array before it.
 
     An element whose turn cannot come any more, as the one before it failed, leaves the
     queue instead of staying in it for ever.
     """
-    kind = "aftercorr" if len(before) > 1 else "afterok"
+    kind = "aftercorr" if num_tasks > 1 else "afterok"
     more = {**array.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
     array.update_parameters(
-        dependency=f"{kind}:{before[0].job_id.partition('_')[0]}",
+        dependency=f"{kind}:{job.partition('_')[0]}",
         additional_parameters=more,
     )
 
@@ -438,8 +438,8 @@ def _show_scripts(
             stage = members[0][1]
             array = executor(study, options, stage, len(members))
             if position:
-                job = argparse.Namespace(job_id=f"<job of {chain[position - 1][0][1]}>")
-                wait_for(array, [job] * len(members))
+                job = f"<job of {chain[position - 1][0][1]}>"
+                wait_for(array, job, len(members))
             print(f"### {stage}{f', chain {number + 1}' if number else ''}\n")
             print(array.script(len(members)))
     report = executor(study, options, "report", 1)

@@ -122,7 +122,9 @@ class Task(Checkpointable):
         done = [*study.state(task)["done"], self.stage]
         self._end(DONE, done=done)
 
-    def checkpoint(self) -> DelayedSubmission | None:
+    def checkpoint(  # type: ignore[override]  # submitit takes None
+        self,
+    ) -> DelayedSubmission | None:
         """Returns what a requeued job runs: the same, which goes on by itself.
 
         Submitit calls it before it requeues the job; None keeps it from doing so.

@@ -52,7 +52,10 @@ def test_main__measures_once_and_goes_on(
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     defaults.main(words)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert "| digits | lightly's MAE, 200 pictures, 200 images |" in capsys.readouterr().out
+    assert (
+        "| digits | lightly's MAE, 200 pictures, 200 images |"
+        in capsys.readouterr().out
+    )
 
 
 def test_choice__is_scored_on_training_images(
@@ -82,12 +85,9 @@ def test_ours__says_nothing_but_the_encoder(defaults: Any) -> None:
 
 def test_lightly__masks_single_patches_and_measures_them_alone(defaults: Any) -> None:
     of = defaults.SETS["digits"]
-    for decodes in (False, True):
-        if decodes:
-            with pytest.warns(FutureWarning, match="MAEDecoderTIMM"):
-                model = defaults.Lightly(of, decodes)
-        else:
-            model = defaults.Lightly(of, decodes)
+    with pytest.warns(FutureWarning, match="MAEDecoderTIMM"):
+        models = [build(of) for build in defaults.LIGHTLY.values()]
+    for model in models:
         loss = model(torch.randn(3, 1, 8, 8))
         loss.backward()
         assert loss.isfinite()
