@@ -31,6 +31,7 @@ check: $(READY)  ## all that CI checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry lightly_mim
 	$(MAKE) test
 	$(MAKE) test-slow
 	$(MAKE) slurm-test

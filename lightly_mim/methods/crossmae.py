@@ -48,6 +48,7 @@ class CrossMAE(MAE):
         ValueError: See `MAE`; also if predict_ratio is out of range.
 
     Examples:
+        >>> import torch
         >>> model = CrossMAE("vit_tiny_patch16_224", img_size=64)
         >>> model(torch.randn(2, 3, 64, 64)).prediction.shape
         torch.Size([2, 4, 768])

@@ -110,6 +110,7 @@ class MAE(MaskedImageModel):
             if the encoder is not supported.
 
     Examples:
+        >>> import torch
         >>> model = MAE("vit_tiny_patch16_224", img_size=64)
         >>> model(torch.randn(2, 3, 64, 64)).prediction.shape
         torch.Size([2, 12, 768])

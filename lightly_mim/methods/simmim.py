@@ -98,9 +98,10 @@ class SimMIM(MaskedImageModel):
             if the encoder is not supported.
 
     Examples:
+        >>> import torch
         >>> model = SimMIM("vit_tiny_patch16_224", img_size=64)
         >>> model(torch.randn(2, 3, 64, 64)).prediction.shape
-        torch.Size([2, 12, 768])
+        torch.Size([2, 10, 768])
     """
 
     replaced: ClassVar[Mapping[str, str]] = {
