@@ -1,5 +1,16 @@
 """Masked image modelling for lightly."""
 
+import sys
+from pathlib import Path
+
+# `python -m lightly_mim` looks first where one stands, beginning with what is imported
+# here: no file that lies there is taken for a package. It may be a clone of this one.
+if getattr(sys, "argv", [])[:1] == ["-m"] and sys.path[0] == str(Path.cwd()):
+    here = sys.path.pop(0)
+    if Path(__file__).parents[1] == Path(here):
+        sys.path.append(here)
+    del here
+
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import evaluate
 from lightly_mim.methods import MAE, MaskedImageModel, MIMOutput, SimMIM

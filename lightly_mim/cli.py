@@ -22,9 +22,10 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import rich
 import yaml
-from jsonargparse import auto_cli, auto_parser
+from jsonargparse import ArgumentParser, auto_cli, auto_parser
 
 import lightly_mim.methods
+from lightly_mim.config_files import ConfigFile
 from lightly_mim.data import open_data
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
@@ -47,8 +48,33 @@ COMMANDS: dict[str, Any] = {
     "evaluate-dense": evaluate_dense,
 }
 
+
+class _Parser(ArgumentParser):
+    """Reads words alone: no files behind other options, no environment variables."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"allow_abbrev": False})
+
+    def add_function_arguments(self, *args: Any, **options: Any) -> list[str]:
+        """Adds the options of a command."""
+        return super().add_function_arguments(*args, **options | {"sub_configs": False})
+
+    @property
+    def default_env(self) -> bool:
+        """Whether the environment may set options: JSONARGPARSE_DEFAULT_ENV may not."""
+        return False
+
+    @default_env.setter
+    def default_env(self, default_env: bool) -> None:
+        self._default_env = False
+
+
 # Errors are exceptions, which are told in fewer words.
 _PARSER: dict[str, Any] = {
+    "parser_class": _Parser,
+    "config_help": "A YAML file of options, such as a run's config.yaml. It is data: "
+    "methods and their parts are those of lightly_mim, or named on the command line; "
+    "with --trust, also those that the file alone names are imported.",
     "as_positional": False,
     "prog": "lightly-mim",
     "exit_on_error": False,
@@ -169,8 +195,12 @@ def _spell_out(args: Sequence[str]) -> list[str]:
     words = _split(args)
     if words:
         words[0] = words[0].replace("_", "-")
-    _refuse_replaced(words)
+    if words and words[0] == "--config":
+        raise ValueError(
+            "--config stands behind the command: lightly-mim pretrain --config FILE."
+        )
     if words and words[0] in COMMANDS:
+        words = _read_files(words, COMMANDS[words[0]])
         words = _join_lists(words, COMMANDS[words[0]])
         words = _say_true(words, COMMANDS[words[0]])
         words = spell_method(words)
@@ -226,21 +256,41 @@ def _check_unused(words: Sequence[str], command: Callable[..., Any]) -> None:
             )
 
 
-def _refuse_replaced(words: Sequence[str]) -> None:
+def _read_files(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
+    """Puts what a file behind `--config` says, once it is checked, in its place.
+
+    Raises:
+        ValueError: If a file says what it may not say, see `ConfigFile`, or is of a
+            version with other arguments; if another option names a file of settings.
+    """
+    trust = "--trust" in words
+    if trust and "--config" not in words:
+        raise ValueError("--trust does nothing without --config.")
+    named = frozenset(words)
+    words = [word for word in words if word != "--trust"]
+    settings = {
+        f"--{name}"
+        for name, hint in get_type_hints(command).items()
+        if dataclasses.is_dataclass(hint)
+    }
+    for place, (option, value) in enumerate(itertools.pairwise(words)):
+        if option == "--config" and not value.startswith("--"):
+            file = ConfigFile(value, command, named, trust)
+            _refuse_replaced(file.options)
+            words[place + 1] = json.dumps(file.options)
+        elif option in settings and Path(value).is_file():
+            raise ValueError(f"{option} {value} is a file: pass one as --config alone.")
+    return words
+
+
+def _refuse_replaced(options: Mapping[str, Any]) -> None:
     """Raises a ValueError if a configuration is of a version with other arguments."""
-    for option, path in itertools.pairwise(words):
-        if option != "--config" or not Path(path).is_file():
-            continue
-        try:
-            config = yaml.safe_load(Path(path).read_text())
-            method = config["method"]
-            name, arguments = method["class_path"], {**method["init_args"]}
-        except (ValueError, TypeError, KeyError, yaml.YAMLError):
-            continue  # for the parser to say what is wrong
-        package, _, last = str(name).rpartition(".")
+    method = options.get("method")
+    if isinstance(method, dict):
+        package, _, last = method["class_path"].rpartition(".")
         known = getattr(lightly_mim.methods, last, None)
         if known is not None and package.partition(".")[0] in ("", "lightly_mim"):
-            refuse_replaced(known, arguments)
+            refuse_replaced(known, {**(method.get("init_args") or {})})
 
 
 def _say_interrupted(words: Sequence[str]) -> None:

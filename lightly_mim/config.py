@@ -10,13 +10,22 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 
 Own = TypeVar("Own", bound="Recorded")
+
+# Options of a timm model that say where its weights come from.
+WEIGHT_OPTIONS = {
+    *("cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"),
+}
+# Of a configuration: a run's own has two thousand bytes and is four levels deep.
+MAX_BYTES = 100_000
+MAX_DEPTH = 20
 
 
 class Recorded:
@@ -150,11 +159,43 @@ def from_config(value: Any) -> Any:
         for part in ("init_args", "dict_kwargs")
         for name, item in (value.get(part) or {}).items()
     }
-    return _own_class(path)(**arguments)
+    check_named(arguments)
+    return own_class(path)(**arguments)
 
 
-def _own_class(path: str) -> Any:
-    """Returns a recorded class of this package by its dotted path."""
+def check_named(arguments: Mapping[str, Any]) -> None:
+    """Refuses an encoder that would come from wherever a file says.
+
+    Args:
+        arguments:
+            Those of a recorded class.
+
+    Raises:
+        ValueError: If it is not one of timm's own models, or with weights of others.
+    """
+    if places := sorted(WEIGHT_OPTIONS & arguments.keys()):
+        raise ValueError(
+            f"{', '.join(places)} says where weights come from, and no file has them "
+            "fetched or read from elsewhere"
+        )
+    encoder = arguments.get("encoder")
+    if isinstance(encoder, str) and ":" in encoder and not is_named_only(encoder):
+        raise ValueError(
+            f"the encoder {encoder!r} is not one of timm's own models, and no file "
+            "has one fetched or read from elsewhere"
+        )
+
+
+def own_class(path: str) -> type[Recorded]:
+    """Returns a recorded class of this package by its dotted path.
+
+    Args:
+        path:
+            The path. Nothing outside this package is imported for it.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
     package = __name__.partition(".")[0]
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != package:
@@ -166,6 +207,39 @@ def _own_class(path: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, Recorded)):
         raise ValueError(f"there is no class {path} that a run is made of")
     return found
+
+
+def read_yaml(path: Path | str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """Reads a YAML file that somebody else may have written.
+
+    Args:
+        path:
+            The file.
+        load:
+            What reads the text, one of PyYAML's safe loaders.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is no YAML, too large or too deep, or if it repeats parts by
+            aliases (a few lines of which make gigabytes).
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes: no configuration.")
+    try:
+        text = content.decode()
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is more than {MAX_DEPTH} levels deep")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"it repeats *{event.anchor}: write it out")
+        return load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
 
 
 def is_named_only(value: Any) -> bool:

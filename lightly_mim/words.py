@@ -87,7 +87,7 @@ def _find_method(name: str) -> type[MaskedImageModel] | None:
         if known not in ("MIMOutput", "MaskedImageModel")
     ]
     raise ValueError(
-        f"There is no method {name!r}.{_meant(name, known)} There are: "
+        f"There is no method {name!r}.{meant(name, known)} There are: "
         f"{', '.join(known)}; or give the dotted path of a MaskedImageModel of your "
         "own."
     )
@@ -122,7 +122,7 @@ def _check_parts(words: Sequence[str], method: type[MaskedImageModel]) -> None:
     for part, base in _parts(method).items():
         option = f"{_METHOD}{part}"
         names = [value for word, value in itertools.pairwise(words) if word == option]
-        known = {each.__name__: each for each in _classes(base)}
+        known = {each.__name__: each for each in public_classes(base)}
         what = base.__name__.lower()
         classes = [_find_part(name, base, known) for name in names]
         for place, word in enumerate(words):
@@ -149,9 +149,7 @@ def _find_part(
     """Returns the class of a part; None for what is left to jsonargparse."""
     if name in ("null", "None") or name.startswith("{"):
         return None
-    if "." in name or "/" in name:
-        if name.endswith((".yaml", ".yml", ".json")):
-            return None
+    if "." in name:
         found = import_own(name)
         if inspect.isclass(found) and issubclass(found, base):
             return found
@@ -159,7 +157,7 @@ def _find_part(
         return known[name]
     what = base.__name__.lower()
     raise ValueError(
-        f"There is no {what} {name!r}.{_meant(name, known)} There are: "
+        f"There is no {what} {name!r}.{meant(name, known)} There are: "
         f"{', '.join(known)}; or give the dotted path of a {base.__name__} of your own."
     )
 
@@ -180,8 +178,13 @@ def _parts(method: type[MaskedImageModel]) -> dict[str, type[Recorded]]:
     return {name: base for name, base in found.items() if name in taken}
 
 
-def _classes(base: type[Recorded]) -> list[type[Recorded]]:
-    """Returns what can be made of a base class, in alphabetical order."""
+def public_classes(base: type[Recorded]) -> list[type[Recorded]]:
+    """Returns what can be made of a base class, in alphabetical order.
+
+    Args:
+        base:
+            The class.
+    """
     found = {base}
     while more := {each for cls in found for each in cls.__subclasses__()} - found:
         found |= more
@@ -193,8 +196,15 @@ def _classes(base: type[Recorded]) -> list[type[Recorded]]:
     return sorted(public, key=lambda cls: cls.__name__)
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    """Returns a question for the name that is nearest, if one is near."""
+def meant(name: str, known: Iterable[str]) -> str:
+    """Returns a question for the name that is nearest, if one is near.
+
+    Args:
+        name:
+            What was said.
+        known:
+            What could be meant.
+    """
     by_lower = {each.lower(): each for each in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f" Did you mean {by_lower[near[0]]}?" if near else ""
@@ -203,7 +213,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 def _known(option: str, known: Sequence[str], prefix: str) -> str:
     if not known:
         return " It has none."
-    return f"{_meant(option, known)} It has: {prefix}{f', {prefix}'.join(known)}."
+    return f"{meant(option, known)} It has: {prefix}{f', {prefix}'.join(known)}."
 
 
 # Messages.
@@ -239,8 +249,8 @@ def shorten(message: str, command: str, options: Iterable[str] = ()) -> str:
     if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         return f"There is no command {match[1]!r}. There are: {match[2]}."
     if match := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
-        meant = _meant(match[1], [f"--{name}" for name in options])
-        return f"{command} has no option {match[1]}.{meant} {more}"
+        hint = meant(match[1], [f"--{name}" for name in options])
+        return f"{command} has no option {match[1]}.{hint} {more}"
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     if not keys:
         return message

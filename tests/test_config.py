@@ -295,11 +295,11 @@ def assert_rebuilt(again: MaskedImageModel, model: MaskedImageModel) -> None:
 CHOSEN = ("masking", "target", "loss")
 
 
-def rebuild(model: MaskedImageModel, directory: Path) -> Any:
+def rebuild(model: MaskedImageModel, directory: Path, *words: str) -> Any:
     """Returns the method that a run with this method's config.yaml builds."""
     config = {"out": "nowhere", "data": "nothing", "method": to_config(model)}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    return cli.check([*COMMAND, "--config", str(directory / "config.yaml")])
+    return cli.check([*COMMAND, "--config", str(directory / "config.yaml"), *words])
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,11 @@ def test_words__find_parts_of_ones_own(
     assert model.masking.init_args == {"width": 32}
     config = to_config(model.masking)
     assert config["class_path"] == "parts_of_ones_own.Stripes"
-    assert_same(rebuild(model, tmp_path).masking, model.masking)
+    with pytest.raises(ValueError, match=r"masking .* is not of lightly_mim.*--trust"):
+        rebuild(model, tmp_path)
+    assert_same(rebuild(model, tmp_path, "--trust").masking, model.masking)
+    again = rebuild(model, tmp_path, *own)  # the words name it
+    assert type(again.masking) is type(model.masking)
     # It is asked whether its masks fit.
     with pytest.raises(ValueError, match="8 x 1 cells cannot be laid over.*4 x 4"):
         cli.check([*command, "--method.masking.width", "8"])

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
+from lightly_mim.config import WEIGHT_OPTIONS
 from lightly_mim.encoders.base import (
     MaskedEncoder,
     imagenet_statistics,
@@ -311,7 +312,7 @@ def _build(
 
     encoder = _wrap(model)
     encoder.name = name
-    encoder.options = options
+    encoder.options = {k: v for k, v in options.items() if k not in WEIGHT_OPTIONS}
     encoder.untrained = not pretrained
     if not pretrained:  # weights that were never trained: as the papers do
         encoder.mean, encoder.std = imagenet_statistics(in_chans)

@@ -1,0 +1,224 @@
+"""A file that somebody sends is data: nothing runs because it names it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightly_mim import cli
+from lightly_mim.config import read_yaml
+
+EVIL = """
+import pathlib
+pathlib.Path("executed").touch()
+from lightly_mim.methods import SimMIM
+class Mine(SimMIM): pass
+class KNN: pass
+def make(*args, **options) -> SimMIM:
+    return SimMIM("vit_tiny_patch16_224", img_size=32)
+"""
+WORDS = ["pretrain", "--out", "x", "--data", "y"]
+ENCODER = "encoder: vit_tiny_patch16_224, img_size: 64"
+
+
+def simmim(more: str = "", outside: str = "") -> str:
+    return (
+        "method: {class_path: lightly_mim.SimMIM, init_args: {"
+        f"{ENCODER}{more}}}{outside}}}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module that tells when it is imported."""
+    (tmp_path / "evil.py").write_text(EVIL)
+    (tmp_path / "sub.yaml").write_text("class_path: evil.Mine\n")
+    (tmp_path / "sub.json").write_text('{"class_path": "evil.Mine"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    return tmp_path
+
+
+def executed() -> bool:
+    return Path("executed").exists() or "evil" in sys.modules
+
+
+CODE = "which is code: no file has it run.*in Python"
+NOT_OURS = "is not of lightly_mim, and no file has it imported.*--trust"
+NO_SETTING = "which is not the name of a setting"
+NO_OPTION = "which is no option of the command"
+CONFIGS = {
+    # A callable as the method.
+    "method: {class_path: os.system, init_args: {command: touch executed}}": NOT_OURS,
+    "method: os.system": NOT_OURS,
+    "method: {class_path: evil.Mine, init_args: {encoder: x}}": NOT_OURS,
+    "method: evil.make": NOT_OURS,
+    "method: {class_path: lightly_mim.pretraining.os.system}": "no class",
+    "method: {class_path: lightly_mim.pretrain, init_args: {out: x}}": "no class",
+    "method: {class_path: RandomMasking}": "is no MaskedImageModel",
+    "method: {class_path: lightly_mim.targets.Pixels}": "is no MaskedImageModel",
+    "method: {class_path: 5}": "is no MaskedImageModel",
+    "method: {init_args: {command: ls}}": "does not say its class_path",
+    "method: [evil.make]": NOT_OURS,
+    # Words that jsonargparse reads once more.
+    "method: '{class_path: evil.Mine}'": NOT_OURS,
+    'method: "class_path: evil.Mine"': NOT_OURS,
+    "method.class_path: evil.Mine": NO_OPTION,
+    # Further files.
+    "method: sub.yaml": NOT_OURS,
+    "method: sub.json": NOT_OURS,
+    "config: sub.yaml": NO_OPTION,
+    "__path__: sub.yaml": NO_OPTION,
+    "normalize: sub.yaml": "normalize",
+    "data: !include sub.yaml": "cannot be read as YAML",
+    # Parts, and parts of parts.
+    simmim(", target: evil.make"): NOT_OURS,
+    simmim(", target: {class_path: evil.make}"): NOT_OURS,
+    simmim(", target: sub.yaml"): NOT_OURS,
+    simmim(", loss: builtins.print"): NOT_OURS,
+    simmim(", head: {class_path: SimMIM}"): "is no Head",
+    simmim(
+        ", masking: {class_path: MixtureMasking, init_args: {maskings: [evil.make]}}"
+    ): NOT_OURS,
+    simmim(", masking: '{class_path: evil.make}'"): NOT_OURS,
+    simmim("", ", other: 1"): "has other; there are class_path",
+    simmim("", ", init_args.target: evil.make"): "has init_args.target",
+    simmim("", ", dict_kwargs: {x: {class_path: evil.KNN}}"): NO_SETTING,
+    simmim("", ", dict_kwargs: {x: '{class_path: evil.KNN}'}"): NO_SETTING,
+    simmim("", ", dict_kwargs: [evil.make]"): "has no settings",
+    # What Python alone may pass.
+    "callbacks: [evil.make]": CODE,
+    "callbacks: [{class_path: pytorch_lightning.callbacks.LambdaCallback, init_args: "
+    "{on_fit_start: os.system}}]": CODE,
+    "loggers: evil.make": CODE,
+    "callbacks+: [evil.make]": NO_OPTION,
+    # Settings that are classes.
+    "recipe: {class_path: evil.KNN}": NO_SETTING,
+    "recipe: '{class_path: evil.KNN}'": NO_SETTING,
+    "normalize: {class_path: evil.make}": NO_SETTING,
+    "normalize: {a.class_path: evil.make}": NO_SETTING,
+    # Weights from wherever the file says.
+    simmim().replace("vit_tiny_patch16_224", "hf-hub:evil/x"): "not one of timm's own",
+    simmim().replace("vit_tiny_patch16_224", "'local-dir:/'"): "not one of timm's own",
+    simmim("", ", dict_kwargs: {pretrained_cfg: {url: 'http://x'}}"): "where weights",
+    simmim("", ", dict_kwargs: {checkpoint_path: evil.pth}"): "where weights",
+    # YAML.
+    "data: !!python/object/apply:os.system [touch executed]": "cannot be read as YAML",
+    "data: !!binary aGVsbG8=": "is a bytes",
+    "data: !!set {a, b}": "is a set",
+    "lr: .inf": "not a finite number",
+    "lr: &a 1\nepochs: *a": "repeats",
+    "data: " + "[" * 5000: "levels deep",
+    "data: " + "x" * 200_000: "bytes: no configuration",
+    "<<: {method: evil.Mine}": NOT_OURS,
+    "pretrain: {method: evil.Mine}": NO_OPTION,
+    "subcommand: evaluate": NO_OPTION,
+    "5: 5": NO_OPTION,
+    "- method": "no lines of",
+    "": "no lines of",
+    "\0": "cannot be read as YAML",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS, ids=lambda text: text[:60])
+def test_config__is_data(content: str) -> None:
+    Path("c.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"(?s){CONFIGS[content]}"):
+        cli.check([*WORDS, "--config", "c.yaml"])
+    assert not executed()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate-dense"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("feature_function: evil.make", f"{CODE}|{NO_OPTION}"),
+        ("knn: sub.yaml", "has settings, not a name"),
+        ("knn: {class_path: evil.KNN}", NO_SETTING),
+        ("linear: '{class_path: evil.KNN}'", NO_SETTING),
+        ("encoder: hf-hub:evil/x", "not one of timm's own models"),
+    ],
+)
+def test_config__of_evaluations(command: str, content: str, message: str) -> None:
+    Path("c.yaml").write_text(content)
+    words = [command, "--data", "y", "--config", "c.yaml"]
+    words += [] if content.startswith("encoder") else ["--encoder", "x"]
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        cli.check(words)
+    assert not executed()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config sub.yaml pretrain", "stands behind the command"),
+        ("pretrain --conf sub.yaml --out x", "no option --conf"),
+        ("pretrain --config {method:evil.Mine}", "File does not exist"),
+        ("pretrain --out x --data y --trust", "does nothing without --config"),
+        ("evaluate --encoder x --data y --knn sub.yaml", "is a file"),
+        ("pretrain --out x --data y --method sub.yaml", "cannot be imported"),
+        ("pretrain --out x --data y --callbacks sub.yaml", "class_path 'sub.yaml'"),
+    ],
+)
+def test_words__files_stand_behind_config_alone(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cli.check(words.split())
+    assert not executed()
+
+
+def test_environment__sets_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("c.yaml").write_text("callbacks: [evil.make]")
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    for prefix in ("LIGHTLY_MIM_PRETRAIN__", "LIGHTLY_MIM_", "PRETRAIN__", ""):
+        monkeypatch.setenv(f"{prefix}CONFIG", "c.yaml")
+        monkeypatch.setenv(f"{prefix}CALLBACKS", "evil.make")
+        monkeypatch.setenv(f"{prefix}EPOCHS", "no number")
+    assert cli.check(WORDS) is None
+    assert not executed()
+
+
+def test_config__of_ones_own() -> None:
+    Path("c.yaml").write_text(
+        f"method: {{class_path: evil.Mine, init_args: {{{ENCODER}}}}}"
+    )
+    words = [*WORDS, "--config", "c.yaml"]
+    own = ["--method", "evil.Mine", "--method.encoder", "vit_tiny_patch16_224"]
+    assert type(cli.check([*words, "--trust"])).__name__ == "Mine"
+    assert type(cli.check([*words, *own])).__name__ == "Mine"
+    for content, message in {
+        "method: os.system": "is no MaskedImageModel",
+        "method: evil.KNN": "is no MaskedImageModel",
+        "callbacks: [evil.make]": CODE,
+    }.items():
+        Path("c.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            cli.check([*words, "--trust"])
+
+
+def test_config__says_what_it_says() -> None:
+    parts = ", target: Pixels, masking: {class_path: BlockMasking, init_args: {ratio: "
+    Path("c.yaml").write_text(
+        f"{simmim(f'{parts}4e-1, mask_patch_size: 16}}}}')}\nlr: 1e-3\nbatch_size: 4\n"
+        "val: '1e-3'\ncallbacks: []\nloggers: null\nrecipe: null\n"
+    )
+    method = cli.check([*WORDS, "--config", "c.yaml"])
+    assert method is not None
+    assert method.masking.init_args["ratio"] == 0.4
+    assert repr(method.target).startswith("Pixels")
+    method = cli.check([*WORDS, "--config", "c.yaml", "--method.img_size", "96"])
+    assert method is not None and method.encoder.img_size == (96, 96)
+
+
+def test_read_yaml__takes_no_more_than_a_configuration(tmp_path: Path) -> None:
+    bomb = ["a0: &a0 [x, x]"]
+    bomb += [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
+    for content in ("\n".join(bomb), "{a: " * 50 + "1", "a: " + "x" * 1_000_000):
+        (tmp_path / "c.yaml").write_text(content)
+        with pytest.raises(ValueError, match="repeats|levels deep|bytes"):
+            read_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read as YAML"):
+        read_yaml(tmp_path / "c.yaml")
