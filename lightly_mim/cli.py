@@ -40,7 +40,7 @@ from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError, Recipe
 from lightly_mim.preemption import Preempted
 from lightly_mim.pretraining import check_pretraining, pretrain
-from lightly_mim.words import as_options, shorten, spell_method
+from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
 
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
@@ -94,7 +94,9 @@ def main(args: Sequence[str] | None = None) -> None:
     words: list[str] = []
     try:
         words = _spell_out(sys.argv[1:] if args is None else args)
-        result = auto_cli(COMMANDS, args=words, **_PARSER)
+        command = COMMANDS.get(words[0] if words else "")
+        with spelled_warnings(command, words):
+            result = auto_cli(COMMANDS, args=words, **_PARSER)
     except (ValueError, argparse.ArgumentError) as error:
         _fail(2, _spelled(error, words))
     except (NonFiniteLossError, OSError) as error:
@@ -107,7 +109,8 @@ def main(args: Sequence[str] | None = None) -> None:
             _say_interrupted(words)
         raise
     if isinstance(result, Results | DenseResults):
-        rich.print(result)
+        notes = [as_options(note, command, words) for note in result.notes]
+        rich.print(dataclasses.replace(result, notes=notes))
 
 
 def check(
@@ -313,7 +316,7 @@ def _spelled(error: Exception, words: Sequence[str]) -> str:
     if isinstance(error, argparse.ArgumentError):
         options = inspect.signature(command).parameters if command else ()
         return shorten(error.message, words[0] if command else "", options)
-    return as_options(str(error), command, words) if command else str(error)
+    return as_options(str(error), command, words)
 
 
 def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:

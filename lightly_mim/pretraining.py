@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 import sys
 import time
 import warnings
@@ -49,6 +48,9 @@ from lightly_mim.data import (
     seed_from,
     spread_out,
 )
+from lightly_mim.data.decode import check_value_range
+from lightly_mim.data.depth import ValueRange
+from lightly_mim.data.notes import by_reason
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import Survey, survey
@@ -70,6 +72,7 @@ from lightly_mim.settings import (
     brightness_share,
     channel_statistics,
     choose_method,
+    follow_code,
     set_statistics,
     settings_of,
     statistics_are_open,
@@ -150,6 +153,8 @@ class Pretraining(pl.LightningModule):
         self.takes_other_images = False
         self._bad_validation = torch.tensor(False)
         self._loader_state: dict[str, Any] | None = None
+        if recipe is not None:
+            follow_code(method.encoder, recipe)
         # In the checkpoint, so that an epoch that was cut has the mean of all of it.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)
@@ -518,6 +523,7 @@ def pretrain(
     compile: bool = False,
     num_workers: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
+    value_range: ValueRange | None = None,
     reconstruct_every: int = 10,
     probe: Probe | None = None,
     probe_every: int = 10,
@@ -618,6 +624,10 @@ def pretrain(
         on_error:
             'raise' ends the run at an image that cannot be read and names it. 'skip'
             puts another image in its place, and says how many there were.
+        value_range:
+            The values of 16-bit pictures that become 0 and 255, such as (0, 4095) for a
+            camera of 12 bits, instead of (0, 65535). For folders. `evaluate` takes it
+            over from the run.
         reconstruct_every:
             Epochs between two pictures of reconstructions. 0 for the last epoch only.
         probe:
@@ -700,7 +710,7 @@ def pretrain(
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
     open_images = partial(
-        _Images, method, data, val, validate, num_workers, on_error, seed
+        _Images, method, data, val, validate, num_workers, on_error, value_range, seed
     )
     images: _Images | None = None
     if stored is not None:
@@ -726,6 +736,8 @@ def pretrain(
                 normalize = channel_statistics(pictures)
     if normalize is not None:
         set_statistics(method.encoder, normalize)
+    if value_range is not None:
+        method.encoder.value_range = (value_range[0], value_range[1])
     if settings.drop_path is not None:
         method.encoder.set_drop_path(settings.drop_path)
     if grad_checkpointing:
@@ -846,8 +858,8 @@ def pretrain(
             if unreadable:
                 print(
                     f"{len(unreadable)} files could not be read, and others took their "
-                    f"place (all of them in {run.marker}): "
-                    + "; ".join(list(unreadable.values())[:5])
+                    f"place (all of them in {run.marker}):\n  "
+                    + "\n  ".join(by_reason(unreadable))
                 )
             print(f"Finished. The encoder is in {run.encoder}.", flush=True)
             testable = images.val is not None and getattr(images.val, "classes", None)
@@ -1030,14 +1042,10 @@ class _Images(pl.LightningDataModule):
         validate: bool,
         num_workers: int | None,
         on_error: Literal["raise", "skip"],
+        value_range: ValueRange | None,
         seed: int,
     ) -> None:
         super().__init__()
-        if on_error == "skip" and not isinstance(data, str | os.PathLike):
-            raise ValueError(
-                'on_error="skip" is for folders and named data sets: what a Dataset of '
-                "your own does with a broken file is its own to say."
-            )
         encoder = method.encoder
         self.method = method
         self.num_workers = num_workers
@@ -1050,6 +1058,7 @@ class _Images(pl.LightningDataModule):
             transform=self.eval_transform,
             in_chans=encoder.in_chans,
             on_error=on_error,
+            value_range=value_range,
             min_size=smallest,
             with_val=validate,
             labels=False,  # only what watches the run needs them
@@ -1385,6 +1394,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             "method is a method or a function that makes one, for example "
             f'lambda: SimMIM("vit_base_patch16_224"), got {method!r}.'
         )
+    check_value_range(arguments["value_range"])
     whole = {
         **dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1),
         **dict.fromkeys(("num_nodes",), 1),

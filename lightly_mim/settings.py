@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 import lightly_mim.methods
@@ -218,6 +219,20 @@ def suit_as_before(method: MaskedImageModel, stored: Mapping[str, Any]) -> None:
     arguments = (stored.get("method") or {}).get("init_args") or {}
     if arguments.get("target") == to_config(Pixels()):
         method.suit(brightness=0.0)
+
+
+def follow_code(encoder: MaskedEncoder, recipe: Recipe) -> None:
+    """Lets a Swin that a recipe of SimMIM's code pretrains go to other sizes as there.
+
+    Args:
+        encoder:
+            The encoder.
+        recipe:
+            The recipe.
+    """
+    ours = recipe.encoder_options.get("init") == "simmim"
+    if ours and isinstance(encoder.vit, SwinTransformer):
+        encoder.tables = "simmim"
 
 
 def statistics_are_open(encoder: MaskedEncoder) -> bool:

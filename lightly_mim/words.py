@@ -6,6 +6,7 @@ the usual mistakes are found here before it reads the words.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -13,7 +14,8 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -277,8 +279,32 @@ def shorten(message: str, command: str, options: Iterable[str] = ()) -> str:
     return f"--{option}: {'; '.join(dict.fromkeys(filter(None, lines)))}"
 
 
+@contextlib.contextmanager
+def spelled_warnings(
+    function: Callable[..., Any] | None, words: Sequence[str]
+) -> Iterator[None]:
+    """Shows warnings in the words of the command line.
+
+    Args:
+        function:
+            The function of the command, None if it is not known.
+        words:
+            The words of the command.
+    """
+    shown = warnings.formatwarning
+
+    def spelled(message: Warning | str, *place: Any) -> str:
+        return shown(as_options(str(message), function, words), *place)
+
+    warnings.formatwarning = spelled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = shown
+
+
 def as_options(
-    message: str, function: Callable[..., Any], words: Sequence[str] = ()
+    message: str, function: Callable[..., Any] | None, words: Sequence[str] = ()
 ) -> str:
     """Returns a message with `batch_size=0` as `--batch_size 0`, as it was typed.
 
@@ -286,10 +312,12 @@ def as_options(
         message:
             The message.
         function:
-            The function whose arguments it may name.
+            The function whose arguments it may name. None leaves the message as it is.
         words:
             The words of the command, which may name a method.
     """
+    if function is None:
+        return message
     options: dict[str, str] = {}
     if "--method" in words[:-1]:
         name = words[words.index("--method") + 1].rpartition(".")[2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,21 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightly_mim import defaults
-from lightly_mim.encoders import masked_encoder
-from lightly_mim.evaluation import load_encoder
+from lightly_mim.checkpoints import encoder_spec
+from lightly_mim.cli import main
+from lightly_mim.data import depth
+from lightly_mim.encoders import masked_encoder, resize_encoder
+from lightly_mim.evaluation import evaluate, load_encoder
 from lightly_mim.methods import SimMIM
 from lightly_mim.monitoring import FeatureWatch, OnlineProbe
 from lightly_mim.optim import NonFiniteLossError, learning_rate_factor
-from lightly_mim.pretraining import Pretraining, pretrain
+from lightly_mim.pretraining import Pretraining, check_pretraining, pretrain
 
 from .conftest import SHORT_RUN, TINY_VIT
 from .test_pretraining import build, few_batches, no_validation, rows_of, run, trainer
@@ -349,3 +355,114 @@ def test_weights_that_cannot_be_fetched(
         load_encoder(name)
     with pytest.raises(ValueError, match=message):
         SimMIM(name, pretrained=True)
+
+
+# What a run says of its pictures, which an evaluation takes over.
+
+
+def deep(root: Path, highest: int) -> Path:
+    """Pictures of 16 bits whose values go up to a number, in folders a and b."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 4)):
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, highest + 1, (40, 40)).astype(np.uint16)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("highest", [1023, 4095, 16383])
+def test_value_range__of_a_run_is_its_evaluations(tmp_path: Path, highest: int) -> None:
+    data = deep(tmp_path / "deep", highest)
+    out = tmp_path / "run"
+    run(out, data, epochs=1, value_range=(0, highest))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["value_range"] == [0, highest]
+    pretrain(out, resume=True)
+    with pytest.raises(ValueError, match=r"value_range: \[0, \d+\] in the run, \[0, 9"):
+        run(out, data, epochs=1, value_range=(0, 9), resume=True)
+    encoder = load_encoder(out)
+    assert encoder.value_range == (0, highest)  # type: ignore[union-attr]
+    # The mean of the run's images is that of the whole range.
+    assert encoder.mean == pytest.approx([0.5] * 3, abs=0.02)
+    options: Any = {"device": "cpu", "num_workers": 0}
+    found = [
+        evaluate(out, data, ["knn"], cache=tmp_path / name, **options, **given)
+        for name, given in (("a", {}), ("b", {"value_range": (0, highest)}))
+    ]
+    assert found[0].rows[0].selection == found[1].rows[0].selection
+    stores = [{path.name for path in (tmp_path / name).iterdir()} for name in "ab"]
+    assert stores[0] == stores[1]
+
+
+@pytest.mark.parametrize("value_range", [(0, 4095, 1), (9, 9), 4095, ("0", "9")])
+def test_value_range__out_of_range(tmp_path: Path, value_range: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"two whole numbers within 0\.\.65535, got va"
+    ):
+        run(tmp_path / "run", tmp_path, value_range=value_range)
+    with pytest.raises(
+        ValueError, match=r"two whole numbers within 0\.\.65535, got va"
+    ):
+        check_pretraining({"value_range": value_range})
+    assert not (tmp_path / "run").exists()
+
+
+def test_value_range__beyond_it(tmp_path: Path) -> None:
+    data = deep(tmp_path / "deep", 4095)
+    with pytest.raises(
+        ValueError, match=r"beyond the range 0 to 999\. Give a value_ra"
+    ):
+        run(tmp_path / "run", data, value_range=(0, 999))
+    with pytest.raises(ValueError, match="value_range=.* is for folders"):
+        run(tmp_path / "run", Labelled(0), value_range=(0, 999))
+
+
+@pytest.mark.filterwarnings("always")
+def test_value_range__warning_in_the_words_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = depth.is_first
+    monkeypatch.setattr(depth, "is_first", lambda key: said(f"{key} {tmp_path}"))
+    monkeypatch.setattr(  # pytest's own keeps them
+        warnings,
+        "_showwarnmsg_impl",
+        lambda message: sys.stderr.write(warnings._formatwarnmsg(message)),  # type: ignore
+    )
+    data = deep(tmp_path / "deep", 4000)
+    words = ["--encoder", "vit_tiny_patch16_224", "--img_size", "32", "--pretrained"]
+    words += ["false", "--data", str(data), "--protocols", "knn", "--device", "cpu"]
+    main(["evaluate", *words, "--num_workers", "0"])
+    error = capsys.readouterr().err
+    assert "If the camera has 12 bits, give --value_range 0 4095." in error
+    assert "value_range=" not in error
+
+
+SWIN: Any = {
+    "img_size": 32,
+    "window_size": 4,
+    "depths": [1, 1],
+    "embed_dim": 16,
+    "num_heads": [1, 1],
+    "mask_patch_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "tables"),
+    [
+        ("swin_tiny_patch4_window7_224", "swin_base_100ep", "simmim"),
+        ("swin_tiny_patch4_window7_224", "swin_large_800ep", "simmim"),
+        ("swin_tiny_patch4_window7_224", None, "timm"),
+        ("swinv2_tiny_window8_256", "swinv2_base_800ep", "timm"),  # it has no tables
+    ],
+)
+def test_recipe_says_how_tables_go_to_another_size(
+    name: str, recipe: str | None, tables: str
+) -> None:
+    method = SimMIM(name, **SWIN)
+    Pretraining(method, None if recipe is None else SimMIM.recipe(recipe))
+    assert method.encoder.tables == tables
+    assert resize_encoder(method.encoder, 64).tables == tables
+    assert encoder_spec(method.encoder).get("tables", "timm") == tables

@@ -40,7 +40,8 @@ class EncoderCheckpoint(NamedTuple):
             `pos_embed` and `init`; besides `mean` and `std` of the images, the `pool`
             of the encoder and the `version` of lightly_mim that wrote the file.
             `unfinished`, see `MaskedEncoder`, if the weights are of a run that had not
-            come to its end.
+            come to its end. `value_range` and `tables`, see there, where they are not
+            the default.
     """
 
     state_dict: dict[str, Tensor]
@@ -68,6 +69,10 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
     }
     if encoder.unfinished is not None:
         spec["unfinished"] = encoder.unfinished
+    if encoder.value_range is not None:
+        spec["value_range"] = list(encoder.value_range)
+    if encoder.tables != "timm":
+        spec["tables"] = encoder.tables
     return spec
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -132,10 +132,17 @@ def check_value_range(value_range: ValueRange | None) -> None:
     """Raises a ValueError if it is no range of 16-bit numbers."""
     if value_range is None:
         return
-    if len(value_range) != 2 or not 0 <= value_range[0] < value_range[1] <= 65535:
+    fits = (
+        isinstance(value_range, Sequence)
+        and len(value_range) == 2
+        and all(isinstance(value, int) for value in value_range)
+        and 0 <= value_range[0] < value_range[1] <= 65535
+    )
+    if not fits:
         raise ValueError(
             "value_range is the lowest and the highest value of 16-bit pictures, such "
-            f"as (0, 4095) for 12 bits, within 0..65535, got {value_range}."
+            "as (0, 4095) for 12 bits, two whole numbers within 0..65535, got "
+            f"value_range={value_range!r}."
         )
 
 

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL.Image import Image
@@ -30,6 +30,12 @@ OnError = Literal["raise", "skip"]
 # One keyed draw after another for a broken file. 100 failures in a row do not happen
 # by chance unless nearly everything is broken: at 3 in 4 broken, once in 10^12 images.
 _MAX_DRAWS = 100
+
+
+def check_on_error(on_error: str) -> None:
+    """Raises a ValueError for a word that is none of `OnError`."""
+    if on_error not in get_args(OnError):
+        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
 
 
 class ReplacementName(str):
@@ -112,8 +118,7 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         files: ImageFiles | None = None,
     ) -> None:
         """Finds the images, or takes `files` instead of everything below the root."""
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
+        check_on_error(on_error)
         if in_chans < 1:
             raise ValueError(f"in_chans must be 1 or more, got {in_chans}.")
         self.root = Path(root)
@@ -173,8 +178,9 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
             except BrokenImageError as error:
                 last_error = error
         raise BrokenImageError(
-            f"{_MAX_DRAWS} files in a row, drawn from the {len(self)} of {self.root}, "
-            f"could not be used. The last one: {last_error}",
+            f'With on_error="skip", {_MAX_DRAWS} files in a row, drawn from the '
+            f"{len(self)} of {self.root}, could not be used. The last one: "
+            f"{last_error}",
             last_error.path,
         )
 

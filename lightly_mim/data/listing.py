@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightly_mim.data.decode import PICTURE_EXTENSIONS
-from lightly_mim.data.notes import printable, say
+from lightly_mim.data.notes import printable, say, some
 
 # Made by systems and viewers, in lower case: no classes, and their files no images.
 _SYSTEM_FOLDERS = {
@@ -17,7 +17,6 @@ _SYSTEM_FOLDERS = {
     *("thumbnails", "_thumbnails", "thumbs", "_thumbs", "__pycache__"),
 }
 _SYSTEM = _SYSTEM_FOLDERS | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
-_SHOWN = 5  # names or kinds in a message
 
 
 class ImageFiles(NamedTuple):
@@ -80,9 +79,9 @@ def find_images(
         if len(classes) > 1:
             beside = [printable(name) for name in filenames if os.sep not in name]
             say(
-                f"{shown}: the images have no classes, since {_some(beside)} "
+                f"{shown}: the images have no classes, since {some(beside)} "
                 f"{'lies' if len(beside) == 1 else 'lie'} beside the folders "
-                f"{_some([printable(name) for name in classes])}. If these are "
+                f"{some([printable(name) for name in classes])}. If these are "
                 "classes, move what lies beside them elsewhere."
             )
         return ImageFiles(filenames, [0] * len(filenames), [])
@@ -171,9 +170,4 @@ def _counted(found: _Found) -> str:
     )
     kinds = (endings + found.kinds).most_common()
     counts = [f"{count} x {kind}" for kind, count in kinds]
-    return f"{_others(found)} other files ({_some(counts)})"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return f"{_others(found)} other files ({some(counts)})"

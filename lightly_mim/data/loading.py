@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightly_mim.data.folder import ReplacementName
 from lightly_mim.data.notes import printable
-from lightly_mim.data.opening import BrokenImageError
+from lightly_mim.data.opening import BrokenImageError, or_skip
 from lightly_mim.data.seeding import keyed_random_state, seed_from
 
 Key = tuple[int, int]  # (epoch, index)
@@ -366,7 +366,7 @@ class KeyedLoader(DataLoader[Any]):
         self.batches.first_batch = self._position[1]
         for batch in super().__iter__():
             if isinstance(batch, BrokenImageError):
-                raise batch
+                raise or_skip(batch) from batch
             for filename in batch[2]:
                 if isinstance(filename, ReplacementName):
                     self.unreadable[filename.replaces] = filename.reason

@@ -49,6 +49,22 @@ class BrokenImageError(ValueError):
         return type(self), (str(self), self.path, self.passing)
 
 
+def or_skip(error: BrokenImageError) -> BrokenImageError:
+    """Returns an error that says that files can be left out, if it is one of a file.
+
+    Args:
+        error:
+            What was raised.
+    """
+    message = str(error)
+    if error.path is not None and not error.passing and "on_error" not in message:
+        message = (
+            f"{message.rstrip('.')}. Mend or remove the file, or leave such files out "
+            'with on_error="skip".'
+        )
+    return BrokenImageError(message, error.path, error.passing)
+
+
 def read_regular(path: str, kind: str, read: Callable[[BinaryIO], Read]) -> Read:
     """Returns what a function makes of a file; what goes wrong names the file.
 

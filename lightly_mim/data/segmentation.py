@@ -23,9 +23,10 @@ from lightly_mim.data.decode import (
     picture_formats,
     read_orientation,
 )
+from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.listing import find_images
 from lightly_mim.data.notes import printable
-from lightly_mim.data.opening import BrokenImageError, read_regular
+from lightly_mim.data.opening import BrokenImageError, or_skip, read_regular
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.data.splits import find_splits
 from lightly_mim.transforms import EvalTransform
@@ -81,6 +82,8 @@ class SegmentationDataset(Dataset[tuple[list[Tensor], int, str]]):
             Value in the masks of each class.
         in_chans:
             See `ImageDataset`.
+        value_range:
+            See `ImageDataset`.
 
     Raises:
         BrokenImageError: A ValueError. On access to a file that cannot be used.
@@ -92,11 +95,13 @@ class SegmentationDataset(Dataset[tuple[list[Tensor], int, str]]):
         transform: EvalTransform,
         values: Sequence[int],
         in_chans: int = 3,
+        value_range: ValueRange | None = None,
     ) -> None:
         self.files = files
         self.transform = transform
         self.values = list(values)
         self.in_chans = in_chans
+        self.value_range = value_range
         self._class_of = np.full(_LARGEST_VALUE + 1, IGNORED, dtype=np.int16)
         self._class_of[self.values] = np.arange(len(self.values))
 
@@ -108,6 +113,7 @@ class SegmentationDataset(Dataset[tuple[list[Tensor], int, str]]):
             self.files.root / self.files.images[index],
             self.in_chans,
             decode_size=self.transform.decode_size,
+            value_range=self.value_range,
         )
         classes = self._class_of[read_mask(self.files.root / self.files.masks[index])]
         mask = self.transform.crop_mask(torch.from_numpy(classes))
@@ -256,8 +262,11 @@ def check_masks(
     """
     found: set[int] = set()
     for image, name in zip(files.images, files.masks, strict=True):
-        mask = read_mask(files.root / name)
-        size = _image_size(files.root / image, in_chans)
+        try:
+            mask = read_mask(files.root / name)
+            size = _image_size(files.root / image, in_chans)
+        except BrokenImageError as error:
+            raise or_skip(error) from error
         if mask.shape != size:
             raise ValueError(
                 f"The mask {files.root / name} has {mask.shape[0]} x {mask.shape[1]} "

@@ -178,6 +178,7 @@ def open_data(
 
     def open_split(source: Data, split: Split, transform: Transform | None) -> Any:
         if not isinstance(source, str | os.PathLike):
+            _refuse_options(on_error, value_range)
             return TransformedDataset(source, transform)
         options: dict[str, Any] = {
             "in_chans": in_chans,
@@ -202,6 +203,20 @@ def open_data(
     if labels:
         match_classes(train, validation)
     return train, validation
+
+
+def _refuse_options(on_error: OnError, value_range: ValueRange | None) -> None:
+    """Refuses for a Dataset what is said of files."""
+    if on_error == "skip":
+        raise ValueError(
+            'on_error="skip" is for folders and named data sets: what a Dataset of '
+            "your own does with a broken file is its own to say."
+        )
+    if value_range is not None:
+        raise ValueError(
+            f"value_range={value_range} is for folders: a Dataset of your own yields "
+            "8 bits. Leave it out."
+        )
 
 
 def _train_and_val(data: Data) -> tuple[Data, Data | None]:

@@ -15,6 +15,7 @@ from lightly_mim.encoders.attention import choose_attention
 from lightly_mim.encoders.pooling import AnyPool as AnyPool
 from lightly_mim.encoders.pooling import Pool as Pool
 from lightly_mim.encoders.pooling import check_pool, pool_tokens
+from lightly_mim.encoders.tables import Tables
 from lightly_mim.masking import Mask
 from lightly_mim.patches import Size, grid_size, to_pair
 
@@ -88,6 +89,12 @@ class MaskedEncoder(ABC, nn.Module):
         unfinished:
             Where the run of the weights is, if they are from a checkpoint of one that
             had not come to its end: `epoch` of `epochs` and `step` of `steps`.
+        value_range:
+            The values of 16-bit pictures that it was pretrained with, see
+            `lightly_mim.data.decode_image`.
+        tables:
+            How its tables of relative positions go to another size, "timm" or "simmim",
+            see `lightly_mim.encoders.resize_encoder`.
     """
 
     can_drop_tokens: ClassVar[bool] = False
@@ -119,6 +126,8 @@ class MaskedEncoder(ABC, nn.Module):
         self.untrained = False
         self.init = "timm"
         self.unfinished: dict[str, int | None] | None = None
+        self.value_range: tuple[int, int] | None = None
+        self.tables: Tables = "timm"
 
         self.img_size = to_pair(img_size, "img_size")
         self.in_chans = in_chans

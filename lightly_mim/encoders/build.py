@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import timm
 from lightly.models.modules.masked_vision_transformer_timm import (
@@ -37,7 +37,7 @@ from lightly_mim.encoders.initialization import (
     set_positions,
 )
 from lightly_mim.encoders.swin import MaskedSwin
-from lightly_mim.encoders.tables import spline_table
+from lightly_mim.encoders.tables import Tables, spline_table
 from lightly_mim.encoders.transformer import MaskedTransformer
 from lightly_mim.encoders.vit import MaskedViT
 from lightly_mim.patches import Size, grid_size, to_pair
@@ -176,7 +176,7 @@ def can_drop_tokens(encoder: Encoder) -> bool:
 
 
 def resize_encoder(
-    encoder: MaskedEncoder, img_size: Size, tables: Literal["timm", "simmim"] = "timm"
+    encoder: MaskedEncoder, img_size: Size, tables: Tables | None = None
 ) -> MaskedEncoder:
     """Makes an encoder take images of another size, with the weights that it has.
 
@@ -194,7 +194,9 @@ def resize_encoder(
         tables:
             How a SwinTransformer's tables of relative positions are resampled: "timm"
             does it linearly, "simmim" by a cubic spline on a geometric grid, as
-            SimMIM's code does for fine-tuning (`lightly_mim.encoders.tables`).
+            SimMIM's code does for fine-tuning (`lightly_mim.encoders.tables`). None as
+            the encoder says: one that was pretrained by a recipe of SimMIM's code goes
+            on as there.
 
     Returns:
         An encoder of that size, on the same device. `options` has what rebuilds it.
@@ -211,6 +213,7 @@ def resize_encoder(
             f"How to resize a {type(encoder).__name__} is not known: build it with "
             f"img_size={size} and load the weights."
         )
+    tables = encoder.tables if tables is None else tables
     if tables != "timm" and (
         tables != "simmim" or not isinstance(encoder.vit, SwinTransformer)
     ):
@@ -256,6 +259,7 @@ def resize_encoder(
     resized.pool = encoder.pool
     resized.untrained = encoder.untrained
     resized.unfinished = encoder.unfinished
+    resized.value_range, resized.tables = encoder.value_range, tables
     return resized
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from scipy.interpolate import RectBivariateSpline  # type: ignore[import-untyped]
 from scipy.optimize import brentq  # type: ignore[import-untyped]
 from torch import Tensor
+
+Tables = Literal["timm", "simmim"]
 
 # Between these the code looks for the ratio of neighbouring distances.
 _RATIOS = 1.01, 1.5

@@ -34,6 +34,9 @@ from rich.progress import track
 from torch import Generator, Tensor
 
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
+from lightly_mim.data.decode import check_value_range
+from lightly_mim.data.depth import ValueRange
+from lightly_mim.data.folder import OnError, check_on_error
 from lightly_mim.data.segmentation import (
     IGNORED,
     MaskedFiles,
@@ -42,6 +45,8 @@ from lightly_mim.data.segmentation import (
     open_segmentation,
 )
 from lightly_mim.encoders import Encoder, MaskedEncoder
+from lightly_mim.encoders.tables import Tables
+from lightly_mim.evaluation.broken import Part, find_readable
 from lightly_mim.evaluation.dense_protocols import (
     DenseKNN,
     DenseLinear,
@@ -104,7 +109,10 @@ def evaluate_dense(
     num_workers: int | None = None,
     device: str | None = None,
     precision: Precision = "32",
+    on_error: OnError = "raise",
+    value_range: ValueRange | None = None,
     img_size: Size | None = None,
+    tables: Tables | None = None,
     in_chans: int = 3,
     pretrained: bool = True,
     max_patches: int = 50_000,
@@ -158,10 +166,20 @@ def evaluate_dense(
             there is one.
         precision:
             "32", or "bf16" to encode in bfloat16 autocast.
+        on_error:
+            What an image or a mask does that cannot be read: "raise" an error that
+            names it, or "skip", which leaves both out and says how many, by reason. All
+            are read once more for that.
+        value_range:
+            The values of 16-bit pictures that become 0 and 255, such as (0, 4095) for a
+            camera of 12 bits. By default those that a run was pretrained with, else
+            (0, 65535).
         img_size:
             For a run and the name of a timm model: size of the images in pixels, one
             number or height and width. By default the size that the model was made for.
             The encoder of a run is resized.
+        tables:
+            See `lightly_mim.evaluation.evaluate`.
         in_chans:
             For the name of a timm model: number of image channels.
         pretrained:
@@ -187,6 +205,8 @@ def evaluate_dense(
     """
     arguments = {name: to_json(value) for name, value in locals().items()}
     check_choice("protocols", protocols, get_args(DenseProtocolName))
+    check_on_error(on_error)
+    check_value_range(value_range)
     if max_patches < 1:
         raise ValueError(f"max_patches is at least 1, got {max_patches}.")
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
@@ -195,19 +215,38 @@ def evaluate_dense(
         settings[name].check()
     with keyed_random_state(seed, "evaluation", "encoder"):
         model = load_encoder(
-            encoder, img_size=img_size, in_chans=in_chans, pretrained=pretrained
+            encoder,
+            img_size=img_size,
+            tables=tables,
+            in_chans=in_chans,
+            pretrained=pretrained,
         )
     chosen_layers = _check_layers(layers, model.num_layers)
     train_files, test_files, held_out = open_segmentation(
         data, val, seed=seed, in_chans=model.in_chans
     )
-    names, values = _classes(train_files, test_files, classes, ignore_index, model)
+    if value_range is None:
+        value_range = getattr(model, "value_range", None)
     transform = EvalTransform(model.img_size, crop_ratio=1.0, normalize=None)
+    notes = origin_notes(model, resized=img_size is not None)
+    show = sys.stdout.isatty() if progress is None else progress
+    if on_error == "skip":
+
+        def whole(files: MaskedFiles, part: Part) -> MaskedFiles:
+            pairs = SegmentationDataset(
+                files, transform, (), model.in_chans, value_range
+            )
+            found = find_readable(pairs, part, num_workers, show)
+            notes.extend(found.notes)
+            return files.take(found.indices)
+
+        train_files = whole(train_files, "training")
+        test_files = whole(test_files, "test")
+    names, values = _classes(train_files, test_files, classes, ignore_index, model)
     train, test = (
-        SegmentationDataset(files, transform, values, model.in_chans)
+        SegmentationDataset(files, transform, values, model.in_chans, value_range)
         for files in (train_files, test_files)
     )
-    notes = origin_notes(model)
     if held_out:
         notes.append(
             f"{len(test)} of {len(train) + len(test)} images were held out for testing."
@@ -223,7 +262,7 @@ def evaluate_dense(
             if isinstance(each, MaskedEncoder):
                 each.choose_attention(place, bf16=precision == "bf16")
             stack.enter_context(evaluating(each, place))
-        study = _Study(encoders, place, precision, batch_size, num_workers, progress)
+        study = _Study(encoders, place, precision, batch_size, num_workers, show)
         banks = study.read_training(train, chosen_layers, len(names), max_patches, seed)
         predictors: dict[tuple[str, str], tuple[_Choice, float]] = {}
         for title, by_layer in banks.items():
@@ -308,7 +347,7 @@ class _Study:
         precision: Precision,
         batch_size: int,
         num_workers: int | None,
-        progress: bool | None,
+        show: bool,
     ) -> None:
         self.encoders = encoders
         self.device = device
@@ -317,7 +356,7 @@ class _Study:
         self.precision = precision
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.show = sys.stdout.isatty() if progress is None else progress
+        self.show = show
         self.seconds = dict.fromkeys(encoders, 0.0)
 
     def batches(

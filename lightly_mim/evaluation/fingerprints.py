@@ -69,12 +69,15 @@ def _files(data: ImageDataset) -> dict[str, Any]:
         stat = path.stat()
         line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{target}\n"
         digest.update(line.encode(errors="surrogateescape"))
-    return {
+    found = {
         "files": digest.hexdigest(),
         "num_images": len(data),
         "in_chans": data.in_chans,
         "classes": data.classes,
     }
+    if data.value_range is not None:
+        found["value_range"] = list(data.value_range)
+    return found
 
 
 def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
@@ -90,7 +93,8 @@ def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
     """
     spec = describe_encoder(encoder)
     spec.pop("version")
-    spec.pop("pool", None)  # an evaluation says its own
+    for own in ("pool", "tables", "value_range"):  # an evaluation says its own
+        spec.pop(own, None)
     model = encoder.model if not hasattr(encoder, "vit") else encoder.vit
     assert isinstance(model, nn.Module)
     found = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -21,10 +22,15 @@ from lightly_mim.data import (
     open_data,
     seed_from,
 )
+from lightly_mim.data.depth import ValueRange
+from lightly_mim.data.folder import OnError
+from lightly_mim.data.named import NAMED_DATA
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.sources import Data, is_image, spread_out
 from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation.adaptors import FeatureEncoder
+from lightly_mim.evaluation.broken import Part, find_readable
+from lightly_mim.evaluation.cache import World
 from lightly_mim.evaluation.features import check_labels
 from lightly_mim.evaluation.preparation import spread_over_classes
 from lightly_mim.evaluation.protocol import LabelledImages
@@ -46,6 +52,8 @@ class EvaluationImages:
         test:
             The images that are scored: the test images, or training images that are
             held out.
+        notes:
+            What a reader of results should know of the images.
 
     Args:
         data:
@@ -63,6 +71,15 @@ class EvaluationImages:
             Decides which training images are held out.
         num_workers:
             Number of processes that read labels, None for the loader's choice.
+        on_error:
+            What an image does that cannot be read: "raise" an error, or "skip", which
+            leaves it out.
+        value_range:
+            See `lightly_mim.data.open_data`.
+        world:
+            The processes that share the evaluation.
+        progress:
+            Whether to show what takes time.
 
     Raises:
         ValueError: If an argument is out of range, or if the data has no labels or no
@@ -71,6 +88,7 @@ class EvaluationImages:
 
     train: Dataset[Any]
     test: Dataset[Any]
+    notes: list[str]
 
     def __init__(
         self,
@@ -81,12 +99,40 @@ class EvaluationImages:
         holdout: float | None = None,
         seed: int = 0,
         num_workers: int | None = None,
+        on_error: OnError = "raise",
+        value_range: ValueRange | None = None,
+        world: World = World(),  # noqa: B008, frozen
+        progress: bool = False,
     ) -> None:
         check_holdout(holdout)
         self._data = data
+        self.notes = []
         train: Any
-        train, test = open_data(data, val, transform=transform, in_chans=in_chans)
+        test: Any
+        train, test = open_data(
+            data,
+            val,
+            transform=transform,
+            in_chans=in_chans,
+            on_error=on_error,
+            value_range=value_range,
+            with_val=holdout is None,  # as they are not looked at, any will do
+        )
         _check_classes(train, data)
+        if test is not None:
+            _check_classes(test, data if val is None else val)
+        if on_error == "skip":
+
+            def whole(images: Any, part: Part) -> Any:
+                images.on_error = "raise"  # another one would take its place
+                found = world.from_first(
+                    lambda: find_readable(images, part, num_workers, progress)
+                )
+                self.notes += found.notes
+                return images.take(found.indices)
+
+            train = whole(train, "training")
+            test = None if test is None else whole(test, "test")
         if holdout is not None:
             labels = read_labels(train, num_workers)
             draw = seed_from(seed, "evaluation", "holdout")
@@ -102,7 +148,6 @@ class EvaluationImages:
                 "that holds train/ and val/, or the test images as val, or hold out "
                 "training images, such as holdout=0.2."
             )
-        _check_classes(test, data if val is None else val)
         self.train, self.test = train, test
 
     def labelled(self) -> LabelledImages:
@@ -160,6 +205,27 @@ def image_notes(
             "shape."
         )
     return notes
+
+
+def own_value_range(
+    encoder: FeatureEncoder, data: Data, val: Data | None
+) -> ValueRange | None:
+    """Returns the value range that a run was pretrained with, for folders of images.
+
+    Args:
+        encoder:
+            The encoder.
+        data:
+            See `EvaluationImages`.
+        val:
+            See `EvaluationImages`.
+    """
+    sources = [data] if val is None else [data, val]
+    if not all(isinstance(s, str | os.PathLike) for s in sources):
+        return None  # a data set decodes for itself
+    if set(map(os.fspath, sources)) & set(NAMED_DATA):  # type: ignore[arg-type]
+        return None  # those have 8 bits
+    return getattr(encoder, "value_range", None)
 
 
 def _image_sizes(images: Any) -> list[tuple[int, int]]:

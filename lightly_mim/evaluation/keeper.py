@@ -32,7 +32,7 @@ from lightly_mim.evaluation.results import SCHEMA_VERSION
 from lightly_mim.files import atomic_write
 
 # Of what a kept row holds, and of protocols whose numbers changed.
-_ROWS_VERSION = 2
+_ROWS_VERSION = 3
 
 
 class Task(NamedTuple):

@@ -25,6 +25,7 @@ from lightly_mim.encoders import (
     masked_encoder,
     resize_encoder,
 )
+from lightly_mim.encoders.tables import Tables
 from lightly_mim.evaluation.adaptors import (
     AdaptedEncoder,
     FeatureEncoder,
@@ -43,6 +44,7 @@ def load_encoder(
     encoder: Encoder | Path,
     *,
     img_size: Size | None = None,
+    tables: Tables | None = None,
     in_chans: int = 3,
     pretrained: bool = True,
     feature_function: ModuleFunction | None = None,
@@ -68,6 +70,9 @@ def load_encoder(
             module with a feature function: height and width of the images in pixels.
             By default those that the model was made for. The encoder of a run is
             resized, see `lightly_mim.encoders.resize_encoder`.
+        tables:
+            For a run and an img_size: how the tables of relative positions of a Swin
+            are resampled, see there. By default as its recipe's code does.
         in_chans:
             For the name of a timm model and for a module with a feature function:
             number of image channels.
@@ -87,12 +92,18 @@ def load_encoder(
             cannot be loaded, if the run trained a module that was passed by hand, or if
             it is not clear how a module makes features.
     """
+    saved = not isinstance(encoder, nn.Module) and Path(encoder).exists()
+    if tables is not None and not (saved and img_size is not None):
+        raise ValueError(
+            f"tables={tables!r} is how the encoder of a run goes to another img_size: "
+            "pass a run and img_size as well, or leave tables out."
+        )
     if feature_function is not None:
         return _with_function(encoder, feature_function, img_size, in_chans)
-    if not isinstance(encoder, nn.Module) and Path(encoder).exists():
+    if saved and not isinstance(encoder, nn.Module):
         encoder = _load_saved(Path(encoder))
         if img_size is not None:
-            encoder = resize_encoder(encoder, img_size)
+            encoder = resize_encoder(encoder, img_size, tables)
     if isinstance(encoder, nn.Module):
         return _adapt(encoder, img_size, in_chans)
     name = str(encoder)
@@ -145,24 +156,33 @@ def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
     return other
 
 
-def origin_notes(encoder: FeatureEncoder) -> list[str]:
+def origin_notes(encoder: FeatureEncoder, resized: bool = False) -> list[str]:
     """Returns what a reader of results must know of where the weights come from.
 
     Args:
         encoder:
             The encoder.
+        resized:
+            Whether the size of the images was asked for.
     """
+    notes = []
+    if resized and getattr(encoder, "tables", "timm") == "simmim":
+        notes.append(
+            "Tables of relative positions go to another size by the cubic spline of "
+            "SimMIM's code; tables='timm' takes timm's way."
+        )
     place = getattr(encoder, "unfinished", None)
     if place is None:
-        return []
+        return notes
     epoch, step = (
         f"{place[name]}" + (f" of {place[total]}" if place[total] else "")
         for name, total in (("epoch", "epochs"), ("step", "steps"))
     )
-    return [
+    notes.append(
         f"The encoder is from a checkpoint of a run that had not finished: epoch "
         f"{epoch}, after optimiser step {step}."
-    ]
+    )
+    return notes
 
 
 def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
@@ -289,6 +309,9 @@ def _load_saved(path: Path) -> MaskedEncoder:
     # Files that do not say it are of a version whose encoders all had the mean.
     encoder.pool = spec.get("pool", "mean")
     encoder.unfinished = spec.get("unfinished")
+    if "value_range" in spec:
+        encoder.value_range = tuple(spec["value_range"])
+    encoder.tables = spec.get("tables", "timm")
     return encoder
 
 

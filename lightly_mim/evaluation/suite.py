@@ -31,6 +31,9 @@ from lightly_mim.data import (
     keyed_random_state,
     seed_from,
 )
+from lightly_mim.data.depth import ValueRange
+from lightly_mim.data.folder import OnError
+from lightly_mim.data.notes import printable, some
 from lightly_mim.data.sources import Data
 from lightly_mim.encoders import (
     Encoder,
@@ -40,6 +43,7 @@ from lightly_mim.encoders import (
     resize_encoder,
 )
 from lightly_mim.encoders.base import AnyPool
+from lightly_mim.encoders.tables import Tables
 from lightly_mim.evaluation.adaptors import (
     FeatureEncoder,
     FunctionEncoder,
@@ -62,6 +66,7 @@ from lightly_mim.evaluation.images import (
     check_holdout,
     class_names,
     image_notes,
+    own_value_range,
     read_labels,
 )
 from lightly_mim.evaluation.keeper import Keeper, Task
@@ -132,9 +137,12 @@ def evaluate(
     num_workers: int | None = None,
     device: str | None = None,
     precision: Precision = "32",
+    on_error: OnError = "raise",
+    value_range: ValueRange | None = None,
     crop_ratio: float = 224 / 256,
     pixel_size: int = 32,
     img_size: Size | None = None,
+    tables: Tables | None = None,
     in_chans: int = 3,
     pretrained: bool = True,
     feature_function: ModuleFunction | None = None,
@@ -218,6 +226,14 @@ def evaluate(
         precision:
             "32", or "bf16" to encode in bfloat16 autocast, several times as fast where
             the hardware computes in it.
+        on_error:
+            What an image does that cannot be read: "raise" an error that names it, or
+            "skip", which leaves it out, says how many there were, by reason, and notes
+            it. All images are read once more for that. For folders and named data sets.
+        value_range:
+            The values of 16-bit pictures that become 0 and 255, such as (0, 4095) for a
+            camera of 12 bits. By default those that a run was pretrained with, else
+            (0, 65535). For folders.
         crop_ratio:
             Side of the central crop over that of the resized image. 1 for pictures
             whose margin counts.
@@ -228,6 +244,10 @@ def evaluate(
             size of the images in pixels, one number or height and width. By default the
             size that the model was made for. The encoder of a run is resized, as for
             fine-tuning at a higher resolution than pretraining.
+        tables:
+            For a Swin of a run and `img_size`: how its tables of relative positions are
+            resampled, "timm" (linearly) or "simmim" (by the cubic spline of SimMIM's
+            code). By default "simmim" if it was pretrained by a recipe of that code.
         in_chans:
             For the name of a timm model and a module with `feature_function`: number of
             image channels.
@@ -291,16 +311,28 @@ def evaluate(
         model = load_encoder(
             encoder,
             img_size=img_size,
+            tables=tables,
             in_chans=in_chans,
             pretrained=pretrained,
             feature_function=feature_function,
         )
     transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
+    show = sys.stdout.isatty() if progress is None else progress
     images = EvaluationImages(
-        data, val, transform, model.in_chans, holdout, seed, num_workers
+        data,
+        val,
+        transform,
+        model.in_chans,
+        holdout,
+        seed,
+        num_workers,
+        on_error,
+        own_value_range(model, data, val) if value_range is None else value_range,
+        world,
+        show,
     )
     train, test = images.train, images.test
-    notes = origin_notes(model)
+    notes = [*origin_notes(model, resized=img_size is not None), *images.notes]
     notes += [note for name in protocols for note in settings[name].check(_len(train))]
     if "low_label" in protocols and isinstance(train, ImageDataset):
         low_label.check_labels(torch.tensor(train.targets), len(train.classes))
@@ -377,7 +409,7 @@ def evaluate(
         num_workers=num_workers,
         device=place,
         precision=precision,
-        progress=sys.stdout.isatty() if progress is None else progress,
+        progress=show,
     )
     pending = [task for task in tasks if task not in found]
     if pending:
@@ -394,8 +426,13 @@ def evaluate(
         notes.append("All images are of one class, so every accuracy is 1.")
     if unseen := found[tasks[0]]["unseen"]:
         notes.append(
-            f"There are test images, but no training images, of {', '.join(unseen)}: "
-            "no probe can be right about them."
+            f"There are test images, but no training images, of "
+            f"{some([printable(name) for name in unseen])}: no probe can be right "
+            "about them."
+        )
+    if untested := found[tasks[0]]["untested"]:
+        notes.append(
+            f"There are no test images of {some([printable(n) for n in untested])}."
         )
     if any(len(row.draws or ()) > 1 for row in rows):
         notes.append("± is the standard deviation over draws of the training images.")
@@ -443,7 +480,7 @@ def check_evaluation(
     _pools(encoder, given["layers"], given["pools"], [])
     _check_protocols(given["protocols"], given, encoder, World())
     if given["img_size"] is not None:
-        resize_encoder(encoder, given["img_size"])
+        resize_encoder(encoder, given["img_size"], given["tables"])
 
 
 @dataclass
@@ -554,7 +591,8 @@ class _Runner:
         """Runs a protocol for a model, and returns its rows."""
         made: dict[str, Any] = {
             "classes": self.classes,
-            "unseen": _without_training_images(self.classes, self.labels),
+            "unseen": _alone(self.classes, self.labels[1], self.labels[0]),
+            "untested": _alone(self.classes, self.labels[0], self.labels[1]),
             "rows": [],
             "measures": [],
         }
@@ -643,12 +681,10 @@ def _len(data: Dataset[Any]) -> int:
     return len(data)  # type: ignore[arg-type]
 
 
-def _without_training_images(
-    classes: Sequence[str], labels: Sequence[Tensor]
-) -> list[str]:
-    """Returns the classes that only test images have."""
-    train, test = (part.bincount(minlength=len(classes)) for part in labels)
-    missing = ((train == 0) & (test > 0)).nonzero().flatten()
+def _alone(classes: Sequence[str], labels: Tensor, others: Tensor) -> list[str]:
+    """Returns the classes that are among the labels and not among the others."""
+    here, there = (part.bincount(minlength=len(classes)) for part in (labels, others))
+    missing = ((here > 0) & (there == 0)).nonzero().flatten()
     return [classes[number] for number in missing.tolist()]
 
 

@@ -236,7 +236,10 @@ class TestKeyedLoader:
         with pytest.raises(BrokenImageError) as caught:
             next(iter(loader))
         path = str(photos / "0" / "4.jpg")
-        assert str(caught.value) == f"Cannot read the image {path}: it is empty."
+        assert str(caught.value) == (
+            f"Cannot read the image {path}: it is empty. Mend or remove the file, or "
+            'leave such files out with on_error="skip".'
+        )
         assert caught.value.path == path
         if num_workers:  # saves the 5 s that torch waits if a cycle is collected
             loader._iterator._shutdown_workers()

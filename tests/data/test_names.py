@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lightly_mim.data import BrokenImageError, ImageDataset, KeyedLoader
-from lightly_mim.data.notes import printable
+from lightly_mim.data.notes import by_reason, printable, some
 from lightly_mim.transforms import SimMIMTransform
 
 _NAMES = [
@@ -93,3 +94,39 @@ def test_broken_files__are_reported_in_one_line(folder: Path) -> None:
 )
 def test_printable(name: str, shown: str) -> None:
     assert printable(name) == shown
+
+
+@pytest.mark.parametrize(
+    ("reasons", "lines"),
+    [
+        ({}, []),
+        ({"a.png": "Cannot read /x/a.png: cut"}, ["1: Cannot read /x/a.png: cut"]),
+        # The file and numbers make no other kind.
+        (
+            {f"{n}/a{n}.png": f"/x/{n}/a{n}.png: {n} of 9 bytes" for n in range(3)}
+            | {"b": "b is empty"},
+            ["3, such as: /x/0/a0.png: 0 of 9 bytes", "1: b is empty"],
+        ),
+        (
+            {"a": "a is empty", "b c": "b c is empty", "d": "d is cut"},
+            ["2, such as: a is empty", "1: d is cut"],
+        ),
+        (
+            {letter: f"Reason {letter * 2}{letter}x" for letter in "abcdefg"}
+            | {f"{n}.png": f"{n}.png: no picture" for n in range(100)},
+            ["100, such as: 0.png: no picture"],
+        ),
+    ],
+)
+def test_by_reason(reasons: dict[str, str], lines: list[str]) -> None:
+    assert by_reason(reasons)[: len(lines)] == lines
+    assert len(by_reason(reasons)) <= 6
+    counted = sum(int(re.match(r"\d+", line)[0]) for line in by_reason(reasons))  # type: ignore
+    assert counted == len(reasons)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 1000])
+def test_some(count: int) -> None:
+    names = [f"n{number}" for number in range(count)]
+    more = f" and {count - 5} more" if count > 5 else ""
+    assert some(names) == ", ".join(names[:5]) + more

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -9,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightly_mim.checkpoints import save_encoder
-from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.encoders import MaskedEncoder, masked_encoder, resize_encoder
 from lightly_mim.evaluation import at_random, load_encoder
+from lightly_mim.evaluation.loading import origin_notes
 
 OPTIONS = {"depth": 1, "embed_dim": 24, "num_heads": 2}
 
@@ -83,6 +85,48 @@ def test_load_encoder__swin_at_another_size(tmp_path: Path) -> None:
     assert smaller.options["window_size"] == [[6, 6], [3, 3]]
     with pytest.raises(ValueError, match="do not tile. Use another img_size"):
         load_encoder(tmp_path, img_size=104)
+
+
+@pytest.mark.parametrize("tables", [None, "timm", "simmim"])
+@pytest.mark.parametrize("own", ["timm", "simmim"])
+def test_load_encoder__tables_go_as_the_runs_recipe_says(
+    tmp_path: Path, tables: Any, own: Any
+) -> None:
+    options: Any = {"depths": [1, 1], "embed_dim": 16, "num_heads": [1, 1]}
+    encoder = masked_encoder(
+        "swin_tiny_patch4_window7_224", img_size=96, window_size=6, **options
+    )
+    for name, parameter in encoder.vit.named_parameters():
+        if name.endswith("bias_table"):
+            torch.nn.init.normal_(parameter)
+    encoder.tables = own
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    found = load_encoder(tmp_path, img_size=128, tables=tables)
+    way = tables or own
+    expected = resize_encoder(load_encoder(tmp_path), 128, way)  # type: ignore
+    other = resize_encoder(load_encoder(tmp_path), 128, "timm")  # type: ignore
+    state, same, linear = (e.vit.state_dict() for e in (found, expected, other))  # type: ignore
+    assert all(torch.equal(state[name], same[name]) for name in same)
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert torch.equal(state[name], linear[name]) == (way == "timm")
+    said = " ".join(origin_notes(found, resized=True))
+    assert ("SimMIM's code; tables='timm' takes" in said) == (way == "simmim")
+    assert origin_notes(found) == []
+    # Where nothing is resized the words do nothing.
+    for arguments in ({}, {"img_size": None}):
+        if tables is not None:
+            with pytest.raises(ValueError, match="pass a run and img_size as well"):
+                load_encoder(tmp_path, tables=tables, **arguments)  # type: ignore
+    if tables is not None:
+        with pytest.raises(ValueError, match="pass a run and img_size as well"):
+            load_encoder(encoder, img_size=128, tables=tables)
+
+
+def test_load_encoder__tables_of_others(tmp_path: Path) -> None:
+    save_encoder(small_encoder(), tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match="for a SwinTransformer 'simmim', got 'simmi"):
+        load_encoder(tmp_path, img_size=64, tables="simmim")
+    assert load_encoder(tmp_path, img_size=64, tables="timm").img_size == (64, 64)
 
 
 def test_load_encoder__timm_name() -> None:
