@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 import sys
 import time
@@ -37,6 +38,7 @@ from lightly_mim.callbacks import (
     SaveBetweenBatches,
 )
 from lightly_mim.checkpoints import put_encoder, save_encoder
+from lightly_mim.checkpoints.ours import METHOD_KEY
 from lightly_mim.cluster import choose_layout
 from lightly_mim.config import from_config, is_named_only, to_config
 from lightly_mim.data import (
@@ -58,6 +60,7 @@ from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.files import expand_user
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.methods.pretrained import from_pretrained, start_from
 from lightly_mim.monitoring import (
     FeatureWatch,
     OnlineProbe,
@@ -475,6 +478,7 @@ class Pretraining(pl.LightningModule):
         }
         at_end = self.global_step >= self._total_steps
         put_encoder(self.method.encoder, checkpoint, None if at_end else place)
+        checkpoint[METHOD_KEY] = json.dumps(to_config(self.method))
         loader = self.trainer.train_dataloader
         if isinstance(loader, KeyedLoader):
             checkpoint["train_loader"] = loader.state_dict()
@@ -495,12 +499,13 @@ class Pretraining(pl.LightningModule):
             loader.load_state_dict(state)
 
 
-@expand_user("out", "data", "val")
+@expand_user("out", "data", "val", "init")
 def pretrain(
     out: str | Path,
     data: Data | None = None,
     method: Callable[[], MaskedImageModel] | MaskedImageModel | None = None,
     *,
+    init: str | Path | None = None,
     val: Data | None = None,
     validate: bool = True,
     recipe: str | Recipe | None = None,
@@ -561,7 +566,16 @@ def pretrain(
             The method, or a function that makes it. `seed` covers the initial weights
             only of what is made by a function: on the command line, always. None
             chooses method, encoder and size for the images and the machine, see
-            `lightly_mim.defaults.method`, and says so.
+            `lightly_mim.defaults.method`, and says so; with `init` the method that the
+            weights are of.
+        init:
+            Weights to begin with, on these images and with a schedule of this run's
+            own: an earlier run's directory, a file or a folder of published weights,
+            the name of a timm model with its weights, or OWNER/MODEL on the Hugging
+            Face hub. Encoder, mask token, head and decoder are taken where they fit,
+            and interpolated for another image size, patch size, window size or number
+            of channels, see `MaskedImageModel.from_pretrained`. Not `resume`, which
+            goes on with the run in `out` where it stopped.
         val:
             Images for the validation loss: a folder or a Dataset. By default the
             `val/` part of `data` if it has one; without either, nothing is validated.
@@ -697,16 +711,22 @@ def pretrain(
     if resume and (data is None or (method is None and stored is not None)):
         return pretrain(**_run_arguments(run, arguments))
     _check_arguments(arguments)
+    _check_init(run, init, stored)
     assert data is not None
     for name in ("data", "val"):
         if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
             arguments[name] = str(Path(arguments[name]))  # photos/ is photos
-    if method is None:
+    takes_weights = init is not None and not (resume and run.checkpoint.exists())
+    if method is None and init is not None:
+        method, takes_weights = partial(from_pretrained, init), False
+    elif method is None:
         method = choose_method(data, accelerator)
     built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
             method = as_published(method, recipe)()
+    if takes_weights and init is not None:
+        start_from(method, init)
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
     open_images = partial(
@@ -977,7 +997,7 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
     _check_arguments(arguments | {"data": ""})
     build = arguments["method"]
     if build is None:
-        return None  # it is chosen for the images
+        return None  # it is chosen for the images, or that of the weights
     build = as_published(build, arguments["recipe"])
     if isinstance(build, partial) and build.keywords.get("pretrained"):
         build = partial(build, pretrained=False)
@@ -1415,6 +1435,28 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         number = isinstance(value, (int, float))
         if value is not None and not (number and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is at least 0 and finite, got {name}={value!r}.")
+
+
+def _check_init(
+    run: RunDirectory, init: str | Path | None, stored: Mapping[str, Any] | None
+) -> None:
+    """Raises a ValueError where a run that goes on was meant, or one that begins."""
+    if init is None:
+        return
+    path = Path(init)
+    if path.exists() and path.resolve().is_relative_to(run.path.resolve()):
+        raise ValueError(
+            f"init={str(init)!r} is of the run in out itself. To go on with it where "
+            "it stopped pass resume, without init; to begin another run with its weights "
+            "pass another folder as out."
+        )
+    if stored is not None and stored.get("init") != str(init):
+        raise ValueError(
+            f"resume goes on with the run in {run.path}, which began with "
+            f"init={stored.get('init')!r}, and init={str(init)!r} begins a run with "
+            "other weights. Leave init out to go on; or leave resume out and pass "
+            "another folder as out to begin."
+        )
 
 
 def _check_shares(batch_size: int, devices: int, accumulate: int) -> None:

@@ -236,9 +236,8 @@ class RunDirectory:
             raise ValueError(
                 f"The run in {self.path} has finished its {was.get('recipe.epochs')} "
                 "epochs, with which its learning rate has come to its end. To go on "
-                "from its weights, begin another run with them, in Python: method = "
-                f'pretrain(out="{self.path}", resume=True), and then '
-                'pretrain(out="another folder", data=..., method=method, epochs=...).'
+                f"from its weights, begin another run with them: init={self.path} "
+                f"(--init {self.path}) and another folder as out, without resume."
             )
         self._refuse(changes, allow_changes)
         return changes

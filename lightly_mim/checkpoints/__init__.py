@@ -7,11 +7,15 @@ from lightly_mim.checkpoints.encoder import (
     read_encoder,
     save_encoder,
 )
+from lightly_mim.checkpoints.layouts import read_weights
+from lightly_mim.checkpoints.weights import Weights
 
 __all__ = [
     "EncoderCheckpoint",
+    "Weights",
     "encoder_spec",
     "put_encoder",
     "read_encoder",
+    "read_weights",
     "save_encoder",
 ]

@@ -9,6 +9,7 @@ from lightly_mim.encoders.build import (
     masked_encoder,
     resize_encoder,
 )
+from lightly_mim.encoders.fitting import fit_encoder
 from lightly_mim.encoders.initialization import Init
 from lightly_mim.encoders.pooling import AnyPool, Pool, pool_tokens
 
@@ -21,6 +22,7 @@ __all__ = [
     "UnsupportedModelError",
     "can_drop_tokens",
     "choose_attention",
+    "fit_encoder",
     "masked_encoder",
     "pool_tokens",
     "resize_encoder",

@@ -176,12 +176,18 @@ def can_drop_tokens(encoder: Encoder) -> bool:
 
 
 def resize_encoder(
-    encoder: MaskedEncoder, img_size: Size, tables: Tables | None = None
+    encoder: MaskedEncoder,
+    img_size: Size,
+    tables: Tables | None = None,
+    *,
+    patch_size: Size | None = None,
+    window_size: Size | None = None,
 ) -> MaskedEncoder:
     """Makes an encoder take images of another size, with the weights that it has.
 
     What fine-tuning at a higher resolution than pretraining needs. timm resamples what
-    depends on the size: absolute positions (bicubic) and tables of relative positions.
+    depends on the size: absolute positions (bicubic), tables of relative positions and,
+    for patches of another size, their embedding (FlexiViT's pseudo-inverse).
     The windows of a Swin follow, see `MaskedSwin.windows_at`; those that a SwinV2 was
     trained with stay the unit of its log-spaced coordinates (SwinV2, section 3.3;
     `pretrained_window_sizes` in timm).
@@ -197,6 +203,10 @@ def resize_encoder(
             SimMIM's code does for fine-tuning (`lightly_mim.encoders.tables`). None as
             the encoder says: one that was pretrained by a recipe of SimMIM's code goes
             on as there.
+        patch_size:
+            Height and width of a patch in pixels. None for what it is.
+        window_size:
+            Height and width of a Swin's windows in patches. None to let them follow.
 
     Returns:
         An encoder of that size, on the same device. `options` has what rebuilds it.
@@ -206,7 +216,8 @@ def resize_encoder(
             not built around a timm transformer, or if it has no tables for `tables`.
     """
     size = to_pair(img_size, "img_size")
-    if size == encoder.img_size:
+    patch = to_pair(patch_size or encoder.patch_size, "patch_size")
+    if (size, patch) == (encoder.img_size, encoder.patch_size) and not window_size:
         return encoder
     if not isinstance(encoder, MaskedTransformer):
         raise ValueError(
@@ -221,12 +232,17 @@ def resize_encoder(
             "tables is 'timm', or for a SwinTransformer 'simmim', got "
             f"{tables!r} for a {type(encoder.vit).__name__}."
         )
-    grid_size(size, encoder.patch_size)  # timm would cut the rest of the image off
+    grid = grid_size(size, patch)  # timm would cut the rest of the image off
     vit, options = encoder.vit, dict(encoder.options)
     family = type(vit)
     windows: dict[str, Any] = {}
     if isinstance(encoder, MaskedSwin):
-        windows["window_size"] = encoder.windows_at(size)
+        (height, width), (p, q) = grid, encoder.patch_size
+        follow = encoder.windows_at((height * p, width * q))
+        window = window_size and to_pair(window_size, "window_size")
+        windows["window_size"] = [window] * len(follow) if window else follow
+    elif window_size:
+        raise ValueError(f"A {family.__name__} has no windows, got {window_size=}.")
     if family is SwinTransformerV2:
         for stage in vit.layers:
             for block in stage.blocks:
@@ -242,7 +258,10 @@ def resize_encoder(
     with warnings.catch_warnings():
         # How timm's interpolation indexes tables, PyTorch warns of.
         warnings.filterwarnings("ignore", module="timm.layers.interpolate")
-        vit.set_input_size(size, **windows)
+        new_patch = {} if patch == encoder.patch_size else {"patch_size": patch}
+        vit.set_input_size(size, **new_patch, **windows)
+    if new_patch:
+        options["patch_size"] = patch[0] if patch[0] == patch[1] else list(patch)
     for attention, (window, table) in kept.items():
         if attention.window_size != window:
             resampled = spline_table(table, window, attention.window_size)
@@ -252,15 +271,25 @@ def resize_encoder(
             list(stage.blocks[0].window_size) for stage in vit.layers
         ]
     resized = type(encoder)(vit)
-    resized.mask_token = encoder.mask_token
-    resized.name, resized.options = encoder.name, options
-    resized.pos_embed, resized.init = encoder.pos_embed, encoder.init
-    resized.mean, resized.std = encoder.mean, encoder.std
-    resized.pool = encoder.pool
-    resized.untrained = encoder.untrained
-    resized.unfinished = encoder.unfinished
-    resized.value_range, resized.tables = encoder.value_range, tables
+    copy_settings(encoder, resized)
+    resized.options, resized.tables = options, tables
     return resized
+
+
+def copy_settings(source: MaskedEncoder, target: MaskedEncoder) -> None:
+    """Copies what an encoder has besides its timm model.
+
+    Args:
+        source:
+            The encoder that it is taken of.
+        target:
+            The encoder that gets it.
+    """
+    for name in (
+        *("mask_token", "name", "options", "pos_embed", "init", "mean", "std", "pool"),
+        *("untrained", "unfinished", "value_range", "tables"),
+    ):
+        setattr(target, name, getattr(source, name))
 
 
 def _build(

@@ -16,7 +16,8 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
 )
 from torch import nn
 
-from lightly_mim.checkpoints import encoder_spec, read_encoder
+from lightly_mim.checkpoints import Weights, encoder_spec, read_weights
+from lightly_mim.checkpoints.hub import fetch, is_hub_name
 from lightly_mim.data.seeding import keyed_random_state
 from lightly_mim.encoders import (
     Encoder,
@@ -58,7 +59,10 @@ def load_encoder(
             - the directory of a pretraining run, its `encoder.safetensors`, or one of
               its checkpoints; the directory of a run that has not finished stands for
               its last checkpoint
+            - a file or folder of weights in another layout, see
+              `lightly_mim.checkpoints.read_weights`
             - the name of a timm model, or hf-hub:OWNER/MODEL or local-dir:FOLDER
+            - the name of a model on the Hugging Face hub, OWNER/MODEL
             - a timm model, whose classifier is removed if it is of a family that can
               encode masked images; see `TimmEncoder` for the others
             - lightly's `MaskedVisionTransformerTIMM`, whose timm model is taken, or
@@ -92,6 +96,8 @@ def load_encoder(
             cannot be loaded, if the run trained a module that was passed by hand, or if
             it is not clear how a module makes features.
     """
+    if isinstance(encoder, str) and is_hub_name(encoder):
+        encoder = fetch(encoder)
     saved = not isinstance(encoder, nn.Module) and Path(encoder).exists()
     if tables is not None and not (saved and img_size is not None):
         raise ValueError(
@@ -100,8 +106,8 @@ def load_encoder(
         )
     if feature_function is not None:
         return _with_function(encoder, feature_function, img_size, in_chans)
-    if saved and not isinstance(encoder, nn.Module):
-        encoder = _load_saved(Path(encoder))
+    if not isinstance(encoder, nn.Module) and saved:
+        encoder = build_saved(read_weights(encoder), encoder)
         if img_size is not None:
             encoder = resize_encoder(encoder, img_size, tables)
     if isinstance(encoder, nn.Module):
@@ -109,8 +115,9 @@ def load_encoder(
     name = str(encoder)
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(
-            f"'{name}' is neither the directory of a run nor the name of a timm model. "
-            "Check the path, or see timm.list_models('*vit*') for names."
+            f"'{name}' is neither the directory of a run, nor a file of weights, nor "
+            "the name of a timm model. Check the path, or see "
+            "timm.list_models('*vit*') for names."
         )
     return _build_timm(name, img_size, in_chans, pretrained)
 
@@ -281,12 +288,24 @@ def _check_size(encoder: TimmEncoder) -> TimmEncoder:
     return encoder
 
 
-def _load_saved(path: Path) -> MaskedEncoder:
-    weights, spec = read_encoder(path)
+def build_saved(weights: Weights, place: Path | str) -> MaskedEncoder:
+    """Builds the encoder of weights, with them.
+
+    Args:
+        weights:
+            What `lightly_mim.checkpoints.read_weights` returned.
+        place:
+            Where they were read, for the error message.
+
+    Raises:
+        ValueError: If the weights do not say how to build it, or if there are too few
+            or too many of them.
+    """
+    spec = weights.spec
     if spec["name"] is None:
         raise ValueError(
-            f"The encoder in {path} was passed to its run as a module, so how to build "
-            "it is not recorded. Build it, load the weights with "
+            f"The encoder in {place} was passed to its run as a module, so how to "
+            "build it is not recorded. Build it, load the weights with "
             "safetensors.torch.load_model, and pass the module as encoder=..."
         )
     encoder = _build(
@@ -297,17 +316,19 @@ def _load_saved(path: Path) -> MaskedEncoder:
         spec["options"],
     )
     try:
-        encoder.vit.load_state_dict(weights)
+        encoder.vit.load_state_dict(weights.encoder)
     except RuntimeError as error:
         raise ValueError(
-            f"The weights in {path} do not fit timm's '{spec['name']}' as this version "
-            f"of timm builds it: {error}"
+            f"The weights in {place} do not fit timm's '{spec['name']}' as this "
+            f"version of timm builds it: {error}"
         ) from error
-    encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
+    if spec["mean"] and spec["std"]:
+        encoder.mean, encoder.std = tuple(spec["mean"]), tuple(spec["std"])
     encoder.untrained = False
     encoder.init = spec.get("init", "timm")  # not said by earlier versions
     # Files that do not say it are of a version whose encoders all had the mean.
-    encoder.pool = spec.get("pool", "mean")
+    if (pool := spec.get("pool", "mean")) is not None:
+        encoder.pool = pool
     encoder.unfinished = spec.get("unfinished")
     if "value_range" in spec:
         encoder.value_range = tuple(spec["value_range"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from lightly_mim.encoders import Encoder, Init, MaskedEncoder, choose_attention
 from lightly_mim.heads import Head
 from lightly_mim.losses import Loss
 from lightly_mim.masking import Mask, Masking, RandomMasking, UnitMasking
+from lightly_mim.methods.pretrained import from_pretrained
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size, scatter_patches
 from lightly_mim.targets import Target
@@ -122,6 +124,29 @@ class MaskedImageModel(Recorded, nn.Module):
         if options.get("pretrained"):
             settings.pop("init", None)  # there is nothing to draw
         return cls(**(settings | options))
+
+    @classmethod
+    def from_pretrained(cls, source: Path | str, **options: Any) -> MaskedImageModel:
+        """Builds the method with weights that are there, and says what it took.
+
+        The encoder's weights are taken, and where they are in the file and fit those of
+        the decoder or the head. Weights of another image size, patch size, window size
+        or number of channels are interpolated as timm does.
+
+        Args:
+            source:
+                A run directory, or a file or folder of weights: official ones of MAE
+                and SimMIM, of Hugging Face transformers, timm, lightly's benchmark of
+                MAE, and ours; the name of a timm model with its weights; or
+                OWNER/MODEL on the Hugging Face hub.
+            options:
+                Arguments of the constructor, but for the encoder. Those that are left
+                out are the ones that the weights were made with, where the file tells.
+
+        Raises:
+            ValueError: If the weights cannot be read or do not fit what is asked for.
+        """
+        return from_pretrained(source, cls, **options)
 
     @classmethod
     def recipe(cls, name: str | None = None) -> Recipe:

@@ -1,0 +1,65 @@
+"""Every door in: weights in any layout that is known, recognised by their content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightly_mim.checkpoints import (
+    huggingface,
+    lightly_benchmark,
+    mae,
+    ours,
+    simmim,
+    timm_model,
+)
+from lightly_mim.checkpoints.reading import read_content
+from lightly_mim.checkpoints.weights import Weights
+
+# timm's comes last: others hold its names.
+_LAYOUTS = (ours, huggingface, lightly_benchmark, mae, simmim, timm_model)
+KNOWN = (
+    "a run directory, its encoder.safetensors or last.ckpt; an official file of MAE or "
+    "SimMIM; a folder of Hugging Face transformers (ViTMAE, ViT, Swin, SwinV2, BEiT, "
+    "Data2VecVision) or of timm, with config.json; a state dict of a timm model; a "
+    "checkpoint of lightly's benchmark of MAE"
+)
+
+
+def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
+    """Reads weights in any layout that is known.
+
+    Nothing in a file is executed, and names of files do not matter.
+
+    Args:
+        path:
+            The file or the folder.
+        num_heads:
+            Number of attention heads, where neither the file nor its shapes tell it.
+
+    Raises:
+        ValueError: If there is no such file, if it is damaged, holds more than weights
+            and plain values, or is in a layout that is not known.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. Weights are read from {KNOWN}.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        return ours.read_run(path)
+    content = read_content(path)
+    for layout in _LAYOUTS:
+        weights: Weights | None
+        try:
+            weights = layout.read(content, num_heads)
+        except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+            # Shapes and settings that contradict each other.
+            raise ValueError(
+                f"{path} has the names of a known layout, and weights that do not fit "
+                f"it: {type(error).__name__}: {error}"
+            ) from error
+        if weights is not None:
+            return weights
+    some = ", ".join(sorted(content.tensors)[:5])
+    raise ValueError(
+        f"{path} holds weights in a layout that is not known ({some}, ...). Known are "
+        f"{KNOWN}. Otherwise build the model, load them, and pass the model itself."
+    )

@@ -1,0 +1,106 @@
+"""Our own layouts: a run directory, its last checkpoint, and the encoder's file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightly_mim.checkpoints.encoder import read_encoder
+from lightly_mim.checkpoints.reading import Content, read_content
+from lightly_mim.checkpoints.weights import Weights
+from lightly_mim.runs import RunDirectory
+
+METHOD_KEY = "method"  # in a checkpoint, the method as config.yaml writes it
+_METHOD = "method."
+_VIT = "encoder.vit."
+_TOKEN = "encoder.mask_token"
+
+
+def read_run(path: Path) -> Weights:
+    """Returns the weights of a run: of its last checkpoint, which holds all of them.
+
+    Args:
+        path:
+            The directory of the run.
+
+    Raises:
+        ValueError: If there are none, or if a file is damaged.
+    """
+    run = RunDirectory(path)
+    state: Mapping[str, Tensor] = {}
+    stored = run.stored_config() or {}
+    described = stored.get("method")
+    # The encoder's file of a finished run says that it is; without it, the checkpoint.
+    encoder, spec = read_encoder(path)
+    if run.checkpoint.is_file():
+        content = read_content(run.checkpoint)
+        state = content.tensors
+        described = _described(content) or described
+    return _weights(f"the run {path}", spec, encoder, state, described)
+
+
+def read(content: Content, num_heads: int | None = None) -> Weights | None:
+    """Returns the weights of a file in our layouts, None for one in another.
+
+    Args:
+        content:
+            What is in the file.
+        num_heads:
+            Not used: the file tells it.
+    """
+    is_encoder = "lightly_mim" in content.metadata
+    is_checkpoint = isinstance(content.beside.get("encoder"), str)
+    if not (is_encoder or is_checkpoint):
+        return None
+    encoder, spec = read_encoder(content.path)
+    state = content.tensors if is_checkpoint else {}
+    layout = f"lightly_mim's {'checkpoint' if is_checkpoint else 'encoder'}"
+    return _weights(layout, spec, encoder, state, _described(content))
+
+
+def _described(content: Content) -> Any:
+    try:
+        return json.loads(content.beside.get(METHOD_KEY) or "null")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{content.path} is damaged: what it says of its method is no JSON."
+        ) from error
+
+
+def _weights(
+    layout: str,
+    spec: dict[str, Any],
+    encoder: dict[str, Tensor],
+    state: Mapping[str, Tensor],
+    described: Any,
+) -> Weights:
+    """Returns the weights with the method that is described, if one is."""
+    parts = {
+        name.removeprefix(_METHOD): tensor
+        for name, tensor in state.items()
+        if name.startswith(_METHOD)
+        and not name.startswith((_METHOD + _VIT, _METHOD + _TOKEN))
+    }
+    token = state.get(_METHOD + _TOKEN)
+    if not isinstance(described, Mapping) or not isinstance(
+        described.get("class_path"), str
+    ):
+        return Weights(layout, spec, encoder, token)
+    arguments = {
+        **(described.get("init_args") or {}),
+        **(described.get("dict_kwargs") or {}),
+    }
+    # The encoder is described by its own file.
+    own = {"encoder", "img_size", "in_chans", "init", "pos_embed", "pretrained"}
+    options = {
+        name: value
+        for name, value in arguments.items()
+        if name not in {*own, *spec["options"]}
+    }
+    return Weights(
+        layout, spec, encoder, token, described["class_path"], options, parts
+    )

@@ -1,0 +1,167 @@
+"""Reads files of weights as data: nothing in them is executed.
+
+PyTorch's files are read with `weights_only`; beyond tensors and plain values they may
+hold the two classes that the official code put beside its weights, argparse's Namespace
+and yacs' CfgNode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# Where a dictionary of weights lies in a file: Lightning and timm, and Meta's code.
+_HOLDERS = ("state_dict", "model")
+# In a folder of the Hugging Face hub, the first that is there.
+_IN_FOLDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class Content(NamedTuple):
+    """What a file of weights holds, whatever its layout is.
+
+    Attributes:
+        path:
+            The file or the folder.
+        tensors:
+            The weights, on the CPU, by the names in the file.
+        beside:
+            What else is in a PyTorch file.
+        metadata:
+            That of a safetensors file.
+        config:
+            The config.json of a folder.
+        preprocessor:
+            The preprocessor_config.json of a folder.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    beside: Mapping[str, Any] = {}
+    metadata: Mapping[str, str] = {}
+    config: Mapping[str, Any] | None = None
+    preprocessor: Mapping[str, Any] = {}
+
+
+def read_content(path: Path) -> Content:
+    """Reads a file of weights, or a folder with a config.json.
+
+    Args:
+        path:
+            A safetensors file, a file of `torch.save`, or a folder as the Hugging Face
+            hub has them.
+
+    Raises:
+        ValueError: If it is damaged, holds no weights, or asks for more than tensors
+            and plain values.
+    """
+    if not path.is_dir():
+        return _read_file(path)
+    config = _read_json(path / "config.json")
+    file = next((path / n for n in _IN_FOLDER if (path / n).is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"There are no weights in {path}: one of {', '.join(_IN_FOLDER)} is "
+            "expected beside config.json."
+        )
+    preprocessor = path / "preprocessor_config.json"
+    return Content(
+        path,
+        _read_shards(file) if file.suffix == ".json" else _read_file(file).tensors,
+        config=config,
+        preprocessor=_read_json(preprocessor) if preprocessor.is_file() else {},
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} is damaged: it has no weight_map.")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names a file outside its folder: {name}.")
+        tensors |= _read_file(index.parent / name).tensors
+    return tensors
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is missing or damaged: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: it is not a table of settings.")
+    return value
+
+
+def _read_file(file: Path) -> Content:
+    with file.open("rb") as content:
+        head = content.read(9)
+    # A safetensors file begins with the length of its header, in eight bytes, and "{".
+    if head[8:] == b"{":
+        try:
+            with safe_open(file, framework="pt") as content:
+                tensors = {name: content.get_tensor(name) for name in content.keys()}
+                return Content(file, tensors, metadata=content.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
+    if not head.startswith((b"PK\x03\x04", b"\x80")):
+        raise ValueError(
+            f"{file} is damaged, or is neither a safetensors file nor one of "
+            "torch.save. Copy or download it again."
+        )
+    return _content(file, _load_pytorch(file))
+
+
+def _load_pytorch(file: Path) -> Any:
+    """Returns what a file of `torch.save` holds."""
+    # A CfgNode is a dictionary with methods, and need not be more here.
+    harmless: Any = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    # Whatever it is that an unpickler makes of a file that is cut or made up.
+    except Exception as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise _damaged(file, error) from error
+        raise ValueError(
+            f"{file} is refused: it asks for {asked[1]}, and unpickling that may run "
+            "code. Weights need no more than tensors and plain values, besides "
+            "argparse.Namespace and yacs' CfgNode. Where you trust the file, load it "
+            "with torch.load(..., weights_only=False) and save its state dict alone."
+        ) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    # PyTorch's own advice stands before its reason.
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    reason = (reason or type(error).__name__).splitlines()[0].rstrip(".")
+    return ValueError(f"{file} is damaged: {reason}. Copy or download it again.")
+
+
+def _content(file: Path, loaded: Any) -> Content:
+    if isinstance(loaded, dict):
+        held = [name for name in _HOLDERS if isinstance(loaded.get(name), dict)]
+        tensors = loaded[held[0]] if held else loaded
+        if tensors and all(isinstance(value, Tensor) for value in tensors.values()):
+            beside = {k: v for k, v in loaded.items() if held and k != held[0]}
+            return Content(file, dict(tensors), beside)
+    raise ValueError(
+        f"{file} holds no weights: a state dict is expected, bare or under one of "
+        f"{', '.join(map(repr, _HOLDERS))}."
+    )
