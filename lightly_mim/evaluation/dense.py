@@ -34,6 +34,7 @@ from rich.progress import track
 from torch import Generator, Tensor
 
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
+from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.segmentation import (
     IGNORED,
     MaskedFiles,
@@ -201,17 +202,20 @@ def evaluate_dense(
     train_files, test_files, held_out = open_segmentation(
         data, val, seed=seed, in_chans=model.in_chans
     )
+    both = train_files, test_files
     names, values = _classes(train_files, test_files, classes, ignore_index, model)
     transform = EvalTransform(model.img_size, crop_ratio=1.0, normalize=None)
     train, test = (
-        SegmentationDataset(files, transform, values, model.in_chans)
-        for files in (train_files, test_files)
+        SegmentationDataset(files, transform, values, model.in_chans) for files in both
     )
     notes = origin_notes(model)
     if held_out:
         notes.append(
             f"{len(test)} of {len(train) + len(test)} images were held out for testing."
         )
+    notes += overlap_notes(
+        *([files.root / name for name in files.images] for files in both)
+    )
     encoders = {model_name(encoder, model): model}
     if random_baseline:
         encoders[RANDOM] = at_random(model, seed)

@@ -22,6 +22,7 @@ from lightly_mim.data import (
     seed_from,
 )
 from lightly_mim.data.opening import BrokenImageError
+from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
 from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation.adaptors import FeatureEncoder
@@ -160,6 +161,26 @@ def image_notes(
             "shape."
         )
     return notes
+
+
+def shared_notes(train: Dataset[Any], test: Dataset[Any]) -> list[str]:
+    """Returns what a reader must know of test images that are training images.
+
+    Args:
+        train:
+            The training images.
+        test:
+            The images that are scored. Only files can be compared with others.
+    """
+    if isinstance(train, ImageDataset) and isinstance(test, ImageDataset):
+        return overlap_notes(train.paths, test.paths)
+    if isinstance(train, TransformedDataset) and isinstance(test, TransformedDataset):
+        if train.dataset is test.dataset:
+            return [
+                "The test images are the training images, one data set. The results "
+                "say too much."
+            ]
+    return []
 
 
 def _image_sizes(images: Any) -> list[tuple[int, int]]:

@@ -63,6 +63,7 @@ from lightly_mim.evaluation.images import (
     class_names,
     image_notes,
     read_labels,
+    shared_notes,
 )
 from lightly_mim.evaluation.keeper import Keeper, Task
 from lightly_mim.evaluation.knn import KNN
@@ -309,6 +310,7 @@ def evaluate(
             f"Scored are {_len(test)} held-out training images, not the test images."
         )
     notes += image_notes(test, transform, model)
+    notes += shared_notes(train, test)
     taken = _pools(model, layers, pools, notes)
     _check_protocols(protocols, settings, model, world)
 
