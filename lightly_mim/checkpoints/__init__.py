@@ -3,14 +3,18 @@
 from lightly_mim.checkpoints.encoder import (
     EncoderCheckpoint,
     encoder_spec,
+    hash_tensors,
     put_encoder,
     read_encoder,
     save_encoder,
 )
+from lightly_mim.checkpoints.whole import load_whole
 
 __all__ = [
     "EncoderCheckpoint",
     "encoder_spec",
+    "hash_tensors",
+    "load_whole",
     "put_encoder",
     "read_encoder",
     "save_encoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -269,16 +270,17 @@ def _load_saved(path: Path) -> MaskedEncoder:
             "it is not recorded. Build it, load the weights with "
             "safetensors.torch.load_model, and pass the module as encoder=..."
         )
-    encoder = _build(
-        spec["name"],
-        tuple(spec["img_size"]),
-        spec["in_chans"],
-        spec["pos_embed"],
-        spec["options"],
-    )
+    size = tuple(spec["img_size"])
+    what = spec["name"], size, spec["in_chans"]
     try:
+        # First without memory: what is built is as large as the weights in the file.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are copied nowhere
+            empty = _build(*what, None, spec["options"])
+            empty.vit.load_state_dict(weights)
+        encoder = _build(*what, spec["pos_embed"], spec["options"])
         encoder.vit.load_state_dict(weights)
-    except RuntimeError as error:
+    except Exception as error:  # whatever timm makes of the options in a file
         raise ValueError(
             f"The weights in {path} do not fit timm's '{spec['name']}' as this version "
             f"of timm builds it: {error}"
