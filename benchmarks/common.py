@@ -43,7 +43,7 @@ from lightly_mim.config import Recorded
 from lightly_mim.encoders import Pool
 from lightly_mim.evaluation import PIXELS, RANDOM, evaluate
 from lightly_mim.evaluation.results import RESULTS_FILE
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, read_sealed
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import (
@@ -667,7 +667,7 @@ def _evaluate(
         **settings,
     }
     if arguments.resume and file.exists():
-        results: dict[str, Any] = json.loads(file.read_text())
+        results = read_sealed(file, "Delete it: the run is then evaluated again.")
         wanted = json.loads(json.dumps(settings, default=vars))
         if all(results["arguments"].get(name) == wanted[name] for name in wanted):
             print(f"Evaluated before: {file}")
@@ -707,7 +707,7 @@ def training_speed(directory: RunDirectory, batch_size: int) -> tuple[float, flo
     Returns:
         (seconds, images per second), validation and pictures excluded.
     """
-    finished = json.loads(directory.marker.read_text())
+    finished = read_sealed(directory.marker, "Train the run again.")
     images = finished["steps"] * batch_size / finished["epochs"]
     with (directory.path / "metrics.csv").open(newline="") as file:
         speeds = [row["images_per_second"] for row in csv.DictReader(file)]

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightly_mim.evaluation import PIXELS, RANDOM
 from lightly_mim.evaluation.results import RESULTS_FILE
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, read_sealed
 from lightly_mim.masking import average_distance
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.runs import RunDirectory
@@ -173,7 +173,8 @@ def read(folders: Sequence[Path]) -> list[Found]:
             continue
         seed = int(file.parent.name.rpartition("-seed")[2])
         speed = training_speed(folder, about["study"]["batch_size"])
-        results = json.loads((folder.path / RESULTS_FILE).read_text())
+        remedy = "Delete it: the run is then evaluated again."
+        results = read_sealed(folder.path / RESULTS_FILE, remedy)
         run = Run(about["row"], seed, folder.path, *speed, results)
         for other in found[:1]:
             if other.about["study"] != about["study"]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from lightly_mim import preemption
+from lightly_mim.checkpoints import load_whole
 from lightly_mim.evaluation.features import evaluating
 from lightly_mim.files import atomic_write
 from lightly_mim.masking import Mask, average_distance
@@ -373,16 +376,22 @@ class MetricsLogger(CSVLogger):
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
         if not path.exists():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
-            # A killed run may leave half a row at the end.
-            rows = [row for row in reader if _step(row) < step]
+        try:
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                header = list(reader.fieldnames or [])
+                # A killed run may leave half a row at the end.
+                rows = [row for row in reader if _step(row) < step]
+        except (ValueError, KeyError, csv.Error) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}. Delete it: the run goes on, and writes "
+                "the rest of it."
+            ) from error
         _write_rows(path, header, rows)
 
 
 def _step(row: Mapping[str, str | None]) -> float:
-    whole = all(value is not None for value in row.values())
+    whole = None not in row and all(value is not None for value in row.values())
     return int(row["step"] or 0) if whole and row["step"] else math.inf
 
 
@@ -424,16 +433,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written beside their place and then renamed.
 
     Lightning's own go through the system's folder for temporary files, from where a
-    rename is a copy when that is another file system.
+    rename is a copy when that is another file system. They are read as a whole or not
+    at all, and never unpickled.
 
     Attributes:
         may_write:
             Called before each file; raises if it must not be written.
+        previous:
+            By the path of a checkpoint, where the one that was there is kept.
     """
 
-    def __init__(self, may_write: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        may_write: Callable[[], None],
+        previous: Mapping[Path, Path] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.may_write = may_write
+        self.previous = previous
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
@@ -455,3 +472,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     words = (reason.errno, os.strerror(reason.errno), str(path))
                     raise OSError(*words) from error
                 raise
+            self._keep(Path(path))
+
+    def _keep(self, path: Path) -> None:
+        """Keeps the checkpoint that is about to be replaced."""
+        previous = self.previous.get(path.absolute())
+        if previous is None or not path.exists():
+            return
+        if previous.exists() and previous.samefile(path):  # killed just before this
+            return
+        with atomic_write(previous) as temporary:
+            temporary.unlink()
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, temporary)
+
+    def load_checkpoint(
+        self, path: Path | str, map_location: Any = None, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint, on the CPU.
+
+        Raises:
+            ValueError: If it is damaged, or no checkpoint of a run.
+        """
+        path = Path(path)
+        previous = self.previous.get(path.absolute())
+        remedy = (
+            f"To go on from the one before it, rename {previous} to {path.name}."
+            if previous is not None and previous.exists()
+            else "There is none before it: copy it again, or begin the run anew with "
+            "overwrite. Of a finished run, encoder.safetensors holds the encoder."
+        )
+        foreign = (
+            f"{path} is not a checkpoint that a run goes on from: something else wrote "
+            "it, or callbacks of your own keep more in it than tensors and plain "
+            f"values, which is not unpickled. {remedy}"
+        )
+        checkpoint = load_whole(path, remedy=remedy, foreign=foreign)
+        if not (isinstance(checkpoint, dict) and _PARTS <= checkpoint.keys()):
+            raise ValueError(foreign)
+        return checkpoint
+
+
+_PARTS = {"state_dict", "loops", "optimizer_states", "lr_schedulers", "global_step"}

@@ -238,8 +238,11 @@ def read_yaml(path: Path | str, load: Callable[[str], Any] = yaml.safe_load) -> 
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"it repeats *{event.anchor}: write it out")
         return load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    except (
+        *(yaml.YAMLError, RecursionError),
+        *(ValueError, TypeError, AttributeError),  # of settings of other kinds
+    ) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def is_named_only(value: Any) -> bool:

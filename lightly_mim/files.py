@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,3 +81,49 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record with the SHA-256 of what it says, for `read_sealed`.
+
+    Args:
+        record:
+            What can be written as JSON.
+    """
+    plain = json.loads(json.dumps(dict(record)))  # as it will be read
+    return {**plain, _SEAL: _digest(plain)}
+
+
+def read_sealed(path: Path | str, remedy: str) -> dict[str, Any]:
+    """Reads JSON that was written of a `sealed` record, if it is as it was.
+
+    Args:
+        path:
+            The file. One of an earlier version has no seal and is taken as it is.
+        remedy:
+            What to do if it is damaged, one sentence.
+
+    Returns:
+        The record.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged.
+    """
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it holds no mapping. {remedy}")
+    seal = record.pop(_SEAL, None)
+    if seal is not None and seal != _digest(record):
+        raise ValueError(f"{path} is damaged: its checksum is another. {remedy}")
+    return record
+
+
+_SEAL = "sha256"
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -11,9 +11,10 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -53,6 +54,7 @@ from lightly_mim.data import (
 from lightly_mim.data.decode import check_value_range
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.notes import by_reason
+from lightly_mim.data.opening import BrokenImageError, read_regular
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import Survey, survey
@@ -88,7 +90,8 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 NUM_PICTURES = 8
 NUM_TO_FIT = 512  # images for a target that learns from them
-NUM_SIZES = 1000  # files whose sizes tell a list of images
+NUM_SIZES = 1000  # files whose sizes and times tell a list of images
+NUM_CONTENTS = 64  # files whose bytes do
 
 
 class Pretraining(pl.LightningModule):
@@ -685,8 +688,9 @@ def pretrain(
             without data or without method, all that is left at its default is the run's
             own, as its config.yaml says. Other arguments than the run's own are
             refused, but for those that no weight depends on, such as `val`, `probe`,
-            `num_workers` or `tensorboard`. Images are known by their names and sizes:
-            their folder may have moved.
+            `num_workers` or `tensorboard`. Images are known by their names and sizes,
+            by the bytes of a few and by the times of all or none: their folder may
+            have moved or been copied.
         allow_changes:
             Arguments that a run that goes on may change although its result depends on
             them: some of 'accelerator', 'callbacks', 'compile', 'data' (other images),
@@ -786,7 +790,7 @@ def pretrain(
         changes = run.check(config, resume, overwrite, allow_changes)
     if run.finished and resume:
         print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
-        state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+        state = AtomicCheckpointIO(run.check_owner).load_checkpoint(run.checkpoint)
         Pretraining(method).load_state_dict(state["state_dict"])
         method.encoder.untrained = False
         return method
@@ -808,21 +812,27 @@ def pretrain(
         limit_val_batches=0.0 if images.val is None else 1.0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        default_root_dir=out,
+        default_root_dir=Path(out).absolute(),
         plugins=[
-            AtomicCheckpointIO(run.check_owner),
+            AtomicCheckpointIO(
+                run.check_owner, {run.checkpoint.absolute(): run.previous}
+            ),
             *([layout.environment] if layout.environment else []),
         ],
         logger=[
-            MetricsLogger(out, run.check_owner),
-            *([TensorBoardLogger(out, "tensorboard", "")] if tensorboard else []),
+            MetricsLogger(Path(out).absolute(), run.check_owner),
+            *(
+                [TensorBoardLogger(Path(out).absolute(), "tensorboard", "")]
+                if tensorboard
+                else []
+            ),
             *(loggers or []),
         ],
         enable_progress_bar=show_bar,
         enable_model_summary=False,
         callbacks=[
             LastCheckpoint(
-                run.checkpoint.parent,
+                run.checkpoint.parent.absolute(),
                 run.checkpoint.stem,
                 every_n_epochs=1,
                 save_on_train_epoch_end=True,
@@ -1036,7 +1046,9 @@ def _fit(
         warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")
         warnings.filterwarnings("ignore", "The dirpath has changed")
         try:
-            trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
+            # Lightning takes names that begin with "http" for addresses.
+            where = None if checkpoint is None else checkpoint.absolute()
+            trainer.fit(module, datamodule=images, ckpt_path=where)
         except Preempted as preempted:
             launcher = getattr(trainer.strategy, "cluster_environment", None)
             if trainer.local_rank and isinstance(launcher, LightningEnvironment):
@@ -1122,7 +1134,7 @@ class _Images(pl.LightningDataModule):
     def facts(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Returns what the result depends on and the arguments do not say."""
         return {
-            "images": _image_list(self.train),
+            **_image_facts(self.train),
             "processes": trainer.world_size,
             "device": trainer.strategy.root_device.type,
         }
@@ -1344,11 +1356,13 @@ def _stored_recipe(run: RunDirectory, stored: Mapping[str, Any]) -> Recipe:
         ) from error
 
 
-def _image_list(dataset: Dataset[Any]) -> str:
-    """Returns what tells a list of images from others, wherever they lie.
+def _image_facts(dataset: Dataset[Any]) -> dict[str, Any]:
+    """Returns what tells images from others, wherever they lie.
 
     Their number, the hash of their names, and that of the sizes of a thousand files:
-    asking a network's file system for those of a million takes minutes.
+    asking a network's file system for those of a million takes minutes. When these
+    files were written, and what 64 of them begin with: copies have other times, all of
+    them, and the same bytes; of images that were changed in place some keep their time.
     """
     told = [f"{len(dataset)} images"]  # type: ignore[arg-type]
     names: Sequence[str] = getattr(dataset, "filenames", ())
@@ -1356,15 +1370,26 @@ def _image_list(dataset: Dataset[Any]) -> str:
         text = "\n".join(names).encode(errors="surrogateescape")
         told.append(f"names {zlib.crc32(text):08x}")
     paths: Sequence[Path] = getattr(dataset, "paths", ())
-    some = (
-        [paths[index] for index in spread_out(dataset, NUM_SIZES).indices]
-        if paths
-        else []
-    )
-    sizes = [path.stat().st_size if path.exists() else -1 for path in some]
-    if sizes:
-        told.append(f"sizes {zlib.crc32(str(sizes).encode()):08x}")
-    return ", ".join(told)
+    if not paths:
+        return {"images": ", ".join(told)}
+    some = [paths[index] for index in spread_out(dataset, NUM_SIZES).indices]
+    stats = [path.stat() if path.exists() else None for path in some]
+    sizes = [stat.st_size if stat else -1 for stat in stats]
+    told.append(f"sizes {zlib.crc32(str(sizes).encode()):08x}")
+    crc = 0
+    for index in spread_out(dataset, NUM_CONTENTS).indices:
+        with suppress(BrokenImageError):  # is what the run will say
+            path = str(paths[index])
+            crc = zlib.crc32(read_regular(path, "image", _beginning), crc)
+    return {
+        "images": ", ".join(told),
+        "contents": f"{crc:08x}",
+        "times": [int(stat.st_mtime) if stat else -1 for stat in stats],
+    }
+
+
+def _beginning(file: BinaryIO) -> bytes:
+    return file.read(1 << 20)
 
 
 def _withdrawal(changes: Changes) -> str:

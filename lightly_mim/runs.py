@@ -3,6 +3,7 @@
 config.yaml           the arguments, rerunnable with `--config`
 history.json          what the arguments do not say: processes, images, later changes
 checkpoints/last.ckpt all that a resume needs
+checkpoints/previous.ckpt  the same, one checkpoint earlier, until the run has finished
 encoder.safetensors   the encoder alone, under timm's names
 metrics.csv           losses, learning rate, gradient norm, images per second
 tensorboard/          the same for TensorBoard
@@ -21,6 +22,7 @@ the run begins again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import uuid
@@ -31,7 +33,8 @@ from typing import Any
 
 import yaml
 
-from lightly_mim.files import atomic_write
+from lightly_mim.config import read_yaml
+from lightly_mim.files import atomic_write, read_sealed, sealed
 
 # Arguments that a resumed run may change: no weight depends on them.
 _FREE = {
@@ -48,6 +51,8 @@ CHANGEABLE = (
 # of devices elsewhere, and a folder may be moved.
 _FACTS = {
     "images": ("data",),
+    "contents": ("data",),
+    "times": ("data",),
     "processes": ("devices", "num_nodes"),
     "device": ("accelerator",),
 }
@@ -73,6 +78,8 @@ class RunDirectory:
             The directory.
         checkpoint:
             Everything that a resume needs.
+        previous:
+            The checkpoint before that one, should it be damaged.
         encoder:
             The encoder alone.
     """
@@ -82,6 +89,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.history = self.path / "history.json"
         self.checkpoint = self.path / "checkpoints" / "last.ckpt"
+        self.previous = self.checkpoint.with_name("previous.ckpt")
         self.encoder = self.path / "encoder.safetensors"
         self.reconstructions = self.path / "reconstructions"
         self.marker = self.path / "finished.json"
@@ -126,7 +134,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} is a file: pass another folder as out.")
         if not self.path.exists() or not any(self.path.iterdir()):
             return {}
-        stored = self.stored_config()
+        stored = None if overwrite and self._began() else self.stored_config()
         if stored is None and not self._began():
             raise ValueError(
                 f"The folder {self.path} is not empty and is not a run directory (it "
@@ -140,6 +148,12 @@ class RunDirectory:
             )
         if not resume or stored is None:  # killed before it had recorded anything
             return {}
+        if self.previous.exists() and not self.checkpoint.exists():
+            raise ValueError(
+                f"{self.checkpoint} is gone. To go on from the one before it, rename "
+                f"{self.previous} to {self.checkpoint.name}; to begin anew, pass "
+                "overwrite instead of resume."
+            )
         return self._changes(stored, config, allow_changes)
 
     def check_facts(
@@ -150,7 +164,8 @@ class RunDirectory:
         Args:
             facts:
                 What the arguments do not say: `images`, the list of the training
-                images, `processes`, their number, and `device`, its kind.
+                images, `contents`, what is in some of them, `times`, when some of them
+                were written last, `processes`, their number, and `device`, its kind.
             allow_changes:
                 Those of `CHANGEABLE` that a run that goes on may change.
 
@@ -161,22 +176,41 @@ class RunDirectory:
             ValueError: If they differ, and their arguments may not change.
         """
         known = self._stored_history().get("facts", {})
-        changes: Changes = {
-            _FACTS[name][0]: (known[name], value)
-            for name, value in facts.items()
-            if name in known and known[name] != value
-        }
+        changes: Changes = {}
+        for name, value in facts.items():
+            if name not in known or known[name] == value:
+                continue
+            was, now = known[name], value
+            if name == "times":
+                pairs = zip(was, now, strict=False)
+                changed = sum(before != after for before, after in pairs)
+                if changed == len(now) == len(was):  # copies, of which none keeps it
+                    continue
+                was = f"{len(now)} files that were looked at"
+                now = f"{changed} of them written since"
+            changes.setdefault(_FACTS[name][0], (was, now))
         self._refuse(changes, allow_changes)
         return changes
 
     def stored_config(self) -> dict[str, Any] | None:
-        """Returns the arguments of the run that is there, None if there is none."""
+        """Returns the arguments of the run that is there, None if there is none.
+
+        Raises:
+            ValueError: If they are damaged.
+        """
         try:
-            config = yaml.safe_load(self.config.read_text())
-        except (OSError, ValueError, yaml.YAMLError):
+            config: dict[str, Any] = read_yaml(self.config, _whole_config)
+        except OSError:
             return None
-        is_run = isinstance(config, dict) and {"out", "data", "method"} <= config.keys()
-        return _in_todays_words(config) if is_run else None
+        except ValueError as error:
+            if not self._began():  # somebody else's
+                return None
+            raise ValueError(
+                f"{error}. It is damaged or was changed by hand. Restore it; or delete "
+                "it, and pass data, method and the run's other arguments again with "
+                "resume; or pass overwrite to begin anew."
+            ) from error
+        return config
 
     def stored_arguments(self) -> dict[str, Any]:
         """Returns the arguments of the run that is there, to go on with it.
@@ -206,16 +240,11 @@ class RunDirectory:
             return False
 
     def _stored_history(self) -> dict[str, Any]:
+        remedy = "Delete it: the run is then known by its arguments alone."
         try:
-            history = json.loads(self.history.read_text())
+            return read_sealed(self.history, remedy)
         except FileNotFoundError:  # of an earlier version
             return {}
-        except ValueError as error:
-            raise ValueError(
-                f"{self.history} is damaged: {error}. Delete it: the run is then known "
-                "by its arguments alone."
-            ) from error
-        return history if isinstance(history, dict) else {}
 
     def _changes(
         self,
@@ -330,7 +359,7 @@ class RunDirectory:
         if overwrite:
             # The marker first: without it, what is left is an unfinished run. Its
             # encoder next, which would count as the run's.
-            for path in (self.marker, self.encoder, self.checkpoint):
+            for path in (self.marker, self.encoder, self.previous, self.checkpoint):
                 path.unlink(missing_ok=True)
         if not self.checkpoint.exists():
             self._remove_results()
@@ -344,13 +373,21 @@ class RunDirectory:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             record["changes"].append({"time": now, "changes": changes})
         with atomic_write(self.history) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            temporary.write_text(json.dumps(sealed(record), indent=2) + "\n")
+        text = yaml.safe_dump(dict(config), sort_keys=False)
         with atomic_write(self.config) as temporary:
-            temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+            temporary.write_text(f"{_SEAL}{_sha256(text)}\n{text}")
 
     def _remove_remains(self) -> None:
         """Removes what is left of files of a process that was killed as it wrote."""
-        files = [self.checkpoint, self.encoder, self.config, self.history, self.marker]
+        files = [
+            self.checkpoint,
+            self.previous,
+            self.encoder,
+            self.config,
+            self.history,
+            self.marker,
+        ]
         for file in (*files, self._owner, self.path / "metrics.csv"):
             for remains in file.parent.glob(f".{file.stem}.*{file.suffix}"):
                 remains.unlink(missing_ok=True)
@@ -378,7 +415,30 @@ class RunDirectory:
         if changes:  # not the run that never was cut
             summary = {**summary, "changes": changes}
         with atomic_write(self.marker) as temporary:
-            temporary.write_text(json.dumps(dict(summary), indent=2) + "\n")
+            temporary.write_text(json.dumps(sealed(summary), indent=2) + "\n")
+        self.previous.unlink(missing_ok=True)
+
+
+_SEAL = "# sha256 of the lines below, which a resume looks at: "
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _whole_config(text: str) -> Any:
+    """Reads what a run has written, unless it is something else by now.
+
+    Raises:
+        ValueError: If so. What was never sealed is taken as it is.
+    """
+    said, _, lines = text.partition("\n")
+    if said.startswith(_SEAL) and said != f"{_SEAL}{_sha256(lines)}":
+        raise ValueError("its checksum is another")
+    config = yaml.safe_load(text)
+    if not isinstance(config, dict) or not config.keys() >= {"out", "data", "method"}:
+        raise ValueError("it has no out, data and method of a run")
+    return _in_todays_words(config)
 
 
 def _in_todays_words(config: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
         with summary.open(newline="") as file:
             yield from csv.DictReader(file)
     elif results.exists():
-        for row in json.loads(results.read_text())["rows"]:
+        from lightly_mim.files import read_sealed
+
+        for row in read_sealed(results, "Evaluate the run again.")["rows"]:
             model = row["model"]
             plain = {
                 key: value if isinstance(value, str | int | float | None) else

@@ -20,10 +20,11 @@ from pytorch_lightning.callbacks import Callback
 from lightly_mim.callbacks import MetricsLogger
 from lightly_mim.checkpoints import read_encoder
 from lightly_mim.config import to_config
+from lightly_mim.data import ImageDataset
 from lightly_mim.evaluation import evaluate, load_encoder
 from lightly_mim.methods import MAE, CrossMAE, SimMIM
 from lightly_mim.optim import Recipe
-from lightly_mim.pretraining import Pretraining, pretrain
+from lightly_mim.pretraining import Pretraining, _image_facts, pretrain
 from lightly_mim.runs import RunDirectory, TakenOverError
 from lightly_mim.targets import Pixels
 
@@ -223,6 +224,72 @@ def test_resume__other_images_need_a_word(
     assert change_["changes"].keys() == {"data"}
     # From now on these are its images.
     run(out, data, callbacks=OTHER, resume=True)
+
+
+def as_copies(folder: Path) -> None:
+    for number, path in enumerate(folder.rglob("*.jpg")):
+        os.utime(path, (1, 10**9 + number))
+
+
+def touch_one(folder: Path) -> None:
+    next(folder.rglob("*.jpg")).touch()
+
+
+def change_in_place(folder: Path, keep_time: bool = True) -> None:
+    path = sorted(folder.rglob("*.jpg"))[5]
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def change_a_copy(folder: Path) -> None:
+    change_in_place(folder)
+    as_copies(folder)
+
+
+def other_size(folder: Path) -> None:
+    path = next(folder.rglob("*.jpg"))
+    stat = path.stat()
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nothing, None),
+        (as_copies, None),
+        (touch_one, "1 of them written since"),
+        (change_in_place, "data: '[0-9a-f]{8}' in the run"),
+        (change_a_copy, "data: '[0-9a-f]{8}' in the run"),
+        (other_size, "data: '32 images, names .*, sizes"),
+    ],
+)
+def test_check_facts__images_that_change_under_their_names(
+    photos: Path, tmp_path: Path, change: Any, message: str | None
+) -> None:
+    data = moved(photos, tmp_path) / "train"
+    for path in data.rglob("*.jpg"):
+        os.utime(path, (10**9, 10**9))
+    directory = RunDirectory(tmp_path / "run")
+    config = {"out": "x", "data": str(data), "method": {}}
+    directory.begin(config, overwrite=False, facts=_image_facts(ImageDataset(data)))
+    directory.checkpoint.parent.mkdir()
+    directory.checkpoint.write_bytes(b"")
+    change(data)
+    facts = _image_facts(ImageDataset(data))
+    if message is None:
+        assert directory.check_facts(facts) == {}
+        return
+    with pytest.raises(ValueError, match=rf"{message}(?s:.*)--allow-changes data"):
+        directory.check_facts(facts)
+    assert directory.check_facts(facts, ["data"]).keys() == {"data"}
 
 
 def test_resume__after_a_broken_file(

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
+import struct
 import sys
+import time
+import warnings
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lightly_mim import cli
+from lightly_mim.checkpoints import load_whole, read_encoder, save_encoder
 from lightly_mim.config import read_yaml
+from lightly_mim.encoders import masked_encoder
+from lightly_mim.evaluation import load_encoder
 
 EVIL = """
 import pathlib
@@ -73,7 +87,7 @@ CONFIGS = {
     "config: sub.yaml": NO_OPTION,
     "__path__: sub.yaml": NO_OPTION,
     "normalize: sub.yaml": "normalize",
-    "data: !include sub.yaml": "cannot be read as YAML",
+    "data: !include sub.yaml": "cannot be read: ",
     # Parts, and parts of parts.
     simmim(", target: evil.make"): NOT_OURS,
     simmim(", target: {class_path: evil.make}"): NOT_OURS,
@@ -106,7 +120,7 @@ CONFIGS = {
     simmim("", ", dict_kwargs: {pretrained_cfg: {url: 'http://x'}}"): "where weights",
     simmim("", ", dict_kwargs: {checkpoint_path: evil.pth}"): "where weights",
     # YAML.
-    "data: !!python/object/apply:os.system [touch executed]": "cannot be read as YAML",
+    "data: !!python/object/apply:os.system [touch executed]": "cannot be read: ",
     "data: !!binary aGVsbG8=": "is a bytes",
     "data: !!set {a, b}": "is a set",
     "lr: .inf": "not a finite number",
@@ -119,7 +133,7 @@ CONFIGS = {
     "5: 5": NO_OPTION,
     "- method": "no lines of",
     "": "no lines of",
-    "\0": "cannot be read as YAML",
+    "\0": "cannot be read: ",
 }
 
 
@@ -220,5 +234,202 @@ def test_read_yaml__takes_no_more_than_a_configuration(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="repeats|levels deep|bytes"):
             read_yaml(tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_bytes(b"a: \xff\xfe")
-    with pytest.raises(ValueError, match="cannot be read as YAML"):
+    with pytest.raises(ValueError, match="cannot be read: "):
         read_yaml(tmp_path / "c.yaml")
+
+
+# The metadata of an encoder.
+
+
+def encoder_file(path: Path, **changes: Any) -> Path:
+    """Writes an encoder whose metadata says something else, as a sender would."""
+    save_encoder(masked_encoder("vit_tiny_patch16_224", **TINY), path)
+    with safe_open(path, framework="pt") as content:
+        spec = json.loads(content.metadata()["lightly_mim"])
+    options = changes.pop("options", {})
+    spec |= changes
+    if isinstance(options, dict):
+        options = spec["options"] | options
+    save_file(
+        load_file(path), path, {"lightly_mim": json.dumps(spec | {"options": options})}
+    )
+    return path
+
+
+TINY: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 16,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+}
+SPECS: list[dict[str, Any]] = [
+    {"name": "hf-hub:evil/model"},
+    {"name": "hf_hub:evil/model"},
+    {"name": "local-dir:/tmp"},
+    {"name": "https://example.org/model"},
+    {"name": "../vit_tiny_patch16_224"},
+    {"name": "no_such_model"},
+    {"name": "resnet18"},
+    {"name": 5},
+    {"options": {"pretrained": True}},
+    {"options": {"pretrained_cfg": {"url": "http://127.0.0.1:9/x.pth"}}},
+    {"options": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/x.pth"}}},
+    {"options": {"checkpoint_path": "evil.pth"}},
+    {"options": {"cache_dir": "/tmp"}},
+    {"options": {"num_classes": 10**9}},
+    {"options": {"encoder": "x"}},
+    {"options": {"features_only": True}},
+    {"options": {"depth": 100_000}},
+    {"options": {"depth": 60_000}},
+    {"options": {"depth": 3}},
+    {"options": {"depth": 2.5}},
+    {"options": {"embed_dim": 65_536}},
+    {"options": {"embed_dim": -16}},
+    {"options": {"mlp_ratio": 60_000.0}},
+    {"options": {"mlp_ratio": 1e300}},
+    {"options": {"num_heads": 0}},
+    {"options": {"patch_size": 1}, "img_size": [16_000, 16_000]},
+    {"options": {"norm_layer": "evil.make"}},
+    {"options": {"a": ["x"] * 2000}},
+    {"options": {"a": "x" * 200}},
+    {"options": None},
+    {"options": [["depth", 2]]},
+    {"img_size": [0, 32]},
+    {"img_size": [32, 32, 32]},
+    {"img_size": "32"},
+    {"img_size": [16_000, 16_000], "pos_embed": "sincos"},
+    {"img_size": [10**9, 10**9]},
+    {"in_chans": 10**9},
+    {"in_chans": True},
+    {"in_chans": 1, "mean": [0.5], "std": [0.5]},
+    {"mean": [0.5, 0.5]},
+    {"mean": [float("nan"), 0.5, 0.5]},
+    {"std": [0.5, 0.5, -0.5]},
+    {"std": [0.5, 0.5, 0.0]},
+    {"std": [float("inf"), 0.5, 0.5]},
+    {"pos_embed": "evil"},
+    {"init": "evil"},
+    {"pool": "evil"},
+    {"pool": ["cls"]},
+    {"unfinished": {"epoch": "x"}},
+    {"unfinished": [1]},
+]
+
+
+@pytest.mark.parametrize("changes", SPECS, ids=lambda changes: str(changes)[:60])
+def test_encoder__metadata_is_checked_before_it_is_built(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("network")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    path = encoder_file(tmp_path / "encoder.safetensors", **changes)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"encoder\.safetensors"):
+        load_encoder(path)
+    assert time.monotonic() - start < 20  # and 100,000 blocks take minutes
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{}", "[" * 100_000])
+def test_encoder__metadata_is_something_else(text: str, tmp_path: Path) -> None:
+    path = encoder_file(tmp_path / "encoder.safetensors")
+    save_file(load_file(path), path, {"lightly_mim": text})
+    with pytest.raises(ValueError, match=r"not a file that lightly_mim wrote"):
+        read_encoder(path)
+
+
+def test_encoder__of_an_earlier_version_or_with_a_checksum(tmp_path: Path) -> None:
+    path = encoder_file(tmp_path / "encoder.safetensors")  # without one
+    assert load_encoder(path).embed_dim == 16
+    encoder = load_encoder(path)
+    save_encoder(encoder, path)  # type: ignore[arg-type]
+    assert load_encoder(path).embed_dim == 16
+    with safe_open(path, framework="pt") as content:
+        metadata = content.metadata()
+    weights = load_file(path)
+    weights["norm.bias"] += 1
+    save_file(weights, path, metadata)
+    with pytest.raises(ValueError, match="its checksum is another"):
+        load_encoder(path)
+    weights["norm.bias"] -= 1
+    metadata["lightly_mim"] = metadata["lightly_mim"].replace("0.485", "0.495")
+    save_file(weights, path, metadata)
+    with pytest.raises(ValueError, match="its checksum is another"):
+        load_encoder(path)
+
+
+# PyTorch's files.
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("executed"),)
+
+
+def zipped(content: Any, packed: bool = False) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    if packed:
+        again = io.BytesIO()
+        with zipfile.ZipFile(again, "w", zipfile.ZIP_DEFLATED) as archive:
+            for info in zipfile.ZipFile(file).infolist():
+                archive.writestr(info.filename, zipfile.ZipFile(file).read(info))
+        file = again
+    return file.getvalue()
+
+
+def legacy(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+FILES = {
+    "objects": (zipped(Evil()), "foreign"),
+    "objects within": (zipped({"state_dict": {"a": Evil()}}), "foreign"),
+    "legacy objects": (legacy(Evil()), "foreign"),
+    "pickle": (pickle.dumps(Evil()), "foreign"),
+    "packed": (zipped({"a": torch.zeros(1000)}, packed=True), "is packed"),
+    "empty": (b"", "does not begin"),
+    "text": (b"hello", "does not begin"),
+    "empty zip": (b"PK\5\6" + b"\0" * 18, "does not begin"),
+    "zip's head": (b"PK\3\4", "is damaged"),
+    "noise": (b"PK\3\4" + bytes(range(256)) * 9, "is damaged"),
+    "legacy cut": (legacy({"a": torch.zeros(1000)})[:-3000], "foreign"),
+    "lengths": (b"\x80\2" + struct.pack("<Q", 2**60), "foreign"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_load_whole__unpickles_nothing(name: str, tmp_path: Path) -> None:
+    content, message = FILES[name]
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_whole(tmp_path / "last.ckpt", remedy="Do.", foreign="foreign")
+    assert "weights_only" not in str(error.value)
+    assert not executed()
+    if message != "foreign":
+        assert str(error.value).endswith("Do.")
+
+
+def test_load_whole__every_bit_counts(tmp_path: Path) -> None:
+    path = tmp_path / "httpruns" / "x.ckpt"
+    path.parent.mkdir()
+    content = {"a": torch.arange(300.0), "b": [1, 2.5, "x", None]}
+    whole = zipped(content)
+    noticed = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read = load_whole("httpruns/x.ckpt", remedy="Do.", foreign="No.")
+        except ValueError:
+            noticed += 1
+        else:  # it was padding
+            assert torch.equal(read["a"], content["a"]) and read["b"] == content["b"]
+    assert noticed > len(whole) / 7 / 2

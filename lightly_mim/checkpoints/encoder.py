@@ -8,9 +8,10 @@ Until a run has come to its end, its last checkpoint holds the encoder.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
-import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightly_mim.checkpoints.spec import read_spec
+from lightly_mim.checkpoints.whole import load_whole
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.files import atomic_write
 from lightly_mim.runs import RunDirectory
 
 _METADATA_KEY = "lightly_mim"
+_CHECKSUM_KEY = "sha256"
 _CHECKPOINT_KEY = "encoder"
 _WEIGHTS = "method.encoder.vit."  # what a checkpoint calls them
 
@@ -112,17 +116,36 @@ def save_encoder(encoder: MaskedEncoder, path: Path | str) -> None:
     Raises:
         OSError: If the file cannot be written. What was there before is left as it was.
     """
-    metadata = {_METADATA_KEY: json.dumps(encoder_spec(encoder))}
+    spec = json.dumps(encoder_spec(encoder))
     # Clones, since safetensors refuses parameters that share their memory.
     weights = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in encoder.vit.state_dict().items()
     }
+    checksum = hash_tensors(sorted(weights.items()), spec)
+    metadata = {_METADATA_KEY: spec, _CHECKSUM_KEY: checksum}
     try:
         with atomic_write(path) as temporary:
             save_file(weights, temporary, metadata)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"Cannot write {path}: {error}") from error
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
+    """Returns the SHA-256 of tensors, their names, shapes and types included.
+
+    Args:
+        tensors:
+            Names and tensors, on any device, in the order of their names.
+        text:
+            What is hashed before them.
+    """
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
 
 
 def read_encoder(path: Path | str) -> EncoderCheckpoint:
@@ -137,8 +160,8 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
         The weights, and what to build the encoder from.
 
     Raises:
-        ValueError: If there is no such file, if it is damaged, or if it was written by
-            something else.
+        ValueError: If there is no such file, if it is damaged, if it was written by
+            something else, or if what it says of its encoder does not fit its weights.
     """
     file = _find_encoder(Path(path))
     if _is_pytorch(file):
@@ -147,10 +170,9 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             weights = {name: content.get_tensor(name) for name in content.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{file} is damaged or not a safetensors file: {error}. Copy it again, or "
-            "write it again with lightly_mim.checkpoints.save_encoder."
+            f"{file} is damaged or not a safetensors file: {error}. {_REMEDY}"
         ) from error
     if _METADATA_KEY not in metadata:
         raise ValueError(
@@ -158,7 +180,27 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
             "not write it. Build the model, load the weights with "
             "safetensors.torch.load_model, and pass the model itself."
         )
-    return EncoderCheckpoint(weights, json.loads(metadata[_METADATA_KEY]))
+    spec = metadata[_METADATA_KEY]
+    checksum = metadata.get(_CHECKSUM_KEY)  # not there in files of earlier versions
+    if checksum not in (None, hash_tensors(sorted(weights.items()), spec)):
+        raise ValueError(f"{file} is damaged: its checksum is another. {_REMEDY}")
+    return _checked(file, weights, spec)
+
+
+_REMEDY = (
+    "Copy it again; of a run of your own, its checkpoints/last.ckpt holds the encoder "
+    "as well."
+)
+
+
+def _checked(file: Path, weights: dict[str, Tensor], text: str) -> EncoderCheckpoint:
+    try:
+        return EncoderCheckpoint(weights, read_spec(text, weights))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not a file that lightly_mim wrote: {error}. Build the model, "
+            "load the weights, and pass the model itself."
+        ) from error
 
 
 def _is_pytorch(file: Path) -> bool:
@@ -177,15 +219,13 @@ def _read_checkpoint(file: Path) -> EncoderCheckpoint:
         "itself. A run that an earlier version began says it once it has gone on with "
         "resume."
     )
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # objects, or a pickle that is cut
-        raise ValueError(foreign) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{file} is damaged: {error}. Copy it again, or go on with the run from "
-            "another checkpoint."
-        ) from error
+    previous = RunDirectory(file.absolute().parent.parent).previous
+    remedy = "Copy it again" + (
+        f", or take the one before it, {previous}."
+        if previous.exists() and previous != file.absolute()
+        else ", or evaluate encoder.safetensors, if the run has finished."
+    )
+    checkpoint = load_whole(file, remedy=remedy, foreign=foreign)
     known = isinstance(checkpoint, dict) and {_CHECKPOINT_KEY, "state_dict"} <= (
         checkpoint.keys()
     )
@@ -193,10 +233,10 @@ def _read_checkpoint(file: Path) -> EncoderCheckpoint:
         raise ValueError(foreign)
     weights = {
         name.removeprefix(_WEIGHTS): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_WEIGHTS)
+        for name, tensor in dict(checkpoint["state_dict"]).items()
+        if isinstance(tensor, Tensor) and str(name).startswith(_WEIGHTS)
     }
-    return EncoderCheckpoint(weights, json.loads(checkpoint[_CHECKPOINT_KEY]))
+    return _checked(file, weights, checkpoint[_CHECKPOINT_KEY])
 
 
 def _find_encoder(path: Path) -> Path:

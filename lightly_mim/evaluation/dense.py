@@ -37,6 +37,7 @@ from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.decode import check_value_range
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError, check_on_error
+from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.segmentation import (
     IGNORED,
     MaskedFiles,
@@ -242,15 +243,19 @@ def evaluate_dense(
 
         train_files = whole(train_files, "training")
         test_files = whole(test_files, "test")
-    names, values = _classes(train_files, test_files, classes, ignore_index, model)
+    both = train_files, test_files
+    names, values = _classes(*both, classes, ignore_index, model)
     train, test = (
         SegmentationDataset(files, transform, values, model.in_chans, value_range)
-        for files in (train_files, test_files)
+        for files in both
     )
     if held_out:
         notes.append(
             f"{len(test)} of {len(train) + len(test)} images were held out for testing."
         )
+    notes += overlap_notes(
+        *([files.root / name for name in files.images] for files in both)
+    )
     encoders = {model_name(encoder, model): model}
     if random_baseline:
         encoders[RANDOM] = at_random(model, seed)

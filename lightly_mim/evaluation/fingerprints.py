@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from lightly_mim.checkpoints import hash_tensors
 from lightly_mim.data import ImageDataset, TransformedDataset
 from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
 from lightly_mim.evaluation.loading import describe_encoder
@@ -101,7 +101,7 @@ def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
         **spec,
         # Drop rates and norms are not among the weights.
         "modules": hashlib.sha256(repr(model).encode()).hexdigest(),
-        "weights": hash_weights(model),
+        "weights": hash_tensors(sorted(model.state_dict().items())),
     }
     if isinstance(encoder, FunctionEncoder):
         fingerprint = getattr(encoder.function, "fingerprint", None)
@@ -109,18 +109,3 @@ def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
             return None
         found["function"] = str(fingerprint)
     return found
-
-
-def hash_weights(module: nn.Module) -> str:
-    """Returns the SHA-256 of a module's parameters and buffers, names included.
-
-    Args:
-        module:
-            The module, on any device.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()

@@ -26,6 +26,7 @@ from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.named import NAMED_DATA
 from lightly_mim.data.opening import BrokenImageError
+from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
 from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation.adaptors import FeatureEncoder
@@ -226,6 +227,26 @@ def own_value_range(
     if set(map(os.fspath, sources)) & set(NAMED_DATA):  # type: ignore[arg-type]
         return None  # those have 8 bits
     return getattr(encoder, "value_range", None)
+
+
+def shared_notes(train: Dataset[Any], test: Dataset[Any]) -> list[str]:
+    """Returns what a reader must know of test images that are training images.
+
+    Args:
+        train:
+            The training images.
+        test:
+            The images that are scored. Only files can be compared with others.
+    """
+    if isinstance(train, ImageDataset) and isinstance(test, ImageDataset):
+        return overlap_notes(train.paths, test.paths)
+    if isinstance(train, TransformedDataset) and isinstance(test, TransformedDataset):
+        if train.dataset is test.dataset:
+            return [
+                "The test images are the training images, one data set. The results "
+                "say too much."
+            ]
+    return []
 
 
 def _image_sizes(images: Any) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from lightly_mim.evaluation.fingerprints import (
     hash_key,
 )
 from lightly_mim.evaluation.results import SCHEMA_VERSION
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, read_sealed, sealed
 
 # Of what a kept row holds, and of protocols whose numbers changed.
 _ROWS_VERSION = 3
@@ -151,7 +151,7 @@ class Keeper:
         return f"{task.protocol}-{hash_key(key)}"
 
     def read(self, key: str | None) -> dict[str, Any] | None:
-        """Returns what is kept under a key, None if there is nothing.
+        """Returns what is kept under a key, None if there is nothing whole.
 
         Args:
             key:
@@ -160,8 +160,11 @@ class Keeper:
         if key is None or self.out is None:
             return None
         try:
-            return dict(json.loads(self._row(key).read_text()))
-        except (OSError, ValueError, TypeError):
+            return read_sealed(self._row(key), "It is made again.")
+        except OSError:
+            return None
+        except ValueError as error:
+            self.notes.append(str(error))
             return None
 
     def write(self, key: str | None, row: Mapping[str, Any]) -> None:
@@ -179,7 +182,7 @@ class Keeper:
         if key is None or self.out is None:
             return
         with atomic_write(self._row(key)) as temporary:
-            temporary.write_text(json.dumps(dict(row)) + "\n")
+            temporary.write_text(json.dumps(sealed(row)) + "\n")
         shutil.rmtree(self._checkpoints(key), ignore_errors=True)
 
     @contextmanager

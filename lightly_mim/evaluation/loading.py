@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -308,16 +309,17 @@ def build_saved(weights: Weights, place: Path | str) -> MaskedEncoder:
             "build it is not recorded. Build it, load the weights with "
             "safetensors.torch.load_model, and pass the module as encoder=..."
         )
-    encoder = _build(
-        spec["name"],
-        tuple(spec["img_size"]),
-        spec["in_chans"],
-        spec["pos_embed"],
-        spec["options"],
-    )
+    size = tuple(spec["img_size"])
+    what = spec["name"], size, spec["in_chans"]
     try:
+        # First without memory: what is built is as large as the weights in the file.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are copied nowhere
+            empty = _build(*what, None, spec["options"])
+            empty.vit.load_state_dict(weights.encoder)
+        encoder = _build(*what, spec["pos_embed"], spec["options"])
         encoder.vit.load_state_dict(weights.encoder)
-    except RuntimeError as error:
+    except Exception as error:  # whatever timm makes of the options in a file
         raise ValueError(
             f"The weights in {place} do not fit timm's '{spec['name']}' as this "
             f"version of timm builds it: {error}"

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightly_mim.files import sealed
+
 
 def results_file(out: Path, overwrite: bool, name: str) -> Path:
     """Returns where results are written.
@@ -89,10 +91,11 @@ def to_json(value: Any) -> Any:
 
 
 def to_text(record: Any) -> str:
-    """Returns JSON of a record, with null for numbers that are not finite.
+    """Returns sealed JSON of a record, with null for numbers that are not finite.
 
-    Python would write NaN, which is not JSON and which other readers refuse. A probe
-    whose learning rate was too high has such a loss.
+    It is read by `lightly_mim.files.read_sealed`, or by any other reader. Python would
+    write NaN, which is not JSON and which other readers refuse. A probe whose learning
+    rate was too high has such a loss.
 
     Args:
         record:
@@ -106,7 +109,7 @@ def to_text(record: Any) -> str:
             return [finite(entry) for entry in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
+    return json.dumps(sealed(finite(record)), indent=2, allow_nan=False) + "\n"
 
 
 def describe_data(data: Any) -> str:

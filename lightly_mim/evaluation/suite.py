@@ -68,6 +68,7 @@ from lightly_mim.evaluation.images import (
     image_notes,
     own_value_range,
     read_labels,
+    shared_notes,
 )
 from lightly_mim.evaluation.keeper import Keeper, Task
 from lightly_mim.evaluation.knn import KNN
@@ -341,6 +342,7 @@ def evaluate(
             f"Scored are {_len(test)} held-out training images, not the test images."
         )
     notes += image_notes(test, transform, model)
+    notes += shared_notes(train, test)
     taken = _pools(model, layers, pools, notes)
     _check_protocols(protocols, settings, model, world)
 

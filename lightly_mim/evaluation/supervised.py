@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
+from lightly_mim.checkpoints import load_whole
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.encoders import MaskedEncoder
@@ -309,7 +310,12 @@ class _Checkpoint:
         """Returns (epoch, step) to go on from, (0, 0) if there is no checkpoint."""
         if not self.path.exists():
             return 0, 0
-        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        remedy = "Delete it: this training then begins anew."
+        content = load_whole(
+            self.path,
+            remedy=remedy,
+            foreign=f"{self.path} is no checkpoint of a training. {remedy}",
+        )
         before = content["identity"]
         differences = [
             f"{name} was {before.get(name)} and is {self.identity.get(name)}"

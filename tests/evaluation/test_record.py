@@ -15,6 +15,7 @@ def refuse(word: str) -> None:
 def test_to_text__is_json_without_nan() -> None:
     record = {"rows": [{"loss": math.nan, "top1": 0.5}], "most": [math.inf, 1, "NaN"]}
     read = json.loads(to_text(record), parse_constant=refuse)
+    assert len(read.pop("sha256")) == 64
     assert read == {"rows": [{"loss": None, "top1": 0.5}], "most": [None, 1, "NaN"]}
     assert math.isnan(record["rows"][0]["loss"])  # type: ignore[index]
 

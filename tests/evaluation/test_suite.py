@@ -38,6 +38,7 @@ from lightly_mim.evaluation.keeper import Keeper
 from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
+from lightly_mim.files import sealed
 
 OPTIONS = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 FAST = {"num_workers": 0, "device": "cpu", "linear": Linear(epochs=5)}
@@ -135,7 +136,7 @@ def test_evaluate__rows(folder: Path, encoder: MaskedEncoder, tmp_path: Path) ->
     assert results.rows[1].top1 == 1
 
     written = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
-    assert written == json.loads(json.dumps(results.to_dict()))
+    assert written == json.loads(json.dumps(sealed(results.to_dict())))
     assert written["schema_version"] == 2
     assert Result(**written["rows"][0]) == results.rows[0]
     assert written["rows"][0]["model"] == "vit_tiny_patch16_224"

@@ -1,0 +1,61 @@
+"""PyTorch's files: read as a whole or not at all, and never unpickled."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
+import torch
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+def load_whole(path: Path | str, *, remedy: str, foreign: str) -> Any:
+    """Reads what `torch.save` wrote, on the CPU, if every byte of it is as it was.
+
+    The file is a zip whose parts have checksums, which PyTorch does not look at.
+
+    Args:
+        path:
+            The file.
+        remedy:
+            What to do if it is damaged, one sentence.
+        foreign:
+            The message for a file that is whole, but holds more than tensors and plain
+            values.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged or holds something else.
+    """
+    path = Path(path).absolute()  # names that begin like a URL are files too
+    with path.open("rb") as file:
+        head = file.read(len(_ZIP))
+        if head == _ZIP:
+            try:
+                _check_zip(path)
+            except Exception as error:  # zipfile's own depend on where the damage is
+                raise _damaged(path, str(error), remedy) from error
+        elif head[:1] != _PICKLE:
+            raise _damaged(path, "it does not begin like a PyTorch file", remedy)
+        file.seek(0, os.SEEK_SET)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(foreign) from error
+
+
+def _damaged(path: Path, reason: str, remedy: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {reason}. {remedy}")
+
+
+def _check_zip(path: Path) -> None:
+    """Raises an error if a part of a zip is not what its checksum says."""
+    with ZipFile(path) as archive:
+        packed = [i for i in archive.infolist() if i.compress_type != ZIP_STORED]
+        if packed:  # PyTorch packs nothing
+            raise BadZipFile(f"{packed[0].filename} is packed")
+        if bad := archive.testzip():
+            raise BadZipFile(f"the checksum of its part {bad} is another")
