@@ -43,7 +43,12 @@ from lightly_mim.config import Recorded
 from lightly_mim.encoders import Pool
 from lightly_mim.evaluation import PIXELS, RANDOM, evaluate
 from lightly_mim.evaluation.results import RESULTS_FILE
-from lightly_mim.files import atomic_write, read_sealed
+from lightly_mim.files import (
+    atomic_write,
+    print_any_name,
+    printable,
+    read_sealed,
+)
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import (
@@ -53,6 +58,8 @@ from lightly_mim.pretraining import (
     pretrain,
 )
 from lightly_mim.runs import RunDirectory
+from lightly_mim.settings import check_batch
+from lightly_mim.words import respell
 
 METHODS: dict[str, type[MaskedImageModel]] = {
     name: method
@@ -354,12 +361,20 @@ def run_script(
         argv:
             The words after the script's name. None for those of the process.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    print_any_name()
+    words = spell(parser, sys.argv[1:] if argv is None else argv)
     command = shlex.join(["python", f"benchmarks/{parser.prog}", *words])
     arguments = parser.parse_args(words)
 
-    def fail(code: int, message: object) -> NoReturn:
-        parser.exit(code, f"{parser.prog}: error: {message}\n")
+    options = {
+        action.dest: action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings
+    }
+
+    def fail(code: int, error: Exception) -> NoReturn:
+        said = respell(str(error), options)
+        parser.exit(code, f"{parser.prog}: error: {said}\n")
 
     try:
         main(arguments, command)
@@ -369,6 +384,24 @@ def run_script(
         fail(1, error)
     except KeyboardInterrupt:
         parser.exit(130, f"\nInterrupted. Go on with: {resuming(command)}\n")
+
+
+def spell(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Returns words in which an option such as --batch_size is --batch-size.
+
+    Args:
+        parser:
+            Tells which options there are.
+        words:
+            The words after the script's name.
+    """
+    parts = [word.partition("=") for word in words]
+    hyphens = [name.replace("_", "-") + "".join(rest) for name, *rest in parts]
+    known = parser._option_string_actions
+    return [
+        new if name.startswith("--") and new.partition("=")[0] in known else word
+        for word, new, (name, *_) in zip(words, hyphens, parts, strict=True)
+    ]
 
 
 def resuming(command: str, *words: str) -> str:
@@ -606,6 +639,7 @@ def check_study(
     for name, plan in plans.items():
         try:
             method = check_pretraining({"method": plan.build, **plan.pretraining})
+            check_batch(data, method, plan.pretraining)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         method = method or plan.build()  # where it cannot be built without memory
@@ -916,7 +950,7 @@ def rich_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
             overflow="fold",
         )
     for line in lines:  # Text, since rich takes brackets in a string for markup
-        table.add_row(*(Text(cell) for cell in line))
+        table.add_row(*(Text(printable(cell)) for cell in line))
     return table
 
 
@@ -930,7 +964,11 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
             Text of the cells.
     """
     rule = ["---"] * len(header)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+    cells = [
+        [printable(cell).replace("|", "\\|") for cell in line]
+        for line in [header, rule, *lines]
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def print_table(
@@ -970,7 +1008,7 @@ def _report(
         temporary.write_text(
             f"**{title}**\n\n{markdown_table(header, lines)}\n"
             + "".join(f"{text}\n\n" for text in [*captions(runs), *verdicts, *notes])
-            + f"Made with `{command}`\n"
+            + f"Made with `{printable(command)}`\n"
         )
     print_table(title, header, lines)
     print("\n".join([*captions(runs), *notes, "", *verdicts, ""]))

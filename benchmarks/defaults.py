@@ -17,6 +17,7 @@ import itertools
 import json
 import statistics
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from common import markdown_table
+from common import markdown_table, spell
 from lightly.models import utils
 from lightly.models.modules.masked_autoencoder_timm import MAEDecoderTIMM
 from lightly.models.modules.masked_vision_transformer_timm import (
@@ -514,7 +515,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv:
             The words after the script's name. None for those of the process.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(spell(parser, sys.argv[1:] if argv is None else argv))
     torch.set_num_threads(arguments.threads)
     rows = []
     runs = itertools.product(

@@ -147,6 +147,15 @@ def _find_images(arguments: argparse.Namespace) -> tuple[Path, int, int]:
     return train.root.parent, len(train), len(val)
 
 
+def images(arguments: argparse.Namespace) -> str | None:
+    """Returns the folder of the images, None if they are not there."""
+    there = argparse.Namespace(**{**vars(arguments), "download": False})
+    try:
+        return str(_find_images(there)[0])
+    except ValueError:
+        return None
+
+
 def plan(name: str, arguments: argparse.Namespace) -> Plan:
     """Returns how to build and train a method: the recipe, and what was given.
 

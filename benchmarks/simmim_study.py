@@ -211,10 +211,15 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
     _run(arguments, {name: plan(name, arguments) for name in chosen}, command)
 
 
+def images(arguments: argparse.Namespace) -> str:
+    """Returns the folder or the name of the images."""
+    # Those of benchmarks/imagenette.py.
+    return f"{IMAGENETTE}-320" if arguments.data == IMAGENETTE else arguments.data
+
+
 def _check_images(arguments: argparse.Namespace) -> None:
     """Raises a ValueError where the evaluation would find no labels or no images."""
-    if arguments.data == IMAGENETTE:
-        arguments.data = f"{IMAGENETTE}-320"  # the images of benchmarks/imagenette.py
+    arguments.data = images(arguments)
     train, test = open_data(arguments.data)
     if not (getattr(train, "classes", None) and test):
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -136,6 +137,11 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         _say_next(arguments, command)
 
 
+def images(arguments: argparse.Namespace) -> str:
+    """Returns the name of the images."""
+    return DATA
+
+
 def plan(name: str, arguments: argparse.Namespace) -> Plan:
     """Returns how to build and train a method, with what the options leave open.
 
@@ -191,7 +197,8 @@ def _say_next(arguments: argparse.Namespace, command: str) -> None:
     else:
         what = "the encoder in your own code or on your own images"
         run = arguments.out / f"{arguments.method[0]}-seed{seed}"
-        then = f"lightly-mim evaluate --encoder {run} --data {DATA} --layers 0 2 4 6"
+        words = ["--encoder", str(run), "--data", DATA, "--layers", "0", "2", "4", "6"]
+        then = shlex.join(["lightly-mim", "evaluate", *words])
     print(f"Next, {what}:\n  {then}")
 
 

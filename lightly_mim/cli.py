@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -26,7 +26,6 @@ from jsonargparse import ArgumentParser, auto_cli, auto_parser
 
 import lightly_mim.methods
 from lightly_mim.config_files import ConfigFile
-from lightly_mim.data import open_data
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     DenseResults,
@@ -35,11 +34,13 @@ from lightly_mim.evaluation import (
     evaluate,
     evaluate_dense,
 )
+from lightly_mim.files import print_any_name
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
-from lightly_mim.optim import NonFiniteLossError, Recipe
+from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.preemption import Preempted
 from lightly_mim.pretraining import check_pretraining, pretrain
+from lightly_mim.settings import check_batch
 from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
 
 COMMANDS: dict[str, Any] = {
@@ -92,6 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
             The words after the program's name. None for those of the process.
     """
     words: list[str] = []
+    print_any_name()
     try:
         words = _spell_out(sys.argv[1:] if args is None else args)
         command = COMMANDS.get(words[0] if words else "")
@@ -153,44 +155,11 @@ def _check(
             found.pretrain[name] = None
         arguments = parser.instantiate(found).pretrain.as_dict()
         method = check_pretraining(arguments)
-        _check_batch(data, method, arguments)
+        check_batch(data, method, arguments)
         return method
     if found.subcommand == "evaluate":
         check_evaluation(encoder, parser.instantiate(found).evaluate.as_dict())
     return None
-
-
-def _check_batch(
-    data: Any, method: MaskedImageModel | None, arguments: Mapping[str, Any]
-) -> None:
-    """Refuses a batch of more images than a folder of this machine has.
-
-    A folder that this machine does not see, and one with files enough, is left to
-    `pretrain`: large ones take long to list.
-
-    Raises:
-        ValueError: If the images are too few.
-    """
-    batch_size, recipe = arguments["batch_size"], arguments["recipe"]
-    if batch_size is None and recipe is not None and method is not None:
-        recipe = recipe if isinstance(recipe, Recipe) else method.recipe(recipe)
-        batch_size = recipe.batch_size
-    folder = Path(data).expanduser()
-    if batch_size is None or not folder.is_dir():
-        return
-    train = folder / "train"
-    walked = os.walk(train if train.is_dir() else folder)
-    files = (name for _, _, names in walked for name in names)
-    if len(list(itertools.islice(files, batch_size))) == batch_size:
-        return
-    in_chans = 3 if method is None else method.encoder.in_chans
-    images, _ = open_data(folder, in_chans=in_chans)
-    number = len(images)  # type: ignore[arg-type]
-    if number < batch_size:
-        raise ValueError(
-            f"{folder} has {number} training images, and a batch has that many at "
-            f"most, got batch_size={batch_size}."
-        )
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:

@@ -76,6 +76,31 @@ class Recorded:
         return f"{type(self).__name__}({arguments})"
 
 
+def refuse_class(part: Any, name: str) -> None:
+    """Raises a ValueError for a class where an object is wanted, with the object.
+
+    Args:
+        part:
+            What was passed.
+        name:
+            What it was passed as.
+    """
+    if not isinstance(part, type):
+        return
+    signature = inspect.signature(part.__init__)  # type: ignore[misc]
+    parameters = list(signature.parameters.values())[1:]
+    open_kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = ", ".join(
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in open_kinds
+    )
+    raise ValueError(
+        f"{name} is an object, got the class {part.__name__}. Pass an instance: "
+        f"{part.__name__}({needed})."
+    )
+
+
 def constructor_arguments(cls: type) -> list[str]:
     """Returns the names of the arguments that a class can be made with.
 

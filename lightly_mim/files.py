@@ -1,12 +1,14 @@
-"""Paths as users write them, and files that a reader never sees half of."""
+"""Paths as users write them, names that print, files that no reader sees half of."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import inspect
+import io
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +47,33 @@ def expand_user(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def printable(name: str) -> str:
+    r"""Returns a name that can be printed in one line, as UTF-8.
+
+    Args:
+        name:
+            Any text. What is no character, such as a byte that is not UTF-8, or breaks
+            the line is written as in Python: \\udce4, \\n.
+    """
+    if name.isprintable():
+        return name
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape").decode("ascii")
+        for character in name
+    )
+
+
+def print_any_name() -> None:
+    r"""Lets what is printed tell of names that are no UTF-8, as in Python: \\udce4.
+
+    A program calls it: it changes how standard output is written.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightly_mim.config import Recorded
+from lightly_mim.config import Recorded, refuse_class
 
 Reduction = Literal["none", "mean"]
 
@@ -121,17 +123,35 @@ def choose_loss(loss: Loss | None, num_classes: int | None, default: Loss) -> Lo
             What measures numbers.
 
     Raises:
-        ValueError: If the loss does not fit the target.
+        ValueError: If the loss does not fit the target, or cannot be called as one.
     """
     discrete = num_classes is not None
     if loss is None:
         return CrossEntropy() if discrete else default
-    if isinstance(loss, type) or not callable(loss):
+    refuse_class(loss, "loss")
+    if not callable(loss):
         raise ValueError(f"A loss is L1(), L2(), SmoothL1() or the like, got {loss!r}.")
+    _check_call(loss)
     if getattr(loss, "for_classes", False) != discrete:
         needed = "classes, which need CrossEntropy()" if discrete else "numbers"
         raise ValueError(f"The target is {needed}, got the loss {loss!r}.")
     return loss
+
+
+def _check_call(loss: Callable[..., Any]) -> None:
+    """Raises a ValueError if a loss does not take what it is called with."""
+    called = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(called).bind(None, None, reduction="mean")
+    except TypeError as error:
+        raise ValueError(
+            f"A loss is called by loss(prediction, target, reduction=...) with 'mean' "
+            f"or 'none', which {loss!r} does not take: {error}. Derive from "
+            "lightly_mim.losses.Loss, or pass a function such as "
+            "torch.nn.functional.l1_loss; a module of torch.nn has its reduction fixed."
+        ) from None
+    except ValueError:
+        return  # written in C, which does not tell
 
 
 def masked_loss(

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import shlex
 import sys
 import time
 import warnings
@@ -893,12 +894,12 @@ def pretrain(
                 )
             print(f"Finished. The encoder is in {run.encoder}.", flush=True)
             testable = images.val is not None and getattr(images.val, "classes", None)
-            if isinstance(data, str | Path) and testable and method.encoder.name:
-                print(
-                    f"Evaluate it: lightly-mim evaluate --encoder {run.path} "
-                    f"--data {data}",
-                    flush=True,
-                )
+            named = all(isinstance(part, str | Path | None) for part in (data, val))
+            if named and testable and method.encoder.name:
+                words = ["--encoder", str(run.path), "--data", str(data)]
+                words += [] if val is None else ["--val", str(val)]
+                command = shlex.join(["lightly-mim", "evaluate", *words])
+                print(f"Evaluate it: {command}", flush=True)
     return method
 
 
@@ -1430,6 +1431,12 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["minutes"] is not None and arguments["epochs"] is not None:
         raise ValueError("Pass epochs or minutes, not both.")
+    if arguments["probe"] is None and arguments["probe_every"] != 10:
+        warnings.warn(
+            f"probe_every={arguments['probe_every']} does nothing without a probe: "
+            'pass probe="linear" as well, or leave probe_every out.',
+            stacklevel=4,
+        )
     if arguments["minutes"] == 0:
         raise ValueError("minutes is above 0, got minutes=0.")
     if isinstance(method, type) or not (

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ import lightly_mim.methods
 from lightly_mim import defaults
 from lightly_mim.config import to_config
 from lightly_mim.data import open_data
+from lightly_mim.data.named import NAMED_DATA
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import survey
 from lightly_mim.encoders import MaskedEncoder
@@ -132,6 +136,60 @@ def settings_of(
     if epochs is not None and epochs != recipe.epochs:
         recipe = recipe.for_epochs(epochs)
     return dataclasses.replace(recipe, **given)
+
+
+def check_batch(
+    data: str, method: MaskedImageModel | None, arguments: Mapping[str, Any]
+) -> None:
+    """Refuses a batch of more images than there are, before anything starts.
+
+    Images that this machine does not see, and a folder with files enough, are left to
+    `pretrain`: large ones take long to list.
+
+    Args:
+        data:
+            The folder or the name of the images.
+        method:
+            The method, None if it is not known.
+        arguments:
+            Those of `pretrain`, of which `batch_size` or `recipe` tells the batch.
+
+    Raises:
+        ValueError: If the images are too few.
+    """
+    batch_size, recipe = arguments.get("batch_size"), arguments.get("recipe")
+    if batch_size is None and recipe is not None and method is not None:
+        recipe = recipe if isinstance(recipe, Recipe) else method.recipe(recipe)
+        batch_size = recipe.batch_size
+    if batch_size is None:
+        return
+    if data not in NAMED_DATA:
+        folder = Path(data).expanduser()
+        if not folder.is_dir():
+            return
+        train = folder / "train"
+        walked = os.walk(train if train.is_dir() else folder)
+        files = (name for _, _, names in walked for name in names)
+        if len(list(itertools.islice(files, batch_size))) == batch_size:
+            return
+    in_chans = 3 if method is None else method.encoder.in_chans
+    try:
+        images, _ = open_data(
+            os.path.expanduser(data),  # noqa: PTH111, "./imagenette" is no name
+            in_chans=in_chans,
+            with_val=False,
+            labels=False,
+        )
+    except ValueError:
+        if data in NAMED_DATA:  # it is not on this machine
+            return
+        raise
+    number = len(images)  # type: ignore[arg-type]
+    if number < batch_size:
+        raise ValueError(
+            f"{data} has {number} training images, and a batch has that many at "
+            f"most, got batch_size={batch_size}."
+        )
 
 
 def warn_of_few_steps(

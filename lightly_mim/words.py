@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -326,6 +326,18 @@ def as_options(
             own = constructor_arguments(method)
             options = {each: f"{_METHOD}{each}" for each in own}
     options |= {name: f"--{name}" for name in inspect.signature(function).parameters}
+    return respell(message, options)
+
+
+def respell(message: str, options: Mapping[str, str]) -> str:
+    """Returns a message with `batch_size=0` as `--batch_size 0`, as it was typed.
+
+    Args:
+        message:
+            The message.
+        options:
+            How the arguments that it may name are spelled.
+    """
     if not options:
         return message
     names = "|".join(map(re.escape, options))

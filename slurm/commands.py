@@ -107,7 +107,8 @@ class Script(Command):
 
     It exposes its parser as `parser()`, and as `plan(name, arguments)` how it builds
     and trains what goes by a name: one of `--method`, or of `names(arguments)` in a
-    script that has names of its own.
+    script that has names of its own. `images(arguments)`, if there is one, returns the
+    folder or the name of its images, None if this machine does not have them.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -129,7 +130,19 @@ class Script(Command):
 
     def check(self, words: Sequence[str], machine: Machine) -> None:
         """Parses the words after the script, and tries to build what they ask for."""
+        from lightly_mim.words import respell
+
+        try:
+            self._check(words, machine)
+        except ValueError as error:
+            options = {
+                action.dest: name for name, action in reversed(self._actions.items())
+            }
+            raise ValueError(respell(str(error), options)) from error
+
+    def _check(self, words: Sequence[str], machine: Machine) -> None:
         from lightly_mim.pretraining import check_pretraining
+        from lightly_mim.settings import check_batch
 
         arguments = self._parser.parse_args(words)
         shares = {
@@ -138,11 +151,17 @@ class Script(Command):
             "accumulate": arguments.accumulate,
         }
         names = getattr(self._script, "names", None)
+        images = getattr(self._script, "images", None)
         for name in names(arguments) if names else arguments.method:
             plan = self._script.plan(name, arguments)
             # Seeds and the like have the same plan.
             if (tried := repr((plan, shares))) not in self._tried:
-                check_pretraining({"method": plan.build, **plan.pretraining, **shares})
+                method = check_pretraining(
+                    {"method": plan.build, **plan.pretraining, **shares}
+                )
+                data = images(arguments) if images else None
+                if data is not None:
+                    check_batch(data, method, plan.pretraining)
                 self._tried.add(tried)
 
     def option(self, key: str) -> str | None:

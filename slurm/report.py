@@ -86,12 +86,14 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
 
 def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -> str:
     """Returns the page, in Markdown."""
+    from lightly_mim.files import printable
+
     origin = study.origin
     modified = ", with changes that were not committed" if origin["modified"] else ""
     failed = [row for row in found if row.state != "done"]
     parts = [
-        f"# {study.path.name}",
-        f"`{shlex.join(study.command)}`, {len(found)} task(s), "
+        f"# {printable(study.path.name)}",
+        f"`{printable(shlex.join(study.command))}`, {len(found)} task(s), "
         f"{len(found) - len(failed)} done; written {time.strftime('%Y-%m-%d %H:%M')}.",
     ]
     keys = [key for key in study.swept() if key not in ("seed", "seeds")]
@@ -167,7 +169,12 @@ def _tasks(study: Study, found: Sequence[Row]) -> str:
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
+    from lightly_mim.files import printable
+
+    lines = [
+        [printable(cell).replace("|", "\\|") for cell in line]
+        for line in [header, ["---"] * len(header), *body]
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

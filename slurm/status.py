@@ -308,7 +308,8 @@ def table(study: Study, found: Sequence[Row]) -> Table:
     for row in found:
         counts[row.state] = counts.get(row.state, 0) + 1
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
-    made = Table(title=f"{study.path.name}: {summary}", title_justify="left", box=None)
+    title = Text(f"{study.path.name}: {summary}")
+    made = Table(title=title, title_justify="left", box=None)
     for name in ("task", "state", "stage", "epoch", "loss", "images/s", "requeued", ""):
         right = name in ("epoch", "loss", "images/s", "requeued")
         made.add_column(

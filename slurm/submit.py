@@ -35,6 +35,7 @@ from cluster import (
 from commands import read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sites import read_config
 from status import held_jobs, is_busy, queue, release_command
 from study import Study, TaskSpec, alone, origin, snapshot
@@ -462,7 +463,7 @@ def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
         for index, (task, _) in enumerate(chain[0]):
             values = [task.sweep.get(key, "") for key in keys]
             where = study.run(task).relative_to(study.path)
-            table.add_row(str(index), *values, str(where))
+            table.add_row(*map(Text, (str(index), *values, str(where))))
     console.print(table)
     for stage, words in (pending or study.tasks)[0].stages.items():
         out = str(study.run((pending or study.tasks)[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import warnings
@@ -24,13 +25,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightly_mim import defaults
 from lightly_mim.checkpoints import encoder_spec
 from lightly_mim.cli import main
-from lightly_mim.data import depth
+from lightly_mim.data import depth, open_data
 from lightly_mim.encoders import masked_encoder, resize_encoder
 from lightly_mim.evaluation import evaluate, load_encoder
 from lightly_mim.methods import SimMIM
 from lightly_mim.monitoring import FeatureWatch, OnlineProbe
 from lightly_mim.optim import NonFiniteLossError, learning_rate_factor
 from lightly_mim.pretraining import Pretraining, check_pretraining, pretrain
+from lightly_mim.words import as_options
 
 from .conftest import SHORT_RUN, TINY_VIT
 from .test_pretraining import build, few_batches, no_validation, rows_of, run, trainer
@@ -466,3 +468,70 @@ def test_recipe_says_how_tables_go_to_another_size(
     assert method.encoder.tables == tables
     assert resize_encoder(method.encoder, 64).tables == tables
     assert encoder_spec(method.encoder).get("tables", "timm") == tables
+
+
+# Words that do nothing, and what is proposed.
+
+
+@pytest.mark.parametrize("every", [0, 1, 25])
+def test_probe_every__without_a_probe(tmp_path: Path, every: int) -> None:
+    message = rf"probe_every={every} does nothing without a probe: pass probe=.linear"
+    with pytest.warns(UserWarning, match=message):
+        check_pretraining({"probe_every": every})
+    check_pretraining({"probe_every": every, "probe": "linear"})
+    check_pretraining({"probe_every": 10})
+
+
+@pytest.mark.parametrize("name", ["my photos", "it's", "a;b", "plain"])
+def test_proposed_command_is_quoted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    data = tmp_path / name / "data"
+    shutil.copytree(photos, data)
+    out = tmp_path / f"{name} run"
+    run(out, data / "train", epochs=1, val=data / "val")
+    (line,) = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("Evaluate it: ")
+    ]
+    words = shlex.split(line.removeprefix("Evaluate it: "))
+    assert words[:4] == ["lightly-mim", "evaluate", "--encoder", str(out)]
+    assert words[4:] == ["--data", str(data / "train"), "--val", str(data / "val")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_chans", "remedy"),
+    [
+        ((5, 40, 48), 3, "For 5 channels pass in_chans=5."),
+        ((2, 40, 48), 1, "For 2 channels pass in_chans=2."),
+        ((13, 40, 48), 4, "For 13 channels pass in_chans=13."),
+        ((40, 48, 5), 3, r"channels come last: save numpy.moveaxis\(array, -1, 0\)"),
+        ((40, 48, 6), 6, r"channels come last: save numpy.moveaxis\(array, -1, 0\)"),
+        ((3, 40, 48), 3, r"Save arrays of 3 channel\(s\) as pictures"),
+        ((40, 48), 1, "Save it as a uint8 array of three dimensions."),
+    ],
+)
+def test_arrays_of_another_number_of_channels(
+    tmp_path: Path, shape: tuple[int, ...], in_chans: int, remedy: str
+) -> None:
+    for number in range(8):
+        np.save(tmp_path / f"{number}.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=remedy) as error:
+        options = {**TINY_VIT, "in_chans": in_chans}
+        run(tmp_path / "run", tmp_path, method=lambda: SimMIM(**options))
+    assert "No images in" in str(error.value) or in_chans not in (1, 3)
+    if "pass" in remedy:
+        words = ["pretrain", "--method", "SimMIM"]
+        said = as_options(str(error.value), pretrain, words)
+        assert f"pass --method.in_chans {shape[0]}." in said
+        words = ["evaluate"]
+        assert f"pass --in_chans {shape[0]}." in as_options(
+            str(error.value), evaluate, words
+        )
+
+
+@pytest.mark.parametrize("in_chans", [2, 5])
+def test_pictures_where_arrays_are_expected(photos: Path, in_chans: int) -> None:
+    with pytest.raises(ValueError, match=r"Pictures are read with in_chans=1 or in_ch"):
+        open_data(photos, in_chans=in_chans)

@@ -290,7 +290,7 @@ def _read_array(
     if array.dtype != np.uint8 or array.ndim != 3 or len(array) != in_chans:
         raise ValueError(
             f"a uint8 array with shape ({in_chans}, height, width) is expected, it "
-            f"holds {array.dtype} with shape {array.shape}."
+            f"holds {array.dtype} with shape {array.shape}.{array_remedy(path)}"
         )
     _check_size(path, array.shape[1:], min_size)
     limit = Image.MAX_IMAGE_PIXELS
@@ -300,6 +300,26 @@ def _read_array(
             "PIL.Image.MAX_IMAGE_PIXELS."
         )
     return torch.from_numpy(np.array(array, order="C"))
+
+
+def array_remedy(path: str | os.PathLike[str]) -> str:
+    """Returns what to do about a .npy file that is not what was expected, or nothing.
+
+    Args:
+        path:
+            The file, of which the header is read.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError):
+        return ""
+    if array.dtype != np.uint8 or array.ndim != 3:
+        return " Save it as a uint8 array of three dimensions."
+    if array.shape[-1] < len(array):
+        return " Its channels come last: save numpy.moveaxis(array, -1, 0) instead."
+    if len(array) in (1, 3):
+        return f" Save arrays of {len(array)} channel(s) as pictures: PNG files."
+    return f" For {len(array)} channels pass in_chans={len(array)}."
 
 
 def _check_size(

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from lightly_mim.data.decode import PICTURE_EXTENSIONS
+from lightly_mim.data.decode import ARRAY_EXTENSIONS, PICTURE_EXTENSIONS, array_remedy
 from lightly_mim.data.notes import printable, say, some
 
 # Made by systems and viewers, in lower case: no classes, and their files no images.
@@ -67,7 +67,7 @@ def find_images(
         others = f"found {_counted(found)}" if _others(found) else "there are no files"
         raise ValueError(
             f"No images in {shown}: files ending with {', '.join(extensions)} are "
-            f"looked for, {others}."
+            f"looked for, {others}.{_other_kind(root, found.files, extensions)}"
         )
     images = set(filenames)
     found.files[:] = [name for name in found.files if name not in images]
@@ -87,6 +87,16 @@ def find_images(
         return ImageFiles(filenames, [0] * len(filenames), [])
     label = {name: number for number, name in enumerate(classes)}
     return ImageFiles(filenames, [label[folder] for folder in folders], classes)
+
+
+def _other_kind(root: Path, files: list[str], extensions: tuple[str, ...]) -> str:
+    """Returns what to do about images of the other kind, arrays or pictures."""
+    if extensions == PICTURE_EXTENSIONS:
+        arrays = [name for name in files if name.lower().endswith(ARRAY_EXTENSIONS)]
+        return array_remedy(root / arrays[0]) if arrays else ""
+    if any(name.lower().endswith(PICTURE_EXTENSIONS) for name in files):
+        return " Pictures are read with in_chans=1 or in_chans=3."
+    return ""
 
 
 def is_system(name: str) -> bool:

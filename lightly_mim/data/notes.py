@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from pytorch_lightning.utilities import rank_zero_only
 
+from lightly_mim.files import printable as printable
+
 _said: set[str] = set()
 _SHOWN = 5  # names or reasons in a message
 
@@ -28,24 +30,6 @@ def say(text: str) -> None:
     """Prints a text, on the first device only and not twice."""
     if is_first(text):
         print(text)
-
-
-def printable(name: str) -> str:
-    r"""Returns a name that can be printed in one line, as UTF-8.
-
-    Args:
-        name:
-            Any text. What is no character, such as a byte that is not UTF-8, or breaks
-            the line is written as in Python: \\udce4, \\n.
-    """
-    if name.isprintable():
-        return name
-    return "".join(
-        character
-        if character.isprintable()
-        else character.encode("unicode_escape").decode("ascii")
-        for character in name
-    )
 
 
 def some(names: Sequence[str]) -> str:

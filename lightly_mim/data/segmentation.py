@@ -25,7 +25,7 @@ from lightly_mim.data.decode import (
 )
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.listing import find_images
-from lightly_mim.data.notes import printable
+from lightly_mim.data.notes import printable, some
 from lightly_mim.data.opening import BrokenImageError, or_skip, read_regular
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.data.splits import find_splits
@@ -183,9 +183,9 @@ def find_masked(root: Path, in_chans: int = 3) -> MaskedFiles:
     for name, here, there in (("mask", images, masks), ("image", masks, images)):
         alone = [path for stem, path in here.items() if stem not in there]
         if alone:
-            more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+            shown = [printable(path) for path in alone]
             raise ValueError(
-                f"There is no {name} in {root} for {', '.join(alone[:_SHOWN])}{more}: "
+                f"There is no {name} in {printable(str(root))} for {some(shown)}: "
                 "an image and its mask have the same name but for the ending, and "
                 "masks are PNG files."
             )
@@ -202,7 +202,8 @@ def _by_stem(root: Path, name: str, extensions: tuple[str, ...]) -> dict[str, st
         stem = Path(filename).with_suffix("").as_posix()
         if stem in found:
             raise ValueError(
-                f"{found[stem]} and {path} in {root} have the same name but for the "
+                f"{printable(found[stem])} and {printable(str(path))} in "
+                f"{printable(str(root))} have the same name but for the "
                 "ending, so which mask belongs to which is not clear. Rename one."
             )
         found[stem] = str(path)
@@ -269,14 +270,15 @@ def check_masks(
             raise or_skip(error) from error
         if mask.shape != size:
             raise ValueError(
-                f"The mask {files.root / name} has {mask.shape[0]} x {mask.shape[1]} "
-                f"pixels, and its image {size[0]} x {size[1]} (height x width)."
+                f"The mask {printable(str(files.root / name))} has {mask.shape[0]} x "
+                f"{mask.shape[1]} pixels, and its image {size[0]} x {size[1]} (height "
+                "x width)."
             )
         values = set(np.bincount(mask.ravel()).nonzero()[0].tolist())
         unknown = sorted(values - set(values if known is None else known))
         if unknown:
             raise ValueError(
-                f"The mask {files.root / name} holds the value(s) "
+                f"The mask {printable(str(files.root / name))} holds the value(s) "
                 f"{', '.join(map(str, unknown[:_SHOWN]))}, which name no class: "
                 "classes are numbered from 0 in the order of their names. Name more "
                 "classes, or ignore these values with ignore_index."

@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.data.segmentation import IGNORED
 from lightly_mim.evaluation.scores import CONFIDENCE, NUM_RESAMPLES
+from lightly_mim.files import printable
 
 RESULTS_FILE = "dense.json"
 
@@ -105,7 +106,7 @@ class DenseResults:
         return {"rows": rows, "notes": self.notes, **self.record}
 
     def __rich__(self) -> Group:
-        return Group(_overview(self.rows), _by_class(self.rows), *self.notes)
+        return Group(_overview(self.rows), _by_class(self.rows), *map(Text, self.notes))
 
 
 def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
@@ -201,10 +202,12 @@ def _by_class(rows: Sequence[DenseResult]) -> Table:
 def _table(columns: Mapping[str, bool]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, is_number in columns.items():
-        table.add_column(Text(name), justify="right" if is_number else "left")
+        table.add_column(
+            Text(printable(name)), justify="right" if is_number else "left"
+        )
     return table
 
 
 def _add(table: Table, cells: Sequence[str]) -> None:
     # Text, since rich would take square brackets in a string for markup.
-    table.add_row(*(Text(cell) for cell in cells))
+    table.add_row(*(Text(printable(cell)) for cell in cells))

@@ -25,6 +25,7 @@ from lightly_mim.data import (
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.named import NAMED_DATA
+from lightly_mim.data.notes import printable, some
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
@@ -338,7 +339,7 @@ def class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
     if names and largest >= len(names):
         raise ValueError(
             f"The labels go up to {largest}, but the data set names {len(names)} "
-            f"classes: {', '.join(names)}."
+            f"classes: {some([printable(name) for name in names])}."
         )
     return names or [str(number) for number in range(largest + 1)]
 

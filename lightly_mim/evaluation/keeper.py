@@ -29,7 +29,7 @@ from lightly_mim.evaluation.fingerprints import (
     hash_key,
 )
 from lightly_mim.evaluation.results import SCHEMA_VERSION
-from lightly_mim.files import atomic_write, read_sealed, sealed
+from lightly_mim.files import atomic_write, printable, read_sealed, sealed
 
 # Of what a kept row holds, and of protocols whose numbers changed.
 _ROWS_VERSION = 3
@@ -71,6 +71,9 @@ class Keeper:
             Directory of features. None for features/ in `out`.
         shared:
             Everything else that features depend on. Can be written as JSON.
+
+    Raises:
+        ValueError: If the name of the directory of features is not UTF-8.
     """
 
     def __init__(
@@ -89,6 +92,13 @@ class Keeper:
         self._images: list[Any] = []
         if self.cache is None:
             return
+        try:
+            str(self.cache).encode()
+        except UnicodeEncodeError as error:  # safetensors writes there, and cannot read
+            raise ValueError(
+                f"Features could not be read again from {printable(str(self.cache))}: "
+                "the name is not UTF-8. Give another folder as out or as cache."
+            ) from error
         for name, each in models.items():
             self._models[name] = "pixels" if each is None else encoder_fingerprint(each)
         self._images = [data_fingerprint(part) for part in images]

@@ -26,6 +26,7 @@ from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from lightly_mim.data.notes import printable
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.evaluation.logistic import (
@@ -91,19 +92,19 @@ class LowLabel:
             )
         return []
 
-    def check_labels(self, labels: Tensor, num_classes: int) -> None:
+    def check_labels(self, labels: Tensor, classes: Sequence[str]) -> None:
         """Checks that there are enough images of each class to draw from.
 
         Args:
             labels:
                 int64 tensor with shape (num_train,) with values in [0, num_classes).
-            num_classes:
-                Number of classes.
+            classes:
+                Names of the classes.
 
         Raises:
             ValueError: If a class has too few training images.
         """
-        _check_counts(labels, num_classes, max(self.shots))
+        _check_counts(labels, classes, max(self.shots))
 
     def __call__(
         self,
@@ -232,7 +233,7 @@ def draw_per_class(labels: Tensor, num_classes: int, count: int, seed: int) -> T
     Raises:
         ValueError: If a class has fewer images.
     """
-    _check_counts(labels, num_classes, count)
+    _check_counts(labels, [str(label) for label in range(num_classes)], count)
     generator = Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     classes = labels[shuffled]
@@ -240,13 +241,13 @@ def draw_per_class(labels: Tensor, num_classes: int, count: int, seed: int) -> T
     return torch.stack(drawn)
 
 
-def _check_counts(labels: Tensor, num_classes: int, count: int) -> None:
-    present = labels.bincount(minlength=num_classes)
+def _check_counts(labels: Tensor, classes: Sequence[str], count: int) -> None:
+    present = labels.bincount(minlength=len(classes))
     rarest = int(present.argmin())
     if int(present[rarest]) < count:
         raise ValueError(
-            f"Class {rarest} has {int(present[rarest])} training image(s), too few to "
-            f"draw {count} per class. Use smaller shots."
+            f"Class {printable(classes[rarest])} has {int(present[rarest])} training "
+            f"image(s), too few to draw {count} per class. Use smaller shots."
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightly_mim.files import sealed
+from lightly_mim.files import printable, sealed
 
 
 def results_file(out: Path, overwrite: bool, name: str) -> Path:
@@ -115,7 +115,7 @@ def to_text(record: Any) -> str:
 def describe_data(data: Any) -> str:
     """Returns what a message calls a folder, a name or a data set."""
     if isinstance(data, (str, os.PathLike)):
-        return f"'{os.fspath(data)}'"
+        return f"'{printable(os.fspath(data))}'"
     return f"the {type(data).__name__}"
 
 

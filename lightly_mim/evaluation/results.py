@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
 
 from lightly_mim.reporting import measures_table, results_table, results_text
 
@@ -156,7 +157,7 @@ class Results:
             yield results_table([asdict(row) for row in self.rows], width=width)
         if self.measures:
             yield measures_table(self.measures, width=width)
-        yield from self.notes
+        yield from map(Text, self.notes)  # no markup: names may have brackets
 
     def __str__(self) -> str:
         table = results_text([asdict(row) for row in self.rows])

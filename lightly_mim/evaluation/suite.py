@@ -336,7 +336,7 @@ def evaluate(
     notes = [*origin_notes(model, resized=img_size is not None), *images.notes]
     notes += [note for name in protocols for note in settings[name].check(_len(train))]
     if "low_label" in protocols and isinstance(train, ImageDataset):
-        low_label.check_labels(torch.tensor(train.targets), len(train.classes))
+        low_label.check_labels(torch.tensor(train.targets), train.classes)
     if holdout is not None:
         notes.append(
             f"Scored are {_len(test)} held-out training images, not the test images."
@@ -539,7 +539,7 @@ class _Runner:
         self.classes = class_names(self.train, self.labels)
         if any(task.protocol == "low_label" for task in tasks):
             # Before a protocol has run: only folders tell their labels at once.
-            self.settings["low_label"].check_labels(self.labels[0], len(self.classes))
+            self.settings["low_label"].check_labels(self.labels[0], self.classes)
 
     def _function(self, encoder: FeatureEncoder | None, tokens: set[bool]) -> Any:
         if encoder is None:

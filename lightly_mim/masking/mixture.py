@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Generator
 
+from lightly_mim.config import refuse_class
 from lightly_mim.masking.base import Masking, mark_lowest, scan_from_a_side
 from lightly_mim.masking.mask import Mask
 
@@ -37,6 +38,8 @@ class MixtureMasking(Masking):
     ) -> None:
         if not maskings:
             raise ValueError("A mixture needs one masking or more, got none.")
+        for masking in maskings:
+            refuse_class(masking, "A masking of a mixture")
         weights = [1.0] * len(maskings) if weights is None else weights
         if len(weights) != len(maskings):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,8 +13,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightly_mim import defaults
-from lightly_mim.config import Recorded, constructor_arguments
-from lightly_mim.encoders import Encoder, Init, MaskedEncoder, choose_attention
+from lightly_mim.config import Recorded, constructor_arguments, refuse_class
+from lightly_mim.encoders import (
+    Encoder,
+    Init,
+    MaskedEncoder,
+    choose_attention,
+    masked_encoder,
+)
 from lightly_mim.heads import Head
 from lightly_mim.losses import Loss
 from lightly_mim.masking import Mask, Masking, RandomMasking, UnitMasking
@@ -383,6 +390,47 @@ def refuse_replaced(cls: type[MaskedImageModel], names: Iterable[str]) -> None:
         raise ValueError(f"{cls.__name__} does not take {what}")
 
 
+def build_encoder(
+    method: MaskedImageModel, encoder: Encoder, **options: Any
+) -> MaskedEncoder:
+    """Builds the encoder of a method; a misspelled argument of the method is named.
+
+    What a method does not know is timm's to take, and timm's refusal does not tell of
+    the method's arguments.
+
+    Args:
+        method:
+            The method.
+        encoder:
+            See `lightly_mim.encoders.masked_encoder`.
+        options:
+            The same.
+
+    Raises:
+        ValueError: See there.
+    """
+    try:
+        return masked_encoder(encoder, **options)
+    except ValueError as error:
+        known = constructor_arguments(type(method))
+        for name in options.keys() - known:
+            value = options[name]
+            kind = value if isinstance(value, type) else type(value)
+            near = difflib.get_close_matches(name, known, n=1)
+            refused = (
+                callable(value)
+                or f"keyword argument '{name}'" in str(error)
+                or not isinstance(encoder, str)
+            )
+            if issubclass(kind, Recorded) or (near and refused):
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ValueError(
+                    f"Neither {type(method).__name__} nor timm takes {name!r}.{hint} "
+                    f"{type(method).__name__} takes {', '.join(known)}."
+                ) from error
+        raise
+
+
 def choose_init(
     init: Init | None, encoder: Encoder, options: Mapping[str, Any], default: Init
 ) -> Init:
@@ -529,12 +577,13 @@ def choose_part(part: PartT | None, default: PartT, name: str) -> PartT:
             The argument, for the error message.
 
     Raises:
-        ValueError: If the part is a class or something else that is not callable, a
+        ValueError: If the part is a class, or something else that is not callable, a
             target that does not say its width, or a head that is built already.
     """
     if part is None:
         return default
-    if isinstance(part, type) or not callable(part):
+    refuse_class(part, name)
+    if not callable(part):
         raise ValueError(
             f"{name} is an object such as {default!r}, got {part!r}. On the command "
             f"line its class is named by --method.{name} and its arguments by "

@@ -22,13 +22,13 @@ from lightly_mim.encoders import (
     Init,
     MaskedEncoder,
     can_drop_tokens,
-    masked_encoder,
 )
 from lightly_mim.losses import L2, Loss, choose_loss, masked_loss
 from lightly_mim.masking import Mask, Masking, RandomMasking
 from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
+    build_encoder,
     check_unit,
     choose_init,
     choose_masking,
@@ -151,8 +151,13 @@ class MAE(MaskedImageModel):
         self.loss = choose_loss(loss, self.target.num_classes, default=L2())
         _check_family(encoder)
         init = choose_init(init, encoder, encoder_options, default="mae")
-        self.encoder: MaskedEncoder = masked_encoder(
-            encoder, img_size=img_size, in_chans=in_chans, init=init, **encoder_options
+        self.encoder: MaskedEncoder = build_encoder(
+            self,
+            encoder,
+            img_size=img_size,
+            in_chans=in_chans,
+            init=init,
+            **encoder_options,
         )
         _check_encoder(self.encoder)
         patch_size = self.encoder.patch_size

@@ -22,13 +22,14 @@ from lightly_mim.defaults import (
     mask_unit,
     target_window,
 )
-from lightly_mim.encoders import Encoder, Init, MaskedEncoder, masked_encoder
+from lightly_mim.encoders import Encoder, Init, MaskedEncoder
 from lightly_mim.heads import Head, LinearHead
 from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
 from lightly_mim.masking import Mask, Masking, RandomMasking
 from lightly_mim.methods.base import (
     MaskedImageModel,
     MIMOutput,
+    build_encoder,
     check_unit,
     choose_init,
     choose_masking,
@@ -135,8 +136,13 @@ class SimMIM(MaskedImageModel):
             # with 0.1, which its recipe sets.
             encoder_options = {"drop_path_rate": 0.0} | encoder_options
         init = choose_init(init, encoder, encoder_options, initialization(encoder))
-        self.encoder: MaskedEncoder = masked_encoder(
-            encoder, img_size=img_size, in_chans=in_chans, init=init, **encoder_options
+        self.encoder: MaskedEncoder = build_encoder(
+            self,
+            encoder,
+            img_size=img_size,
+            in_chans=in_chans,
+            init=init,
+            **encoder_options,
         )
         size = self.encoder.img_size
         unit = mask_unit(size, self.encoder.stride)

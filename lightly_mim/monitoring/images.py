@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from lightly_mim.callbacks import undisturbed
 from lightly_mim.data import KeyedLoader, keyed_random_state
+from lightly_mim.data.notes import printable, some
 from lightly_mim.encoders.base import MaskedEncoder
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
@@ -56,7 +57,7 @@ def check_finite_images(images: Tensor, filenames: Sequence[str]) -> None:
         return
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        named = ", ".join(str(filenames[index]) for index in bad[:5])
+        named = some([printable(str(filenames[index])) for index in bad])
         raise NonFiniteLossError(
             f"{len(bad)} of {len(images)} images that were looked at hold NaN or "
             f"infinite values, which would make the loss so: {named}. Mend them, or "

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightly_mim.files import printable
+
 Row = Mapping[str, Any]
 
 # Name and alignment of each column.
@@ -95,7 +97,7 @@ def measures_table(
     """
     lines = [
         [
-            row["model"],
+            printable(row["model"]),
             "" if row["layer"] is None else str(row["layer"]),
             row["pooling"],
             f"{row['rank_me']:.1f}",
@@ -215,7 +217,7 @@ def _line(row: Row) -> dict[str, str]:
         spread = f"± {100 * stdev(draws):.1f}"
     chosen = row["hyperparameters"].items()
     return {
-        "Model": row["model"],
+        "Model": printable(row["model"]),
         "Protocol": f"{row['protocol']} {row.get('variant', '')}".strip(),
         "Layer": "" if row["layer"] is None else str(row["layer"]),
         "Pooling": row["pooling"],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import io
 import json
@@ -13,6 +14,7 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from lightly_mim.methods import SimMIM
 from lightly_mim.pretraining import NonFiniteLossError
 from lightly_mim.runs import RunDirectory
 
@@ -199,6 +201,77 @@ def test_run_script__exit_codes(
         common.run_script(make_parser(common), main, words)
     assert exit_.value.code == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--batch_size 8 --encoder_option depth_x=2", "batch-size 8 encoder-option"),
+        ("--img_size=32 --num-workers 0", "img-size=32 num-workers"),
+        ("--out a_b --method_option mask_ratio=0.5", "out a_b method-option"),
+        ("--num_nodes 2 --seeds 1", "num-nodes 2 seeds"),
+    ],
+)
+def test_run_script__both_spellings(common: ModuleType, words: str, said: str) -> None:
+    found: list[Any] = []
+    for given in (words, words.replace("--", "--").replace("_size", "-size")):
+        common.run_script(
+            make_parser(common), lambda *seen: found.append(seen), given.split()
+        )
+    parser = make_parser(common)
+    spelled = common.spell(parser, words.split())
+    assert " ".join(spelled).replace("--", "").startswith(said)
+    assert found[0][0] == found[1][0] == parser.parse_args(spelled)
+    assert f" {' '.join(spelled)}" in found[0][1]
+
+
+def test_spell__leaves_other_words(common: ModuleType) -> None:
+    words = ["--no_such", "a_b", "--lr=1_0", "-x_y", "masking=A(b_c=1)", "--"]
+    assert common.spell(make_parser(common), words) == words
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("got batch_size=0.", "got --batch-size 0."),
+        ("img_size=(64, 96) or num_workers=2", "--img-size 64 96 or --num-workers 2"),
+        ("layers=3 and accelerator='tpu'", "layers=3 and --accelerator tpu"),
+    ],
+)
+def test_run_script__messages_in_its_own_words(
+    common: ModuleType, capsys: pytest.CaptureFixture[str], message: str, said: str
+) -> None:
+    def main(arguments: Any, command: str) -> None:
+        raise ValueError(message)
+
+    with pytest.raises(SystemExit):
+        common.run_script(make_parser(common), main, [])
+    assert capsys.readouterr().err == f"s.py: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "recipe", "refused"),
+    [(33, None, 33), (32, None, 0), (None, "swin_base_100ep", 2048), (None, None, 0)],
+)
+def test_check_study__batch_of_more_images_than_there_are(
+    common: ModuleType,
+    photos: Path,
+    tmp_path: Path,
+    batch_size: int | None,
+    recipe: str | None,
+    refused: int,
+) -> None:
+    settings = {"batch_size": batch_size, "recipe": recipe}
+    build = functools.partial(SimMIM, "vit_tiny_patch16_224", depth=1)
+    plans = {"SimMIM": common.Plan(build, settings)}
+    arguments = make_parser(common).parse_args(["--out", str(tmp_path / "out")])
+    if refused:
+        message = f"SimMIM: .* has 32 training images.*got batch_size={refused}"
+        with pytest.raises(ValueError, match=message):
+            common.check_study(arguments, str(photos), plans, 1)
+    else:
+        common.check_study(arguments, str(photos), plans, 1)
+    assert not (tmp_path / "out").exists()
 
 
 # Numbers.

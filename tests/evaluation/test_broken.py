@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch.utils.data import Dataset
 
 from lightly_mim.checkpoints import save_encoder
 from lightly_mim.cli import main
+from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation import Result, Results, evaluate, evaluate_dense
+from lightly_mim.evaluation import (
+    DenseResults,
+    Result,
+    Results,
+    evaluate,
+    evaluate_dense,
+)
 from lightly_mim.evaluation.attentive import Attentive
+from lightly_mim.evaluation.dense_results import DenseResult
 from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.linear_mae import LinearMAE
+from lightly_mim.monitoring import check_finite_images
+from lightly_mim.optim import NonFiniteLossError
+from lightly_mim.reporting import results_markdown
 
 from .test_dense import draw
 
@@ -380,3 +394,94 @@ def test_value_range__words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == ""  # no warning of dark pictures
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["arguments"]["value_range"] == [0, 1000]
+
+
+# Names.
+
+NAMES = ["two\nlines", "tab\there", "[red]x[bold]", "gr\u00fcn", "na\udcefve", "a|b"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_names__of_classes_files_and_folders(
+    encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    root = tmp_path / "da\udce4ta\n[b]"
+    write(root, {f"train/{name}": 4 for name in NAMES})
+    write(root, {f"val/{name}": 2 for name in NAMES[1:]})
+    for name in NAMES[:5]:
+        (root / "train" / name / "3.png").rename(root / "train" / name / f"{name}.png")
+    (root / "train" / NAMES[0] / f"{NAMES[0]}.png").write_bytes(b"")
+    out = tmp_path / "out\n"
+    results = evaluate(
+        encoder, root, ["knn", "finetune"], out=out, on_error="skip", **FAST
+    )
+    stored = json.loads((out / "results.json").read_text())
+    assert stored["data"]["classes"] == sorted(NAMES)
+    assert any("two\\nlines.png: it is empty" in note for note in results.notes)
+    assert "There are no test images of two\\nlines." in results.notes
+    assert (
+        numbers(evaluate(encoder, root, ["knn"], on_error="skip", **FAST))
+        == (numbers(results)[:1])
+    )
+
+
+def test_names__of_a_cache(whole: Path, encoder: MaskedEncoder, tmp_path: Path) -> None:
+    for name in ("out", "cache"):
+        folder: Any = {name: tmp_path / "\udcff"}
+        with pytest.raises(ValueError, match=r"udcff.*is not UTF-8\. Give another fol"):
+            evaluate(encoder, whole, ["knn"], **FAST, **folder)
+        assert not (tmp_path / "\udcff").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names__are_shown_in_one_line(name: str) -> None:
+    row = Result(
+        **{field.name: None for field in fields(Result)}
+        | {"model": name, "protocol": "knn", "pooling": "mean", "hyperparameters": {}}
+        | {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "seconds": 1.0}
+        | {"feature_seconds": 1.0, "layer": 3}
+    )
+    results = Results([row], [f"A note on {printable(name)}."], {}, [])
+    dense = DenseResults(
+        [
+            DenseResult(
+                **{field.name: None for field in fields(DenseResult)}
+                | {"model": name, "protocol": "knn", "layer": 1, "hyperparameters": {}}
+                | {"miou": 0.5, "miou_low": 0.4, "miou_high": 0.6, "seconds": 1.0}
+                | {"pixel_accuracy": 0.5, "feature_seconds": 1.0, "iou": {name: 0.5}}
+            )
+        ],
+        [f"A note on {printable(name)}."],
+        {},
+    )
+    for found in (results, dense):
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(found)
+        text = capture.get()
+        text.encode()
+        assert f"A note on {printable(name)}." in text
+        assert text.count(printable(name)) >= 2
+    markdown = results_markdown([asdict(row)])
+    assert len(markdown.splitlines()) == 3
+    assert printable(name).replace("|", "\\|") in markdown
+
+
+def test_names__no_utf_8_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    root = tmp_path / "da\udce4ta"
+    write(root, {"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    words = ["evaluate", "--encoder", "vit_tiny_patch16_224", "--img_size", "32"]
+    words += ["--pretrained", "false", "--data", str(root), "--device", "cpu"]
+    main([*words, "--num_workers", "0", "--protocols", "knn"])
+    print("da\udce4ta", flush=True)
+    assert b"da\\udce4ta" in written.getvalue()
+
+
+def test_names__of_images_with_nan() -> None:
+    images = torch.full((2, 3, 4, 4), torch.nan)
+    with pytest.raises(NonFiniteLossError, match=r"two\\nlines, na\\udcefve\. Mend"):
+        check_finite_images(images, ["two\nlines", "na\udcefve"])

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightly_mim.data.notes import printable
 from lightly_mim.evaluation import KNN, evaluate, low_label
 from lightly_mim.evaluation.features import Features
 
@@ -172,7 +173,7 @@ def test_evaluate__too_few_images_of_a_class_is_refused_early(photos: Path) -> N
             device="cpu",
         )
 
-    with pytest.raises(ValueError, match=r"Class 0 has 16 training .*draw 17 per"):
+    with pytest.raises(ValueError, match=r"Class flower has 16 training .*draw 17 per"):
         evaluate_on(photos, 17)
     assert not read
     with pytest.raises(ValueError, match=r"Class 0 has 2 training .*draw 3 per"):
@@ -195,3 +196,13 @@ def test_evaluate__too_few_images_of_a_class_is_refused_early(photos: Path) -> N
 def test_low_label__bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         low_label.LowLabel(**({"shots": [1]} | settings)).check(10)
+
+
+@pytest.mark.parametrize("name", ["tench", "grün", "two\nlines", "na\udcefve"])
+def test_check_labels__names_the_class(name: str) -> None:
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    settings = low_label.LowLabel(shots=[1, 2])
+    with pytest.raises(ValueError) as error:
+        settings.check_labels(labels, ["a", name, "c"])
+    assert str(error.value).startswith(f"Class {printable(name)} has 1 training image")
+    settings.check_labels(labels[[0, 1, 3, 4]] // 2, ["a", name])

@@ -17,11 +17,15 @@ from lightly.models.modules.masked_vision_transformer_decoder_timm import (
     MaskedVisionTransformerDecoderTIMM,
 )
 from torch import nn
+from torch.nn import functional
 
 from lightly_mim import MAE, SimMIM
 from lightly_mim.decoders import MAEDecoder
+from lightly_mim.heads import InverseSwinHead, LinearHead
+from lightly_mim.losses import L1, SmoothL1
 from lightly_mim.masking import BlockMasking, MixtureMasking, RandomMasking
 from lightly_mim.methods import CrossMAE, MaskedImageModel, MaskTokenMAE
+from lightly_mim.targets import HOG, Pixels
 
 VIT = "vit_tiny_patch16_224"
 SWIN = "swin_tiny_patch4_window7_224"
@@ -164,3 +168,135 @@ def test_decoder__of_ones_own() -> None:
     model.decoder = MAEDecoder((4, 4), 32, depth=3, num_heads=4)
     model(torch.randn(2, 3, 32, 32)).loss.backward()
     assert model.decoder.blocks[2].mlp.fc1.weight.grad is not None
+
+
+BY_HAND = timm.create_model(VIT, img_size=32, depth=1, embed_dim=32, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "meant"),
+    [
+        (SimMIM, {"maskin": RandomMasking(8, 0.5)}, "masking"),
+        (SimMIM, {"mask": BlockMasking(8, 0.5)}, "masking"),
+        (SimMIM, {"targt": Pixels()}, "target"),
+        (SimMIM, {"loos": L1()}, "loss"),
+        (SimMIM, {"haed": lambda *arguments: nn.Linear(1, 1)}, "head"),
+        (SimMIM, {"mask_ration": 0.5}, "mask_ratio"),
+        (SimMIM, {"regions": "all"}, "region"),
+        (MAE, {"decoder_dept": 1}, "decoder_depth"),
+        (MAE, {"masking_": RandomMasking}, "masking"),
+        (CrossMAE, {"predict_ration": 0.25}, "predict_ratio"),
+        (MaskTokenMAE, {"losses": "l1", "depth": 2}, "loss"),
+    ],
+)
+def test_misspelled_argument(
+    method: type[MaskedImageModel], options: dict[str, Any], meant: str
+) -> None:
+    (name, *_) = options
+    message = (
+        rf"Neither {method.__name__} nor timm takes '{name}'\. Did you mean {meant}"
+    )
+    with pytest.raises(ValueError, match=message):
+        method(VIT, **(SMALL | options))  # type: ignore[call-arg]
+    if "depth" not in options:
+        with pytest.raises(ValueError, match=message):
+            method(BY_HAND, **options)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # What is none of the method's words is left to timm and to what it says.
+        ({"depht": 2}, "timm cannot build .*'depht'"),
+        ({"norm_layer": nn.LayerNorm}, "cannot be recorded.*timm.create_model"),
+        ({"num_heads": 5}, "divisible"),
+        ({"drop_rte": 0.1}, "timm cannot build .*'drop_rte'"),
+        # A part under no name that is near is no option of timm's.
+        (
+            {"where": RandomMasking(8, 0.5)},
+            r"takes 'where'\. \w+ takes encoder, img_si",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", [SimMIM, MAE])
+def test_misspelled_option_of_the_encoder(
+    method: type[MaskedImageModel], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        method(VIT, **(SMALL | options))  # type: ignore[call-arg]
+    assert "Did you mean" not in str(error.value)
+
+
+def test_misspelled_argument__of_ones_own_method() -> None:
+    class Mine(SimMIM):
+        def __init__(self, encoder: str, strength: int = 1, **options: Any) -> None:
+            super().__init__(encoder, **options)
+
+    with pytest.raises(ValueError, match=r"Neither Mine nor .*Did you mean strength\?"):
+        Mine(VIT, strenght=2, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("argument", "part", "instance"),
+    [
+        ("masking", RandomMasking, "RandomMasking()"),
+        ("masking", MixtureMasking, "MixtureMasking(maskings)"),
+        ("masking", BlockMasking, "BlockMasking()"),
+        ("target", Pixels, "Pixels()"),
+        ("target", HOG, "HOG()"),
+        ("loss", L1, "L1()"),
+        ("loss", SmoothL1, "SmoothL1()"),
+        ("head", LinearHead, "LinearHead()"),
+        ("head", InverseSwinHead, "InverseSwinHead()"),
+    ],
+)
+def test_class_where_an_object_is_wanted(
+    argument: str, part: type, instance: str
+) -> None:
+    message = f"{argument} is an object, got the class {part.__name__}. Pass an"
+    with pytest.raises(ValueError, match=f"{message} instance: {re.escape(instance)}"):
+        SimMIM(VIT, **SMALL, **{argument: part})
+    if argument != "head":
+        with pytest.raises(ValueError, match=message):
+            MAE(VIT, **SMALL, **{argument: part})
+
+
+def test_class_in_a_mixture() -> None:
+    for maskings in ([RandomMasking], [BlockMasking(8, 0.5), BlockMasking]):
+        with pytest.raises(ValueError, match=r"of a mixture .*\. Pass an instance: "):
+            MixtureMasking(maskings)  # type: ignore[list-item]
+
+
+def plain(prediction: Any, target: Any) -> Any:
+    return (prediction - target).abs().mean()
+
+
+class Keyword:
+    def __call__(self, prediction: Any, target: Any, *, reduce: str) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    "loss", [plain, Keyword(), nn.L1Loss(), nn.MSELoss(reduction="none"), min]
+)
+def test_loss_without_reduction__fails_when_it_is_made(loss: Any) -> None:
+    for method in (SimMIM, MAE):
+        if loss is min:  # does not tell what it takes
+            method(VIT, **SMALL, loss=loss)
+            continue
+        with pytest.raises(
+            ValueError, match=r"reduction=\.\.\..*Derive from lightly_m"
+        ):
+            method(VIT, **SMALL, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functional.l1_loss,
+        functional.huber_loss,
+        lambda a, b, reduction: functional.mse_loss(a, b, reduction=reduction),
+        lambda *both, **options: functional.mse_loss(*both, **options),
+    ],
+)
+def test_loss_of_ones_own(loss: Any) -> None:
+    SimMIM(VIT, **SMALL, loss=loss)(torch.randn(2, 3, 32, 32)).loss.backward()

@@ -509,6 +509,13 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--sweep colour=red {PRETRAIN}", "with colour=red refuses"),
         (f"--sweep method=SimMIM,DINO {SOLAR}", "choose from"),
         (f"--sweep seed=0,x {SOLAR}", "with seed=x refuses its words"),
+        (
+            f"--sweep batch-size=64,2048 {SOLAR}",
+            "with batch-size=2048 refuses its words. solar-cells has 1968 training "
+            "images, and a batch has that many at most, got --batch-size 2048.",
+        ),
+        (f"{SOLAR} --batch_size 1969", "most, got --batch-size 1969."),
+        (f"{STUDY} --row mae --batch-size 4096", "got --batch-size 4096."),
         (f"--sweep seed=0,0 {SOLAR}", "each value once"),
         (f"--sweep seed=0 seed=1 {SOLAR}", "each key once"),
         (f"--sweep seed {SOLAR}", "KEY=VALUE,VALUE"),
