@@ -25,6 +25,7 @@ import yaml
 from jsonargparse import auto_cli, auto_parser
 
 import lightly_mim.methods
+from lightly_mim.conversion import convert
 from lightly_mim.data import open_data
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "evaluate-dense": evaluate_dense,
+    "convert": convert,
 }
 
 # Errors are exceptions, which are told in fewer words.
