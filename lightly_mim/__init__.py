@@ -1,5 +1,6 @@
 """Masked image modelling for lightly."""
 
+from lightly_mim.conversion import convert
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import evaluate
 from lightly_mim.methods import MAE, MaskedImageModel, MIMOutput, SimMIM
@@ -20,6 +21,7 @@ __all__ = [
     "Recipe",
     "SimMIM",
     "SimMIMTransform",
+    "convert",
     "evaluate",
     "masked_encoder",
     "pretrain",

@@ -35,7 +35,7 @@ def model_card(
     """
     run = RunDirectory(source)
     config = run.stored_config() if run.path.is_dir() else None
-    name = str(weights.method or "").rpartition(".")[2]
+    name = weights.method_name
     height, width = encoder.img_size
     lines = [
         f"# {encoder.name}" + (f", pretrained with {name}" if name else ""),

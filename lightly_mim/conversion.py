@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning import __version__ as lightning_version
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -174,9 +174,7 @@ def _to_lightly(encoder: MaskedEncoder, method: MaskedImageModel | None) -> _Con
     elif method is not None:
         notes.append("Without the head: lightly has no place for it.")
     token = None if encoder.mask_token is None else encoder.mask_token.detach()
-    checkpoint = lightly_layout.write(
-        _state(encoder), token, parts, str(lightning_version)
-    )
+    checkpoint = lightly_layout.write(_state(encoder), token, parts, pl.__version__)
     return _Converted(
         {"last.ckpt": lambda path: torch.save(checkpoint, path)},
         'state_dict = torch.load("{out}/last.ckpt", weights_only=True)["state_dict"]',
