@@ -11,6 +11,7 @@ if getattr(sys, "argv", [])[:1] == ["-m"] and sys.path[0] == str(Path.cwd()):
         sys.path.append(here)
     del here
 
+from lightly_mim.conversion import convert
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import evaluate
 from lightly_mim.methods import MAE, MaskedImageModel, MIMOutput, SimMIM
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "SimMIM",
     "SimMIMTransform",
+    "convert",
     "evaluate",
     "masked_encoder",
     "pretrain",

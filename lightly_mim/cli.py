@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -26,6 +26,7 @@ from jsonargparse import ArgumentParser, auto_cli, auto_parser
 
 import lightly_mim.methods
 from lightly_mim.config_files import ConfigFile
+from lightly_mim.conversion import convert
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     DenseResults,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "evaluate-dense": evaluate_dense,
+    "convert": convert,
 }
 
 

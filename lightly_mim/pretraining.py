@@ -1479,8 +1479,8 @@ def _check_init(
     if path.exists() and path.resolve().is_relative_to(run.path.resolve()):
         raise ValueError(
             f"init={str(init)!r} is of the run in out itself. To go on with it where "
-            "it stopped pass resume, without init; to begin another run with its weights "
-            "pass another folder as out."
+            "it stopped pass resume, without init; to begin another run with its "
+            "weights pass another folder as out."
         )
     if stored is not None and stored.get("init") != str(init):
         raise ValueError(

@@ -84,8 +84,9 @@ def read(content: Content, num_heads: int | None = None) -> Weights | None:
     config = content.config
     if config is None:
         raise ValueError(
-            f"{content.path} has the names of Hugging Face transformers, and the number "
-            "of attention heads is in config.json: pass the folder that holds both."
+            f"{content.path} has the names of Hugging Face transformers, and the "
+            "number of attention heads is in config.json: pass the folder that holds "
+            "both."
         )
     kind = str(config.get("model_type"))
     if kind not in ATTENTION:

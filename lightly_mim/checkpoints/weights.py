@@ -21,7 +21,8 @@ class Weights(NamedTuple):
         mask_token:
             The encoder's mask token, with shape (1, 1, patch_dim), if it has one.
         method:
-            Name of the method that the weights are of, None if the file does not say.
+            Name of the method that the weights are of, or its dotted path. None if the
+            file does not say.
         options:
             Arguments of that method, as `lightly_mim.config.to_config` writes them.
         parts:
@@ -44,6 +45,12 @@ class Weights(NamedTuple):
     left_out: tuple[str, ...] = ()
     licence: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def method_name(self) -> str | None:
+        """The method's name, if it is one of this package."""
+        package, _, name = (self.method or "").rpartition(".")
+        return name if package.split(".")[0] in ("", "lightly_mim") else None
 
 
 def pixels(

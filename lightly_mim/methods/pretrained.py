@@ -154,10 +154,10 @@ def _window(encoder: MaskedEncoder) -> tuple[int, ...] | None:
 def _method_of(
     weights: Weights, encoder: MaskedEncoder, source: Path | str
 ) -> type[MaskedImageModel]:
-    name = (weights.method or "").rpartition(".")[2]
-    if not name:
+    name = weights.method_name
+    if weights.method is None:
         name = "MAE" if encoder.can_drop_tokens else "SimMIM"
-    found = getattr(lightly_mim.methods, name, None)
+    found = getattr(lightly_mim.methods, name or "", None)
     if found is None:
         raise ValueError(
             f"The weights in {source} are of {weights.method}, which is not of this "
@@ -169,7 +169,7 @@ def _method_of(
 
 def _is_of(weights: Weights, method: type[MaskedImageModel]) -> bool:
     """Returns whether the weights' other parts are those of this very method."""
-    return (weights.method or "").rpartition(".")[2] == method.__name__
+    return weights.method_name == method.__name__
 
 
 def _take(

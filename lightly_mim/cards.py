@@ -1,0 +1,130 @@
+"""The model card beside converted weights: what, data, recipe, results, licence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightly_mim.checkpoints import Weights
+from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.runs import RunDirectory
+
+
+def model_card(
+    source: Path | str,
+    weights: Weights,
+    encoder: MaskedEncoder,
+    usage: str,
+    notes: list[str],
+) -> str:
+    """Returns the text of a README.md.
+
+    Args:
+        source:
+            Where the weights were read.
+        weights:
+            What was read.
+        encoder:
+            The encoder.
+        usage:
+            Code that loads what was written.
+        notes:
+            What was left out, in sentences.
+    """
+    run = RunDirectory(source)
+    config = run.stored_config() if run.path.is_dir() else None
+    name = weights.method_name
+    height, width = encoder.img_size
+    lines = [
+        f"# {encoder.name}" + (f", pretrained with {name}" if name else ""),
+        "",
+        f"Converted by lightly_mim from {weights.layout}.",
+        *notes,
+        "",
+        "```python",
+        usage,
+        "```",
+        "",
+        f"It takes images of {height} x {width} pixels with {encoder.in_chans} "
+        "channel(s), from [0, 1] normalised with mean "
+        f"{_numbers(encoder.mean)} and deviation {_numbers(encoder.std)}.",
+        "",
+        *_data(config),
+        *_recipe(config),
+        *_results(run),
+        *_licence(weights, config),
+    ]
+    return "\n".join(lines)
+
+
+def _data(config: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "## Data"
+    yield ""
+    if config is None:
+        yield "The file does not say on which images it was trained."
+    else:
+        yield f"Pretrained on `{config['data']}`, without labels."
+    yield ""
+
+
+def _recipe(config: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "## Recipe"
+    yield ""
+    recipe = (config or {}).get("recipe")
+    if not isinstance(recipe, Mapping):
+        yield "The file does not say how it was trained."
+        yield ""
+        return
+    said = ("source", "epochs", "batch_size", "lr", "lr_batch_size", "weight_decay")
+    for name in (*said, "warmup_epochs", "schedule", "min_scale"):
+        if name in recipe:
+            yield f"- {name}: {recipe[name]}"
+    if (config or {}).get("init"):
+        yield f"- began with the weights in: {(config or {})['init']}"
+    yield ""
+
+
+def _results(run: RunDirectory) -> Iterator[str]:
+    yield "## Results"
+    yield ""
+    file = run.path / "results.json"
+    try:
+        rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+        lines = [
+            f"| {row['model']} | {row['protocol']} {row['variant']} | "
+            f"{100 * row['top1']:.1f} [{100 * row['top1_low']:.1f}, "
+            f"{100 * row['top1_high']:.1f}] | {row['num_test']} |"
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or of another version: {error!r}. Evaluate again."
+        ) from error
+    if lines:
+        yield "| Model | Protocol | Top-1 % [95 % interval] | Test images |"
+        yield "|---|---|---|---|"
+        yield from lines
+    else:
+        yield "Not evaluated."
+    yield ""
+
+
+def _licence(weights: Weights, config: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "## Licence"
+    yield ""
+    init = (config or {}).get("init")
+    if weights.licence is not None:
+        yield f"The licence of the weights that it came from: {weights.licence}."
+    elif init:
+        yield (
+            f"It began with the weights in {init}, and their licence holds for it, too."
+        )
+    else:
+        yield "That of whoever trained it: the file does not say."
+    yield ""
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)

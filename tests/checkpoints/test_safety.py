@@ -1,0 +1,170 @@
+"""Files from elsewhere: damaged, mixed up and hostile ones."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fractions
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from lightly_mim.checkpoints import read_weights, save_encoder
+from lightly_mim.conversion import convert
+from lightly_mim.evaluation import load_encoder
+from lightly_mim.methods import MAE, SimMIM
+from lightly_mim.pretraining import pretrain
+
+from . import official
+
+
+class Hostile:
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+DOORS = [
+    read_weights,
+    load_encoder,
+    MAE.from_pretrained,
+    lambda path: convert(path, "timm", Path(path).parent / "out"),
+    lambda path: pretrain(Path(path).parent / "out", "photos", init=path),
+]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("door", DOORS)
+def test_pickle_that_would_run_code(tmp_path: Path, zipped: bool, door: Any) -> None:
+    mark = tmp_path / "it-ran"
+    state = {"model": official.mae(), "args": Hostile(mark)}
+    file = tmp_path / "a.pth"
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"a\.pth is refused: it asks for \w+\.system"):
+        door(file)
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+    torch.load(file, weights_only=False)
+    assert mark.exists()  # so much for others
+
+
+def test_harmless_classes_and_others(tmp_path: Path) -> None:
+    args = argparse.Namespace(lr=0.1, nested=argparse.Namespace(betas=(0.9, 0.95)))
+    torch.save({"model": official.mae(), "args": args}, tmp_path / "a")
+    assert read_weights(tmp_path / "a").method == "MAE"
+    for what, name in (
+        (fractions.Fraction(1, 2), r"fractions\.Fraction"),
+        (Path("a"), r"pathlib\.\w*Path"),
+        (argparse.Namespace(day=datetime.date(2021, 11, 11)), r"datetime\.date"),
+    ):
+        torch.save({"model": official.mae(), "args": what}, tmp_path / "b")
+        with pytest.raises(ValueError, match=f"asks for {name}"):
+            read_weights(tmp_path / "b")
+
+
+def write(kind: str, path: Path) -> tuple[Path, Path]:
+    """Returns what is read, and the file to cut."""
+    file = path / "a"
+    state = {"model": official.mae(dim=192, width=16)}
+    if kind in ("zip", "pickle"):
+        torch.save(state, file, _use_new_zipfile_serialization=kind == "zip")
+        return file, file
+    if kind == "safetensors":
+        save_file(state["model"], file)
+        return file, file
+    if kind == "encoder":
+        save_encoder(SimMIM("vit_tiny_patch16_224", depth=1).encoder, file)
+        return file, file
+    folder = path / "folder"
+    folder.mkdir()
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    model = SimMIM("vit_tiny_patch16_224", depth=1).encoder.vit
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder, folder / kind
+
+
+KINDS = ["zip", "pickle", "safetensors", "encoder", "model.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_truncation_is_an_error(tmp_path: Path, kind: str) -> None:
+    read, cut = write(kind, tmp_path)
+    read_weights(read)
+    whole = cut.read_bytes()
+    # The last byte of a text is the closing bracket.
+    places = np.random.default_rng(0).integers(0, len(whole), size=50)
+    for place in [*places.tolist(), 0, 1, 8, 9, len(whole) - 1]:
+        cut.write_bytes(whole[:place])
+        with pytest.raises((ValueError, OSError), match=cut.name.split(".")[0]):
+            convert(read, "timm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert {p.name for p in tmp_path.iterdir()} <= {"a", "folder"}
+
+
+def test_run_directory_is_data(tmp_path: Path, monkeypatch: Any) -> None:
+    """Names of callables in a run from elsewhere are not imported."""
+    model = MAE("vit_tiny_patch16_224", img_size=64, depth=1, decoder_depth=1)
+    from ..test_conversion import saved
+
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    last = saved(model, folder / "checkpoints" / "last.ckpt")
+    save_encoder(model.encoder, folder / "encoder.safetensors")
+    (tmp_path / "evil.py").write_text("open('it-ran', 'w')\nclass MAE: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    popen = {"class_path": "subprocess.Popen", "init_args": {"args": "touch it-ran"}}
+    good = {"out": "a", "data": "b", "recipe": {}}
+    state = torch.load(last, weights_only=True)
+    for method in (
+        popen,
+        {"class_path": "evil.MAE"},
+        {"class_path": "lightly_mim.methods.MAE", "init_args": {"target": popen}},
+        {"class_path": "lightly_mim.methods.MAE", "init_args": {"loss": popen}},
+    ):
+        (folder / "config.yaml").write_text(yaml.safe_dump(good | {"method": method}))
+        torch.save(state | {"method": json.dumps(method)}, last)
+        nested = method["class_path"].startswith("lightly_mim")
+        if nested:
+            with pytest.raises(ValueError, match="subprocess.Popen is not of"):
+                MAE.from_pretrained(folder)
+        else:
+            MAE.from_pretrained(folder)  # its encoder, with our own method
+        words = "is not of" if nested else "not of this package"
+        with pytest.raises(ValueError, match=words):
+            convert(folder, "timm", tmp_path / "out")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_folder_names_files_outside(tmp_path: Path) -> None:
+    save_file(official.mae(), tmp_path / "a.safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    index = {"weight_map": {"cls_token": "../a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names a file outside its folder"):
+        read_weights(folder)
+    index = {"weight_map": {"cls_token": "a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(official.mae(), folder / "a.safetensors")
+    assert read_weights(folder).method == "MAE"
+
+
+def test_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for door in (load_encoder, MAE.from_pretrained):
+        with pytest.raises(ValueError, match="cannot be fetched from the Hugging Face"):
+            door("facebook/no-such-model")
