@@ -7,10 +7,10 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import pytorch_lightning as pl
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -174,7 +174,9 @@ def _to_lightly(encoder: MaskedEncoder, method: MaskedImageModel | None) -> _Con
     elif method is not None:
         notes.append("Without the head: lightly has no place for it.")
     token = None if encoder.mask_token is None else encoder.mask_token.detach()
-    checkpoint = lightly_layout.write(_state(encoder), token, parts, pl.__version__)
+    checkpoint = lightly_layout.write(
+        _state(encoder), token, parts, version("pytorch-lightning")
+    )
     return _Converted(
         {"last.ckpt": lambda path: torch.save(checkpoint, path)},
         'state_dict = torch.load("{out}/last.ckpt", weights_only=True)["state_dict"]',
