@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lightly_mim.arguments import checked, to_python
+
 Own = TypeVar("Own", bound="Recorded")
 
 
@@ -28,6 +30,12 @@ class Recorded:
     """
 
     init_args: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Has every constructor check its arguments, those of a user's own too."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            checked(cls)
 
     def __new__(cls: type[Own], *args: Any, **kwargs: Any) -> Own:
         """Records the constructor's arguments."""
@@ -114,7 +122,7 @@ def to_config(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, np.generic):
-        return value.item()
+        return to_python(value)
     if isinstance(value, Mapping):
         return {str(name): to_config(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightly_mim.arguments import PositiveFloat
 from lightly_mim.config import Recorded
 
 Reduction = Literal["none", "mean"]
@@ -78,10 +79,8 @@ class SmoothL1(Loss):
         ValueError: If beta is not positive.
     """
 
-    def __init__(self, beta: float = 1.0) -> None:
+    def __init__(self, beta: PositiveFloat = 1.0) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ValueError(f"The beta of a smooth L1 loss is positive, got {beta}.")
         self.beta = beta
 
     def __call__(

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.data.decode import (
     ARRAY_EXTENSIONS,
     PICTURE_EXTENSIONS,
@@ -46,6 +47,7 @@ class ReplacementName(str):
     reason: str
 
 
+@checked
 class ImageDataset(Dataset[tuple[Any, int, str]]):
     """Reads the images below a folder.
 
@@ -104,7 +106,7 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         root: str | os.PathLike[str],
         transform: Callable[[Any], Any] | None = None,
         *,
-        in_chans: int = 3,
+        in_chans: PositiveInt = 3,
         on_error: OnError = "raise",
         min_size: Size | None = None,
         value_range: ValueRange | None = None,
@@ -112,10 +114,6 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         files: ImageFiles | None = None,
     ) -> None:
         """Finds the images, or takes `files` instead of everything below the root."""
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be 1 or more, got {in_chans}.")
         self.root = Path(root)
         self.transform = transform
         self.in_chans = in_chans
