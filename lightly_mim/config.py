@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from lightly_mim.arguments import checked, to_python
+
 Own = TypeVar("Own", bound="Recorded")
 
 # Options of a timm model that say where its weights come from.
@@ -37,6 +39,12 @@ class Recorded:
     """
 
     init_args: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Has every constructor check its arguments, those of a user's own too."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            checked(cls)
 
     def __new__(cls: type[Own], *args: Any, **kwargs: Any) -> Own:
         """Records the constructor's arguments."""
@@ -74,31 +82,6 @@ class Recorded:
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.init_args.items())
         return f"{type(self).__name__}({arguments})"
-
-
-def refuse_class(part: Any, name: str) -> None:
-    """Raises a ValueError for a class where an object is wanted, with the object.
-
-    Args:
-        part:
-            What was passed.
-        name:
-            What it was passed as.
-    """
-    if not isinstance(part, type):
-        return
-    signature = inspect.signature(part.__init__)  # type: ignore[misc]
-    parameters = list(signature.parameters.values())[1:]
-    open_kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    needed = ", ".join(
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty and parameter.kind not in open_kinds
-    )
-    raise ValueError(
-        f"{name} is an object, got the class {part.__name__}. Pass an instance: "
-        f"{part.__name__}({needed})."
-    )
 
 
 def constructor_arguments(cls: type) -> list[str]:
@@ -148,7 +131,7 @@ def to_config(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, np.generic):
-        return value.item()
+        return to_python(value)
     if isinstance(value, Mapping):
         return {str(name): to_config(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

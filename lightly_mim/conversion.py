@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightly_mim.arguments import checked
 from lightly_mim.cards import model_card
 from lightly_mim.checkpoints import encoder_spec, save_encoder, timm_model
 from lightly_mim.checkpoints import huggingface_writing as huggingface
 from lightly_mim.checkpoints import lightly_benchmark as lightly_layout
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.loading import build_saved
-from lightly_mim.files import expand_user
 from lightly_mim.masking import RandomMasking
 from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
 from lightly_mim.methods.pretrained import find_weights, from_pretrained
@@ -41,7 +41,7 @@ class _Converted(NamedTuple):
     notes: list[str]
 
 
-@expand_user("checkpoint", "out")
+@checked
 def convert(
     checkpoint: str | Path, to: Layout, out: str | Path, overwrite: bool = False
 ) -> Path:

@@ -1,52 +1,17 @@
-"""Paths as users write them, names that print, files that no reader sees half of."""
+"""Names that print, and files that no reader sees half of."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def expand_user(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator that lets a function take paths such as `~/photos`.
-
-    A shell expands them where they stand alone; in `--data=~/photos`, in a file and in
-    Python nobody does.
-
-    Args:
-        names:
-            The arguments that may be paths. Names and objects that are none stay as
-            they are, as does a path that begins with the name of no user.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = signature.bind(*args, **kwargs)
-            for name in names:
-                value = bound.arguments.get(name)
-                if isinstance(value, str | Path) and str(value).startswith("~"):
-                    expanded = os.path.expanduser(value)  # noqa: PTH111, not strict
-                    bound.arguments[name] = type(value)(expanded)
-            return function(*bound.args, **bound.kwargs)
-
-        return call
-
-    return decorate
+from typing import Any
 
 
 def printable(name: str) -> str:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightly_mim.config import Recorded, refuse_class
+from lightly_mim.arguments import PositiveFloat
+from lightly_mim.config import Recorded
 
 Reduction = Literal["none", "mean"]
 
@@ -80,10 +81,8 @@ class SmoothL1(Loss):
         ValueError: If beta is not positive.
     """
 
-    def __init__(self, beta: float = 1.0) -> None:
+    def __init__(self, beta: PositiveFloat = 1.0) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ValueError(f"The beta of a smooth L1 loss is positive, got {beta}.")
         self.beta = beta
 
     def __call__(
@@ -128,9 +127,6 @@ def choose_loss(loss: Loss | None, num_classes: int | None, default: Loss) -> Lo
     discrete = num_classes is not None
     if loss is None:
         return CrossEntropy() if discrete else default
-    refuse_class(loss, "loss")
-    if not callable(loss):
-        raise ValueError(f"A loss is L1(), L2(), SmoothL1() or the like, got {loss!r}.")
     _check_call(loss)
     if getattr(loss, "for_classes", False) != discrete:
         needed = "classes, which need CrossEntropy()" if discrete else "numbers"

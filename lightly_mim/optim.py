@@ -18,6 +18,15 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightly_mim.arguments import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Share,
+    checked,
+)
+
 AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
 
 
@@ -25,6 +34,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became NaN or infinite."""
 
 
+@checked
 @dataclass(frozen=True)
 class Recipe:
     """Settings of a training run.
@@ -94,44 +104,35 @@ class Recipe:
 
     source: str
     encoder: str
-    img_size: int
-    epochs: int
-    batch_size: int
-    lr: float
-    lr_batch_size: int
-    warmup_epochs: float
-    min_scale: float
+    img_size: PositiveInt
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    lr_batch_size: PositiveInt
+    warmup_epochs: NonNegativeFloat
+    min_scale: Share
     encoder_options: Mapping[str, Any] = field(default_factory=dict)
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    warmup_lr: float = 0.0
-    min_lr: float = 0.0
+    warmup_lr: NonNegativeFloat = 0.0
+    min_lr: NonNegativeFloat = 0.0
     min_lr_is_absolute: bool = False
-    full_warmup_from: int | None = None
+    full_warmup_from: PositiveInt | None = None
     schedule: Literal["cosine", "step"] = "cosine"
     cosine_from_warmup: bool = False
-    step_epochs: tuple[float, ...] = ()
-    step_factor: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
+    step_epochs: tuple[NonNegativeFloat, ...] = ()
+    step_factor: PositiveFloat = 0.1
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.05
     weight_decay_on: tuple[str, ...] = ()
-    clip_grad: float | None = None
-    drop_path: float | None = None
+    clip_grad: NonNegativeFloat | None = None
+    drop_path: Rate | None = None
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
-        if self.schedule not in ("cosine", "step"):
+        """Checks what the types do not say."""
+        if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"The schedule is 'cosine' or 'step', got {self.schedule!r}."
-            )
-        if self.epochs < 1 or not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                "A recipe has at least 1 epoch and a warm-up of 0 to `epochs` epochs, "
-                f"got epochs={self.epochs} and warmup_epochs={self.warmup_epochs}."
-            )
-        if self.lr <= 0 or self.warmup_lr < 0 or self.min_lr < 0:
-            raise ValueError(
-                "Learning rates are positive (warmup_lr and min_lr may be 0), got "
-                f"lr={self.lr}, warmup_lr={self.warmup_lr}, min_lr={self.min_lr}."
+                "A recipe has a warm-up of 0 to `epochs` epochs, got epochs="
+                f"{self.epochs} and warmup_epochs={self.warmup_epochs}."
             )
 
     def exempt(self, names: Collection[str]) -> set[str]:

@@ -10,13 +10,25 @@ N = h * w patches, K of them selected, D = p * q * C values each.
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import numpy as np
 import torch
 from lightly.models import utils
 from torch import Tensor
 from torch.nn import functional
 
-Size = int | tuple[int, int]
+from lightly_mim.arguments import PositiveInt, Rule, fits
+
+_SIZE = "one positive whole number or a (height, width) pair of them"
+
+
+def _is_size(size: Any) -> bool:
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    return len(pair) == 2 and all(fits(side, PositiveInt) for side in pair)
+
+
+Size = Annotated[int | tuple[int, int], Rule(_SIZE, _is_size, alone=True)]
 
 
 def to_pair(size: Size, name: str = "size") -> tuple[int, int]:
@@ -31,13 +43,10 @@ def to_pair(size: Size, name: str = "size") -> tuple[int, int]:
     Raises:
         ValueError: If the size is not one or two positive whole numbers.
     """
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
-        raise ValueError(
-            f"{name} is one positive whole number or a (height, width) pair of them, "
-            f"got {size}."
-        )
-    return int(pair[0]), int(pair[1])
+    if not _is_size(size):
+        raise ValueError(f"{name} is {_SIZE}, got {size!r}.")
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return int(height), int(width)
 
 
 def grid_size(

@@ -29,6 +29,15 @@ from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
 
 from lightly_mim import defaults
+from lightly_mim.arguments import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    check_arguments,
+    checked,
+)
 from lightly_mim.callbacks import (
     AtomicCheckpointIO,
     EpochLines,
@@ -60,7 +69,6 @@ from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import Survey, survey
 from lightly_mim.evaluation.features import batch_images, normalize_images
-from lightly_mim.files import expand_user
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.methods.pretrained import from_pretrained, start_from
@@ -95,6 +103,7 @@ NUM_SIZES = 1000  # files whose sizes and times tell a list of images
 NUM_CONTENTS = 64  # files whose bytes do
 
 
+@checked
 class Pretraining(pl.LightningModule):
     """Trains a method of masked image modelling with Lightning.
 
@@ -148,8 +157,8 @@ class Pretraining(pl.LightningModule):
         self,
         method: MaskedImageModel,
         recipe: Recipe | None = None,
-        batch_size: int | None = None,
-        seed: int = 0,
+        batch_size: PositiveInt | None = None,
+        seed: NonNegativeInt = 0,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -503,7 +512,7 @@ class Pretraining(pl.LightningModule):
             loader.load_state_dict(state)
 
 
-@expand_user("out", "data", "val", "init")
+@checked
 def pretrain(
     out: str | Path,
     data: Data | None = None,
@@ -513,33 +522,33 @@ def pretrain(
     val: Data | None = None,
     validate: bool = True,
     recipe: str | Recipe | None = None,
-    epochs: int | None = None,
-    minutes: float | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    warmup_epochs: float | None = None,
-    weight_decay: float | None = None,
-    min_scale: float | None = None,
+    epochs: PositiveInt | None = None,
+    minutes: PositiveFloat | None = None,
+    batch_size: PositiveInt | None = None,
+    lr: PositiveFloat | None = None,
+    warmup_epochs: NonNegativeFloat | None = None,
+    weight_decay: NonNegativeFloat | None = None,
+    min_scale: Share | None = None,
     normalize: dict[str, list[float]] | None = None,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     precision: Precision | None = None,
     accelerator: str = "auto",
     devices: int | str | list[int] = "auto",
-    num_nodes: int | None = None,
+    num_nodes: PositiveInt | None = None,
     strategy: str = "auto",
-    accumulate: int = 1,
+    accumulate: PositiveInt = 1,
     grad_checkpointing: bool = False,
     compile: bool = False,
-    num_workers: int | None = None,
+    num_workers: NonNegativeInt | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     value_range: ValueRange | None = None,
-    reconstruct_every: int = 10,
+    reconstruct_every: NonNegativeInt = 10,
     probe: Probe | None = None,
-    probe_every: int = 10,
-    rank_every: int = 10,
+    probe_every: NonNegativeInt = 10,
+    rank_every: NonNegativeInt = 10,
     avg_dist: bool = False,
-    log_every: int = 10,
-    save_every_minutes: float = 30.0,
+    log_every: PositiveInt = 10,
+    save_every_minutes: NonNegativeFloat = 30.0,
     tensorboard: bool = True,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
@@ -1005,7 +1014,12 @@ def check_pretraining(arguments: Mapping[str, Any]) -> MaskedImageModel | None:
     arguments = {p.name: p.default for p in parameters} | dict(arguments)
     if arguments["resume"] and arguments["method"] is None:
         return None  # it is the run's own
-    _check_arguments(arguments | {"data": ""})
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if value is not inspect.Parameter.empty and name != "data"
+    }
+    _check_arguments(check_arguments(pretrain, given) | {"data": ""})
     build = arguments["method"]
     if build is None:
         return None  # it is chosen for the images, or that of the weights
@@ -1407,8 +1421,7 @@ def _withdrawal(changes: Changes) -> str:
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises a ValueError for what is wrong at first sight."""
     changes = arguments["allow_changes"]
-    unknown = [changes] if isinstance(changes, str) else set(changes) - set(CHANGEABLE)
-    if unknown:
+    if set(changes) - set(CHANGEABLE):
         raise ValueError(
             f"allow_changes is a list of some of {', '.join(CHANGEABLE)}, got "
             f"{changes!r}. With other arguments begin another run."
@@ -1437,36 +1450,12 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             'pass probe="linear" as well, or leave probe_every out.',
             stacklevel=4,
         )
-    if arguments["minutes"] == 0:
-        raise ValueError("minutes is above 0, got minutes=0.")
-    if isinstance(method, type) or not (
-        method is None or isinstance(method, MaskedImageModel) or callable(method)
-    ):
+    check_value_range(arguments["value_range"])
+    if isinstance(method, type):
         raise ValueError(
             "method is a method or a function that makes one, for example "
             f'lambda: SimMIM("vit_base_patch16_224"), got {method!r}.'
         )
-    check_value_range(arguments["value_range"])
-    whole = {
-        **dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1),
-        **dict.fromkeys(("num_nodes",), 1),
-        **dict.fromkeys(("seed", "num_workers", "reconstruct_every"), 0),
-        **dict.fromkeys(("probe_every", "rank_every"), 0),
-    }
-    for name, lowest in whole.items():
-        value = arguments[name]
-        if value is not None and not (isinstance(value, int) and value >= lowest):
-            raise ValueError(
-                f"{name} is a whole number of at least {lowest}, got {name}={value!r}."
-            )
-    for name in (
-        *("lr", "warmup_epochs", "weight_decay", "min_scale"),
-        *("minutes", "save_every_minutes"),
-    ):
-        value = arguments[name]
-        number = isinstance(value, (int, float))
-        if value is not None and not (number and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is at least 0 and finite, got {name}={value!r}.")
 
 
 def _check_init(

@@ -19,6 +19,7 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL.Image import Image
 from torch import Tensor
 
+from lightly_mim.arguments import PositiveFloat, Share, checked
 from lightly_mim.patches import Size, to_pair
 
 Normalize = Mapping[str, Sequence[float]]
@@ -37,12 +38,10 @@ class _CropAndFlip:
         normalize: Normalize | None,
         interpolation: T.InterpolationMode,
     ) -> None:
-        if not 0 < min_scale <= 1:
-            raise ValueError(f"min_scale must be in (0, 1], got {min_scale}.")
-        if not 0 < ratio[0] <= ratio[1]:
+        if ratio[0] > ratio[1]:
             raise ValueError(
-                f"ratio is the smallest and the largest width / height of a crop, both "
-                f"above 0, got {ratio}."
+                "ratio is the smallest and the largest width / height of a crop, got "
+                f"{ratio}."
             )
         self.input_size = to_pair(input_size, "input_size")
         self.min_scale = min_scale
@@ -78,6 +77,7 @@ class _CropAndFlip:
         return _scaled_down(image_size, smallest_crop, self.input_size)
 
 
+@checked
 class SimMIMTransform(_CropAndFlip):
     """Implements the view augmentation for SimMIM [0].
 
@@ -116,14 +116,15 @@ class SimMIMTransform(_CropAndFlip):
     def __init__(
         self,
         input_size: Size = 224,
-        min_scale: float = 0.67,
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        min_scale: Share = 0.67,
+        ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
         normalize: Normalize | None = IMAGENET_NORMALIZE,
     ) -> None:
         bilinear = T.InterpolationMode.BILINEAR
         super().__init__(input_size, min_scale, ratio, normalize, bilinear)
 
 
+@checked
 class MAETransform(_CropAndFlip):
     """Implements the view augmentation for MAE [0].
 
@@ -163,14 +164,15 @@ class MAETransform(_CropAndFlip):
     def __init__(
         self,
         input_size: Size = 224,
-        min_scale: float = 0.2,
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        min_scale: Share = 0.2,
+        ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
         normalize: Normalize | None = IMAGENET_NORMALIZE,
     ) -> None:
         bicubic = T.InterpolationMode.BICUBIC
         super().__init__(input_size, min_scale, ratio, normalize, bicubic)
 
 
+@checked
 class EvalTransform:
     """Resizes and crops the centre, as for the evaluations of MAE [0] and SimMIM [1].
 
@@ -207,11 +209,9 @@ class EvalTransform:
     def __init__(
         self,
         input_size: Size = 224,
-        crop_ratio: float = 224 / 256,
+        crop_ratio: Share = 224 / 256,
         normalize: Normalize | None = IMAGENET_NORMALIZE,
     ) -> None:
-        if not 0 < crop_ratio <= 1:
-            raise ValueError(f"crop_ratio must be in (0, 1], got {crop_ratio}.")
         self.input_size = to_pair(input_size, "input_size")
         self.crop_ratio = crop_ratio
         self.normalize = _check_normalize(normalize)

@@ -166,7 +166,7 @@ def test_mistakes_are_told_in_short(
             "--linear.epochs does nothing: --protocols is knn.",
         ),
         ("evaluate --encoder x --data y --protocols linear --linear.epochs 0",
-         "'x' is neither"),
+         "epochs of Linear is a whole number of at least 1, got epochs=0"),
         ("evaluate --encoder x --data y --holdout 1.5 --config no.yaml",
          "--config: File does not exist"),
     ],

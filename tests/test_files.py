@@ -4,49 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import lightly_mim
-from lightly_mim.evaluation import evaluate_dense
-from lightly_mim.evaluation.loading import load_encoder
-from lightly_mim.files import atomic_write, expand_user
-
-
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ("~/photos", "HOME/photos"),
-        (Path("~/photos"), Path("HOME/photos")),
-        ("~", "HOME"),
-        ("imagenette", "imagenette"),
-        ("a/~/b", "a/~/b"),
-        ("~nobody-has-this-name/x", "~nobody-has-this-name/x"),
-        (None, None),
-        ([1, 2], [1, 2]),
-    ],
-)
-def test_expand_user(
-    given: object, read: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-    @expand_user("data")
-    def function(data: object, other: object = "~/x") -> tuple[object, object]:
-        return data, other
-
-    if isinstance(read, str | Path):
-        read = type(read)(str(read).replace("HOME", str(tmp_path)))
-    assert function(given) == function(data=given) == (read, "~/x")
-
-
-def test_expand_user__at_every_entry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "file").touch()
-    for function in (lightly_mim.evaluate, evaluate_dense):
-        with pytest.raises(ValueError, match=f"{tmp_path}/file is a file"):
-            function("vit_tiny_patch16_224", "~/x", out="~/file")
-    with pytest.raises(ValueError, match=f"{tmp_path}/x"):
-        load_encoder("~/x")
+from lightly_mim.files import atomic_write
 
 
 def test_atomic_write(tmp_path: Path) -> None:

@@ -427,10 +427,10 @@ def test_initial_weights__are_timms(head: Head) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MLPHead(0), "hidden_dim is at least 1, got 0"),
-        (lambda: TransformerHead(depth=0), "depth is at least 1, got 0"),
-        (lambda: TransformerHead(num_heads=0), "num_heads is at least 1, got 0"),
-        (lambda: TransformerHead(embed_dim=-8), "embed_dim is at least 1, got -8"),
+        (lambda: MLPHead(0), "at least 1, got hidden_dim=0"),
+        (lambda: TransformerHead(depth=0), "at least 1, got depth=0"),
+        (lambda: TransformerHead(num_heads=0), "at least 1, got num_heads=0"),
+        (lambda: TransformerHead(embed_dim=-8), "at least 1, got embed_dim=-8"),
         (
             lambda: TransformerHead(embed_dim=32, num_heads=5),
             "5 heads for a width of 32",
@@ -439,10 +439,10 @@ def test_initial_weights__are_timms(head: Head) -> None:
             lambda: TransformerHead(num_heads=5)(32, 4, (2, 2), (2, 2)),
             "5 heads for a width of 32",
         ),
-        (lambda: InverseSwinHead("large"), "'tiny' or 'base', got 'large'"),  # type: ignore[arg-type]
-        (lambda: InverseSwinHead(embed_dim=0), "embed_dim is at least 1, got 0"),
-        (lambda: InverseSwinHead(depths=()), "each at least 1, got ()"),
-        (lambda: InverseSwinHead(depths=(2, 0)), "each at least 1, got (2, 0)"),
+        (lambda: InverseSwinHead("large"), "one of 'tiny', 'base', got size='large'"),  # type: ignore[arg-type]
+        (lambda: InverseSwinHead(embed_dim=0), "at least 1, got embed_dim=0"),
+        (lambda: InverseSwinHead(depths=()), "each stage, got none"),
+        (lambda: InverseSwinHead(depths=(2, 0)), "of at least 1, got depths=(2, 0)"),
         (
             lambda: InverseSwinHead(depths=(1, 1), num_heads=(1,)),
             "2 of depths (1, 1), got (1,)",
@@ -451,7 +451,7 @@ def test_initial_weights__are_timms(head: Head) -> None:
             lambda: InverseSwinHead(num_heads=(24, 12, 6, 5)),
             "5 heads for a width of 96",
         ),
-        (lambda: InverseSwinHead(window_size=0), "window_size is one positive"),
+        (lambda: InverseSwinHead(window_size=0), "or one positive whole number"),
         (
             lambda: InverseSwinHead(depths=(1, 1, 1))(8, 4, (14, 16), (2, 2)),
             "3 stages halve the sides of a cell 2 times, which one of 14 x 16 pixels",

@@ -95,7 +95,7 @@ def test_masked_loss__refuses_a_head_of_another_width(
 
 def test_smooth_l1__refuses() -> None:
     for beta in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"is positive, got {beta}"):
+        with pytest.raises(ValueError, match=f"above 0, got beta={beta}"):
             SmoothL1(beta)
 
 

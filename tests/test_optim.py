@@ -163,11 +163,15 @@ def test_build_optimizer__scales_the_rate() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": "linear"}, "'cosine' or 'step'"),
-        ({"epochs": 0}, "at least 1 epoch"),
+        ({"schedule": "linear"}, "one of 'cosine', 'step', got"),
+        ({"epochs": 0}, "epochs of Recipe is a whole number of at least 1"),
         ({"warmup_epochs": 21}, "warmup_epochs=21"),
-        ({"lr": 0.0}, "positive"),
-        ({"min_lr": -1.0}, "positive"),
+        ({"lr": 0.0}, "lr of Recipe is a number above 0"),
+        ({"min_lr": -1.0}, "min_lr of Recipe is a number of at least 0"),
+        ({"batch_size": True}, "batch_size of Recipe"),
+        ({"betas": (0.9, 1.0)}, "betas of Recipe"),
+        ({"clip_grad": float("nan")}, "clip_grad of Recipe"),
+        ({"source": None}, "source of Recipe is text"),
     ],
 )
 def test_recipe__refuses(change: dict[str, object], message: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.data.depth import ValueRange, read_coding, to_8_bit
 from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError, read_regular
@@ -66,10 +67,11 @@ _JPEG_COLOURS = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 _JPEG_REST = 2**28  # bytes beyond the largest JPEG of that size: previews, a video
 
 
+@checked
 def decode_image(
     path: str | os.PathLike[str],
-    in_chans: int = 3,
-    min_size: tuple[int, int] | None = None,
+    in_chans: PositiveInt = 3,
+    min_size: tuple[PositiveInt, PositiveInt] | None = None,
     decode_size: DecodeSize | None = None,
     value_range: ValueRange | None = None,
 ) -> Image.Image | Tensor:
@@ -114,8 +116,6 @@ def decode_image(
             finds it damaged.
         ValueError: If `in_chans` is less than 1, or `value_range` no range.
     """
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be 1 or more, got {in_chans}.")
     check_value_range(value_range)
     name = os.fspath(path)
 

@@ -6,13 +6,14 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.data.decode import (
     ARRAY_EXTENSIONS,
     PICTURE_EXTENSIONS,
@@ -32,12 +33,6 @@ OnError = Literal["raise", "skip"]
 _MAX_DRAWS = 100
 
 
-def check_on_error(on_error: str) -> None:
-    """Raises a ValueError for a word that is none of `OnError`."""
-    if on_error not in get_args(OnError):
-        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
-
-
 class ReplacementName(str):
     """Name of a file that was read in place of one that cannot be used.
 
@@ -52,6 +47,7 @@ class ReplacementName(str):
     reason: str
 
 
+@checked
 class ImageDataset(Dataset[tuple[Any, int, str]]):
     """Reads the images below a folder.
 
@@ -110,7 +106,7 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         root: str | os.PathLike[str],
         transform: Callable[[Any], Any] | None = None,
         *,
-        in_chans: int = 3,
+        in_chans: PositiveInt = 3,
         on_error: OnError = "raise",
         min_size: Size | None = None,
         value_range: ValueRange | None = None,
@@ -118,9 +114,6 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         files: ImageFiles | None = None,
     ) -> None:
         """Finds the images, or takes `files` instead of everything below the root."""
-        check_on_error(on_error)
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be 1 or more, got {in_chans}.")
         self.root = Path(root)
         self.transform = transform
         self.in_chans = in_chans

@@ -19,6 +19,7 @@ from lightly.data.multi_view_collate import MultiViewCollate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightly_mim.arguments import NonNegativeInt, PositiveInt, checked
 from lightly_mim.data.folder import ReplacementName
 from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError, or_skip
@@ -35,6 +36,7 @@ _SLURM_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have workers
 
 
+@checked
 class KeyedDataset(Dataset[Any]):
     """Reads items of another data set under a random state that is keyed.
 
@@ -54,7 +56,7 @@ class KeyedDataset(Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], seed: int, labels: bool | None = True
+        self, dataset: Dataset[Any], seed: NonNegativeInt, labels: bool | None = True
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -165,6 +167,7 @@ def _shapes(sample: Tensor | list[Tensor]) -> list[list[int]]:
     return [list(view.shape) for view in views]
 
 
+@checked
 class GlobalBatches(Sampler[list[Key]]):
     """Yields the (epoch, index) keys of one rank's part of each global batch.
 
@@ -191,18 +194,16 @@ class GlobalBatches(Sampler[list[Key]]):
 
     def __init__(
         self,
-        num_images: int,
-        batch_size: int,
+        num_images: PositiveInt,
+        batch_size: PositiveInt,
         *,
         training: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        seed: NonNegativeInt = 0,
+        rank: NonNegativeInt = 0,
+        world_size: PositiveInt = 1,
     ) -> None:
-        if not 0 <= rank < world_size:
+        if rank >= world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
         if batch_size % world_size:
             raise ValueError(
                 f"batch_size must be a multiple of the number of processes, "
@@ -266,6 +267,7 @@ class GlobalBatches(Sampler[list[Key]]):
             yield [(epoch, index) for index in order[first:last]]
 
 
+@checked
 class KeyedLoader(DataLoader[Any]):
     """Loads batches that are a function of (seed, epoch) and of the batch's number.
 
@@ -311,13 +313,13 @@ class KeyedLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Dataset[Any],
-        batch_size: int,
+        batch_size: PositiveInt,
         *,
         training: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int | None = None,
+        seed: NonNegativeInt = 0,
+        rank: NonNegativeInt = 0,
+        world_size: PositiveInt = 1,
+        num_workers: NonNegativeInt | None = None,
         labels: bool | None = True,
         **options: Any,
     ) -> None:
@@ -440,7 +442,8 @@ class KeyedLoader(DataLoader[Any]):
         }
 
 
-def default_num_workers(dataset: Dataset[Any], world_size: int = 1) -> int:
+@checked
+def default_num_workers(dataset: Dataset[Any], world_size: PositiveInt = 1) -> int:
     """Returns how many processes read by default.
 
     0 for a data set held in memory, of which each worker would hold a copy. Otherwise

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torchvision
 
+from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.listing import ImageFiles, find_images
 from lightly_mim.patches import Size
@@ -39,6 +40,7 @@ _IMAGENETTE_CLASSES = {
 }
 
 
+@checked
 def open_named(
     name: str,
     split: Split,
@@ -78,21 +80,23 @@ def open_named(
     if name == "solar-cells":
         return solar_cells(split, transform, **options)
     _, _, pixels = name.partition("-")
+    size: Any = f"{pixels}px" if pixels else "full"
     return imagenette(
         split,
         transform,
-        size=f"{pixels}px" if pixels else "full",
+        size=size,
         data_dir=data_dir,
         download=download,
         **options,
     )
 
 
+@checked
 def solar_cells(
     split: Split = "train",
     transform: Callable[[Any], Any] | None = None,
     *,
-    in_chans: int = 1,
+    in_chans: PositiveInt = 1,
     on_error: OnError = "raise",
     min_size: Size | None = None,
 ) -> ImageDataset:
@@ -160,14 +164,15 @@ def solar_cells(
     )
 
 
+@checked
 def imagenette(
     split: Split = "train",
     transform: Callable[[Any], Any] | None = None,
     *,
-    size: str = "full",
+    size: Literal["full", "320px", "160px"] = "full",
     data_dir: str | os.PathLike[str] = "datasets",
     download: bool = False,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     on_error: OnError = "raise",
     min_size: Size | None = None,
 ) -> ImageDataset:
@@ -204,10 +209,6 @@ def imagenette(
     Raises:
         ValueError: If the images are not there and cannot be fetched.
     """
-    if size not in _IMAGENETTE_FOLDERS:
-        raise ValueError(
-            f"size must be one of {', '.join(_IMAGENETTE_FOLDERS)}, got {size!r}."
-        )
     tree = Path(data_dir) / _IMAGENETTE_FOLDERS[size]
     if not tree.is_dir() and (Path(data_dir) / "train").is_dir():
         tree = Path(data_dir)

@@ -6,13 +6,14 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lightly_mim.arguments import NonNegativeInt, PositiveInt, Rule, checked, fits
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.loading import Item, as_item
@@ -25,14 +26,29 @@ from lightly_mim.data.splits import (
 )
 from lightly_mim.patches import Size
 
+
+def _is_data(data: Any) -> bool:
+    if isinstance(data, str):
+        return bool(data)
+    return fits(data, os.PathLike | Dataset)
+
+
 if TYPE_CHECKING:
     Data = str | os.PathLike[str] | Dataset[Any]
 else:
     # What a command line can pass: its help would list every Dataset of PyTorch.
-    Data = str
+    Data = Annotated[
+        str,
+        Rule(
+            "a folder, the name of a data set, or one with __len__ and __getitem__",
+            _is_data,
+            alone=True,
+        ),
+    ]
 Transform = Callable[[Any], Any]
 
 
+@checked
 class TransformedDataset(Dataset[Item]):
     """Brings a data set from elsewhere, such as lightly's, into our form.
 
@@ -95,7 +111,8 @@ def is_image(sample: Any) -> bool:
     )
 
 
-def spread_out(dataset: Dataset[Any], count: int) -> Subset[Any]:
+@checked
+def spread_out(dataset: Dataset[Any], count: NonNegativeInt) -> Subset[Any]:
     """Returns images from all over a data set: neighbours are often of one class.
 
     Args:
@@ -109,13 +126,14 @@ def spread_out(dataset: Dataset[Any], count: int) -> Subset[Any]:
     return Subset(dataset, [number * total // count for number in range(count)])
 
 
+@checked
 def open_data(
     data: Data,
     val: Data | None = None,
     *,
     transform: Transform | None = None,
     val_transform: Transform | None = None,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     on_error: OnError = "raise",
     min_size: Size | None = None,
     value_range: ValueRange | None = None,
@@ -222,7 +240,7 @@ def _refuse_options(on_error: OnError, value_range: ValueRange | None) -> None:
 def _train_and_val(data: Data) -> tuple[Data, Data | None]:
     """Returns where training and validation images come from."""
     if not isinstance(data, str | os.PathLike):
-        return _check_dataset(data), None
+        return data, None
     if data in NAMED_DATA:
         return data, data
     return find_splits(_check_folder(data))
@@ -230,7 +248,7 @@ def _train_and_val(data: Data) -> tuple[Data, Data | None]:
 
 def _val_only(val: Data) -> Data:
     if not isinstance(val, str | os.PathLike):
-        return _check_dataset(val)
+        return val
     if val in NAMED_DATA:
         return val
     return find_val(_check_folder(val))
@@ -247,17 +265,7 @@ def _check_folder(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _check_dataset(dataset: Dataset[Any]) -> Dataset[Any]:
-    # Not isinstance(dataset, Dataset), which LightlyDataset is not.
-    if not (hasattr(dataset, "__len__") and hasattr(type(dataset), "__getitem__")):
-        raise ValueError(
-            f"A data set needs a length and items (__len__ and __getitem__), a "
-            f"{type(dataset).__name__} does not have both. Give such a data set, a "
-            f"folder of images, or one of these names: {', '.join(NAMED_DATA)}."
-        )
-    return dataset
-
-
+@checked
 def match_classes(train: Dataset[Item], val: Dataset[Item]) -> None:
     """Gives the validation images the numbers that the training images' classes have.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import timm
 from lightly.models.modules.masked_vision_transformer_timm import (
@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
+from lightly_mim.arguments import PositiveInt, Rule, checked
 from lightly_mim.config import WEIGHT_OPTIONS
 from lightly_mim.encoders.base import (
     MaskedEncoder,
@@ -46,7 +47,14 @@ if TYPE_CHECKING:
     Encoder = str | nn.Module
 else:
     # What a command line can pass: its help would list every module of PyTorch.
-    Encoder = str
+    Encoder = Annotated[
+        str,
+        Rule(
+            "the name of a timm model or a module",
+            lambda encoder: isinstance(encoder, (str, nn.Module)) and encoder != "",
+            alone=True,
+        ),
+    ]
 
 _FAMILIES: dict[type[nn.Module], type[MaskedTransformer]] = {
     VisionTransformer: MaskedViT,
@@ -71,11 +79,12 @@ class UnsupportedModelError(ValueError):
         self.model = model
 
 
+@checked
 def masked_encoder(
     encoder: Encoder,
     *,
     img_size: Size | None = None,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     pretrained: bool = False,
     pos_embed: PosEmbed | None = None,
     init: Init = "timm",
@@ -121,8 +130,6 @@ def masked_encoder(
         UnsupportedModelError: A ValueError. If the model is of a family that is not
             supported, or has a part that a mask does not get along with.
     """
-    if init not in get_args(Init):
-        raise ValueError(f"init is one of {', '.join(get_args(Init))}, got {init!r}.")
     if init != "timm" and (pretrained or not isinstance(encoder, str)):
         what = "pretrained=True" if pretrained else "a model that is passed by hand"
         raise ValueError(

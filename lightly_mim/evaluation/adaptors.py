@@ -14,6 +14,7 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
 )
 from torch import Tensor, nn
 
+from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.encoders import MaskedEncoder, pool_tokens
 from lightly_mim.encoders.base import AnyPool, Statistics, pretrained_statistics
 from lightly_mim.encoders.pooling import timm_pooling
@@ -22,6 +23,7 @@ from lightly_mim.patches import Size, to_pair
 ModuleFunction = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 
 
+@checked
 class AdaptedEncoder(nn.Module):
     """What an evaluation needs of an encoder that is not one of ours.
 
@@ -45,7 +47,11 @@ class AdaptedEncoder(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, img_size: Size, in_chans: int, num_layers: int = 1
+        self,
+        model: nn.Module,
+        img_size: Size,
+        in_chans: PositiveInt,
+        num_layers: PositiveInt = 1,
     ) -> None:
         super().__init__()
         self.model = cast(Any, model)

@@ -32,12 +32,22 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from lightly_mim.arguments import (
+    AtLeastTwo,
+    Device,
+    NonEmpty,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.preparation import (
@@ -66,6 +76,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHT_DECAYS = (0.01, 1.0)
 
 
+@checked
 @dataclass(frozen=True)
 class Attentive:
     """The attentive probe: layer, learning rate and weight decay chosen on a part.
@@ -94,24 +105,16 @@ class Attentive:
 
     tokens: ClassVar[bool] = True
     kind: Kind = "single"
-    queries: int = 32
-    learning_rates: Sequence[float] = LEARNING_RATES
-    weight_decays: Sequence[float] = WEIGHT_DECAYS
-    epochs: int = 30
-    batch_size: int = 128
-    num_parts: int = 10
-    max_numbers: int = MAX_NUMBERS
+    queries: PositiveInt = 32
+    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES
+    weight_decays: NonEmpty[NonNegativeFloat] = WEIGHT_DECAYS
+    epochs: PositiveInt = 30
+    batch_size: AtLeastTwo = 128
+    num_parts: AtLeastTwo = 10
+    max_numbers: PositiveInt = MAX_NUMBERS
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
-        _check_settings(
-            self.kind,
-            self.queries,
-            self.learning_rates,
-            self.weight_decays,
-            self.epochs,
-            self.batch_size,
-        )
         check_folds(self.num_parts, num_train)
         return []
 
@@ -178,6 +181,7 @@ class Attentive:
         return [Outcome(key, chosen, describe_choices(choices), ranked, variant)]
 
 
+@checked
 class AttentiveProbes(nn.Module):
     """A number of attentive probes that look at the same tokens.
 
@@ -205,11 +209,11 @@ class AttentiveProbes(nn.Module):
     def __init__(
         self,
         num_probes: int,
-        num_classes: int,
+        num_classes: PositiveInt,
         standardize: Standardizer,
         kind: Kind = "single",
-        queries: int = 32,
-        seed: int = 0,
+        queries: PositiveInt = 32,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         dim = len(standardize.mean)
@@ -287,21 +291,22 @@ class AttentiveProbes(nn.Module):
         return torch.baddbmm(self.bias[:, None], values, self.weight.mT)
 
 
+@checked
 def fit_attentive_grid(
     tokens: Tensor,
     labels: Tensor,
-    num_classes: int,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    num_classes: PositiveInt,
+    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES,
+    weight_decays: NonEmpty[NonNegativeFloat] = WEIGHT_DECAYS,
     *,
     rows: Tensor | None = None,
     kind: Kind = "single",
-    queries: int = 32,
-    epochs: int = 30,
-    batch_size: int = 128,
-    max_numbers: int = MAX_NUMBERS,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    queries: PositiveInt = 32,
+    epochs: PositiveInt = 30,
+    batch_size: AtLeastTwo = 128,
+    max_numbers: PositiveInt = MAX_NUMBERS,
+    seed: NonNegativeInt = 0,
+    device: Device = "cpu",
 ) -> AttentiveProbes:
     """Trains an attentive probe with each learning rate and decay, all at once.
 
@@ -351,7 +356,6 @@ def fit_attentive_grid(
         ValueError: If shapes, labels or settings are out of range.
     """
     _check_fit(tokens, labels, num_classes)
-    _check_settings(kind, queries, learning_rates, weight_decays, epochs, batch_size)
     rows = torch.arange(len(labels)) if rows is None else rows
     if len(rows) < 2:
         raise ValueError(
@@ -389,21 +393,22 @@ def fit_attentive_grid(
     return together
 
 
+@checked
 def choose_attentive(
     tokens: Tensor,
     labels: Tensor,
-    num_classes: int,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    num_classes: PositiveInt,
+    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES,
+    weight_decays: NonEmpty[NonNegativeFloat] = WEIGHT_DECAYS,
     *,
-    num_parts: int = 10,
+    num_parts: AtLeastTwo = 10,
     kind: Kind = "single",
-    queries: int = 32,
-    epochs: int = 30,
-    batch_size: int = 128,
-    max_numbers: int = MAX_NUMBERS,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    queries: PositiveInt = 32,
+    epochs: PositiveInt = 30,
+    batch_size: AtLeastTwo = 128,
+    max_numbers: PositiveInt = MAX_NUMBERS,
+    seed: NonNegativeInt = 0,
+    device: Device = "cpu",
 ) -> GridChoice:
     """Chooses learning rate and weight decay on a held-out part of the training set.
 
@@ -543,30 +548,3 @@ def _check_fit(tokens: Tensor, labels: Tensor, num_classes: int) -> None:
             "attentive probe reads all patch tokens, not pooled features."
         )
     check_label_range(labels, num_classes)
-
-
-def _check_settings(
-    kind: str,
-    queries: int,
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float],
-    epochs: int,
-    batch_size: int,
-) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is one of {get_args(Kind)}, got {kind!r}.")
-    if not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(
-            "The attentive probe needs at least one learning rate, all of them "
-            f"positive, got {list(learning_rates)}."
-        )
-    if not weight_decays or min(weight_decays) < 0:
-        raise ValueError(
-            "The attentive probe needs at least one weight decay, none of them "
-            f"negative, got {list(weight_decays)}. Use [0] for none."
-        )
-    if epochs < 1 or queries < 1 or batch_size < 2:
-        raise ValueError(
-            "epochs and queries are at least 1 and batch_size at least 2, got "
-            f"{epochs}, {queries} and {batch_size}."
-        )

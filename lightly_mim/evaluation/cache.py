@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lightly_mim.arguments import Device, NonNegativeInt, PositiveInt, checked
 from lightly_mim.checkpoints import hash_tensors
 from lightly_mim.data import KeyedLoader
 from lightly_mim.data.loading import default_num_workers
@@ -138,6 +139,7 @@ class KeyedFunction(Protocol):
         """Returns a function that makes only the features of some keys."""
 
 
+@checked
 class FeatureStore:
     """The directory of one encoder's features of one set of images.
 
@@ -156,8 +158,8 @@ class FeatureStore:
         self,
         root: Path | str,
         key: Mapping[str, Any],
-        num_images: int,
-        shard_size: int = SHARD_SIZE,
+        num_images: PositiveInt,
+        shard_size: PositiveInt = SHARD_SIZE,
     ) -> None:
         self.key = dict(key)
         self.path = Path(root) / hash_key(self.key)
@@ -377,6 +379,7 @@ class FeatureStore:
         return self.path / f"{key_name(key)}.json"
 
 
+@checked
 def cached_features(
     functions: Mapping[str, KeyedFunction],
     stores: Mapping[str, FeatureStore],
@@ -384,9 +387,9 @@ def cached_features(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    device: torch.device | str = "cpu",
+    batch_size: PositiveInt = 64,
+    num_workers: NonNegativeInt | None = None,
+    device: Device = "cpu",
     precision: Precision = "32",
     description: str = "Encoding images",
     progress: bool = False,

@@ -27,16 +27,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.progress import track
 from torch import Generator, Tensor
 
+from lightly_mim.arguments import NonEmpty, NonNegativeInt, PositiveInt, checked
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.decode import check_value_range
 from lightly_mim.data.depth import ValueRange
-from lightly_mim.data.folder import OnError, check_on_error
+from lightly_mim.data.folder import OnError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.segmentation import (
     IGNORED,
@@ -72,7 +73,6 @@ from lightly_mim.evaluation.loading import (
     origin_notes,
 )
 from lightly_mim.evaluation.record import (
-    check_choice,
     choose_device,
     model_name,
     package_versions,
@@ -81,7 +81,7 @@ from lightly_mim.evaluation.record import (
     to_text,
 )
 from lightly_mim.evaluation.results import RANDOM
-from lightly_mim.files import atomic_write, expand_user
+from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
 from lightly_mim.transforms import EvalTransform
 
@@ -92,31 +92,31 @@ _MAX_HELD_OUT = 100  # images: bounds memory and the time of the choice
 _AT_A_TIME = 8  # images whose pixels are predicted
 
 
-@expand_user("encoder", "data", "val", "out")
+@checked
 def evaluate_dense(
     encoder: Encoder | Path,
     data: str | Path,
-    protocols: Sequence[DenseProtocolName] = ("knn", "linear"),
+    protocols: NonEmpty[DenseProtocolName] = ("knn", "linear"),
     *,
     val: str | Path | None = None,
     classes: Sequence[str] | None = None,
     ignore_index: Sequence[int] = (255,),
-    layers: Sequence[int] = (-1,),
+    layers: NonEmpty[int] = (-1,),
     random_baseline: bool = False,
     out: Path | str | None = None,
     overwrite: bool = False,
-    seed: int = 0,
-    batch_size: int = 32,
-    num_workers: int | None = None,
+    seed: NonNegativeInt = 0,
+    batch_size: PositiveInt = 32,
+    num_workers: NonNegativeInt | None = None,
     device: str | None = None,
     precision: Precision = "32",
     on_error: OnError = "raise",
     value_range: ValueRange | None = None,
     img_size: Size | None = None,
     tables: Tables | None = None,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     pretrained: bool = True,
-    max_patches: int = 50_000,
+    max_patches: PositiveInt = 50_000,
     knn: DenseKNN = DenseKNN(),  # noqa: B008, frozen
     linear: DenseLinear = DenseLinear(),  # noqa: B008, frozen
     progress: bool | None = None,
@@ -205,15 +205,9 @@ def evaluate_dense(
             written then.
     """
     arguments = {name: to_json(value) for name, value in locals().items()}
-    check_choice("protocols", protocols, get_args(DenseProtocolName))
-    check_on_error(on_error)
     check_value_range(value_range)
-    if max_patches < 1:
-        raise ValueError(f"max_patches is at least 1, got {max_patches}.")
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
     settings: dict[str, DenseProtocol] = {"knn": knn, "linear": linear}
-    for name in protocols:
-        settings[name].check()
     with keyed_random_state(seed, "evaluation", "encoder"):
         model = load_encoder(
             encoder,

@@ -11,7 +11,7 @@ the linear classifier's logits are upsampled to the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked
 from lightly_mim.data.segmentation import IGNORED
 from lightly_mim.evaluation.knn import knn_predict_grid
 from lightly_mim.evaluation.linear import fit_linear_grid
@@ -47,9 +48,6 @@ Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
 class DenseProtocol(Protocol):
     """How classes are predicted from patch tokens."""
 
-    def check(self) -> None:
-        """Raises a ValueError if a setting is out of range."""
-
     def predictors(
         self, bank: PatchBank, num_classes: int, *, seed: int = 0
     ) -> list[tuple[dict[str, float], Predictor]]:
@@ -66,6 +64,7 @@ class DenseProtocol(Protocol):
         """Returns the predictor of the chosen setting."""
 
 
+@checked
 @dataclass(frozen=True)
 class DenseKNN:
     """kNN on patch tokens: every patch takes the vote of the nearest training patches.
@@ -80,18 +79,9 @@ class DenseKNN:
             Number of patches that look for neighbours at a time; bounds the memory.
     """
 
-    ks: Sequence[int] = (1, 3, 10, 30)
-    temperatures: Sequence[float] = (0.02, 0.07, 0.2)
-    chunk_size: int = 1024
-
-    def check(self) -> None:
-        """See `DenseProtocol`."""
-        numbers = [*self.ks, *self.temperatures, self.chunk_size]
-        if not self.ks or not self.temperatures or min(numbers) <= 0:
-            raise ValueError(
-                "kNN needs at least one k and one temperature, and all are positive, "
-                f"got {self}."
-            )
+    ks: NonEmpty[PositiveInt] = (1, 3, 10, 30)
+    temperatures: NonEmpty[PositiveFloat] = (0.02, 0.07, 0.2)
+    chunk_size: PositiveInt = 1024
 
     def predictors(
         self, bank: PatchBank, num_classes: int, *, seed: int = 0
@@ -139,6 +129,7 @@ class DenseKNN:
         return predictor
 
 
+@checked
 @dataclass(frozen=True)
 class DenseLinear:
     """A linear classifier on patch tokens, its logits upsampled bilinearly, as in [1].
@@ -152,18 +143,9 @@ class DenseLinear:
             Largest number of patches in a batch.
     """
 
-    learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    epochs: int = 20
-    batch_size: int = 256
-
-    def check(self) -> None:
-        """See `DenseProtocol`."""
-        numbers = [*self.learning_rates, self.epochs, self.batch_size]
-        if not self.learning_rates or min(numbers) <= 0:
-            raise ValueError(
-                "The linear classifier needs at least one learning rate, and all of "
-                f"its settings are positive, got {self}."
-            )
+    learning_rates: NonEmpty[PositiveFloat] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 256
 
     def predictors(
         self, bank: PatchBank, num_classes: int, *, seed: int = 0

@@ -23,15 +23,15 @@ from collections.abc import (
 )
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from lightly_mim.arguments import Device, NonEmpty, NonNegativeInt, PositiveInt, checked
 from lightly_mim.data.loading import KeyedLoader
-from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
 from lightly_mim.patches import Size, to_pair
@@ -79,6 +79,7 @@ class Features:
         return replace(self, values=values)
 
 
+@checked
 class EncoderFeatures:
     """Pools the tokens of several layers of an encoder, see `embed_layers` there.
 
@@ -101,17 +102,15 @@ class EncoderFeatures:
     def __init__(
         self,
         encoder: FeatureEncoder,
-        layers: Sequence[int] = (-1,),
-        pools: Sequence[AnyPool] = ("mean",),
+        layers: NonEmpty[int] = (-1,),
+        pools: NonEmpty[AnyPool] = ("mean",),
     ) -> None:
         count = encoder.num_layers
-        if not layers or not all(-count <= layer < count for layer in layers):
+        if not all(-count <= layer < count for layer in layers):
             raise ValueError(
                 f"layers is one or more of 0 to {count - 1} (or -{count} to -1, from "
                 f"the end), got {list(layers)}."
             )
-        if not pools:
-            raise ValueError(f"pools is one or more of {get_args(Pool)}, got none.")
         self.encoder = encoder
         self.layers = list(dict.fromkeys(layer % count for layer in layers))
         self.pools = list(dict.fromkeys(pools))
@@ -132,6 +131,7 @@ class EncoderFeatures:
         }
 
 
+@checked
 class PixelFeatures:
     """Takes the pixels themselves as features: the baseline without an encoder.
 
@@ -195,15 +195,16 @@ class FunctionFeatures:
         }
 
 
+@checked
 def extract_features(
     encoder: FeatureEncoder,
     data: Dataset[Any] | DataLoader[Any],
-    layers: Sequence[int] = (-1,),
-    pools: Sequence[AnyPool] = ("mean",),
+    layers: NonEmpty[int] = (-1,),
+    pools: NonEmpty[AnyPool] = ("mean",),
     *,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    device: torch.device | str | None = None,
+    batch_size: PositiveInt = 64,
+    num_workers: NonNegativeInt | None = None,
+    device: Device | None = None,
     precision: Precision = "32",
 ) -> Features:
     """Encodes every image once and pools the tokens of several layers.
@@ -258,13 +259,14 @@ def extract_features(
         )["encoder"]
 
 
+@checked
 def collect_features(
     functions: Mapping[str, FeatureFunction],
     batches: Iterable[Any],
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     precision: Precision = "32",
 ) -> dict[str, Features]:
     """Passes over the images once and applies feature functions to every batch.
@@ -293,8 +295,6 @@ def collect_features(
         ValueError: If there are no images, if the labels are not classes, or if a
             feature is not finite.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is one of {get_args(Precision)}, got {precision}.")
     device = torch.device(device)
     bf16 = torch.autocast(device.type, torch.bfloat16)
     parts: dict[str, dict[Key, list[Tensor]]] = {name: {} for name in functions}

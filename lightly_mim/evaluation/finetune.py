@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +34,15 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightly_mim.arguments import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Rate,
+    Share,
+    checked,
+)
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
 from lightly_mim.evaluation.features import Precision
@@ -54,6 +62,7 @@ _MIN_BATCH_SIZE = 32
 _FEW_STEPS = 10_000
 
 
+@checked
 @dataclass(frozen=True)
 class FineTuneRecipe(Recipe):
     """Settings of fine-tuning: those of a `Recipe`, and what comes on top.
@@ -81,14 +90,14 @@ class FineTuneRecipe(Recipe):
             Probability that a rectangle of an image is replaced by noise.
     """
 
-    layer_decay: float = 1.0
+    layer_decay: Share = 1.0
     decay_ends: bool = True
-    head_std: float = 0.02
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
+    head_std: NonNegativeFloat = 0.02
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    label_smoothing: Rate = 0.1
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    random_erasing: float = 0.25
+    random_erasing: Probability = 0.25
 
 
 # The recipe of FINETUNE.md; table 9 of the paper has 1e-3 and .75 for ViT-B, too. The
@@ -227,6 +236,7 @@ def default_recipe(encoder: MaskedEncoder) -> RecipeName:
     return "simmim_vit_base" if isinstance(encoder.vit, Beit) else "mae_vit_base"
 
 
+@checked
 @dataclass(frozen=True)
 class FineTune:
     """Fine-tunes the whole encoder with a linear head on the mean of its patch tokens.
@@ -289,33 +299,25 @@ class FineTune:
     """
 
     recipe: RecipeName | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    micro_batch_size: int = 128
-    lr: float | None = None
-    warmup_epochs: float | None = None
-    weight_decay: float | None = None
-    layer_decay: float | None = None
-    drop_path: float | None = None
-    mixup: float | None = None
-    cutmix: float | None = None
-    label_smoothing: float | None = None
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt = 128
+    lr: PositiveFloat | None = None
+    warmup_epochs: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    layer_decay: Share | None = None
+    drop_path: Rate | None = None
+    mixup: NonNegativeFloat | None = None
+    cutmix: NonNegativeFloat | None = None
+    label_smoothing: Rate | None = None
     rand_augment: str | None = None
-    random_erasing: float | None = None
-    min_scale: float | None = None
-    clip_grad: float | None = None
+    random_erasing: Probability | None = None
+    min_scale: Share | None = None
+    clip_grad: NonNegativeFloat | None = None
     pool: Pool = "mean"
 
     def check(self, num_train: int) -> list[str]:
         """See `ImageProtocol`."""
-        if self.recipe is not None and self.recipe not in RECIPES:
-            raise ValueError(
-                f"recipe is one of {', '.join(RECIPES)} or None, got {self.recipe!r}."
-            )
-        if self.pool not in get_args(Pool):
-            raise ValueError(
-                f"pool is one of {', '.join(get_args(Pool))}, got {self.pool!r}."
-            )
         # The encoder is not known yet, and its recipe only if it is given.
         recipe = self.settings(self.recipe or "mae_vit_base", num_train)
         plan = self._plan(num_train, recipe)
@@ -378,7 +380,8 @@ class FineTune:
                 batch_size //= 2
             batch_size = min(batch_size, max(num_train // 2 * 2, 2))  # mixing pairs
             recipe = dataclasses.replace(recipe, batch_size=batch_size)
-        _check_recipe(recipe)
+        if recipe.rand_augment:
+            _check_rand_augment(recipe.rand_augment)
         return recipe
 
     def __call__(
@@ -595,6 +598,7 @@ def _leave_out_colour(augment: Any) -> None:
         augment.choice_weights = weights / weights.sum()
 
 
+@checked
 class FineTuned(nn.Module):
     """A copy of an encoder made ready for fine-tuning, and a linear head.
 
@@ -620,7 +624,11 @@ class FineTuned(nn.Module):
     """
 
     def __init__(
-        self, encoder: MaskedEncoder, num_classes: int, pool: Pool, head_std: float
+        self,
+        encoder: MaskedEncoder,
+        num_classes: PositiveInt,
+        pool: Pool,
+        head_std: NonNegativeFloat,
     ) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(True)
@@ -730,33 +738,3 @@ def _check_rand_augment(text: str) -> None:
             'of 10 with a deviation of 0.5), or "" for none, got '
             f"{text!r}."
         )
-
-
-def _check_recipe(recipe: FineTuneRecipe) -> None:
-    """Raises a ValueError for what `Recipe` itself does not check."""
-    shares = {
-        "layer_decay": (recipe.layer_decay, "(0, 1]", 0 < recipe.layer_decay <= 1),
-        "label_smoothing": (
-            recipe.label_smoothing,
-            "[0, 1)",
-            0 <= recipe.label_smoothing < 1,
-        ),
-        "random_erasing": (
-            recipe.random_erasing,
-            "[0, 1]",
-            0 <= recipe.random_erasing <= 1,
-        ),
-        "min_scale": (recipe.min_scale, "(0, 1]", 0 < recipe.min_scale <= 1),
-        "drop_path": (recipe.drop_path, "[0, 1)", 0 <= (recipe.drop_path or 0) < 1),
-    }
-    for name, (value, allowed, fits) in shares.items():
-        if not fits:
-            raise ValueError(f"{name} lies in {allowed}, got {name}={value}.")
-    for name in ("mixup", "cutmix", "weight_decay", "clip_grad", "lr"):
-        value = getattr(recipe, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is at least 0 and finite, got {name}={value}.")
-    if recipe.batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, got {recipe.batch_size}.")
-    if recipe.rand_augment:
-        _check_rand_augment(recipe.rand_augment)

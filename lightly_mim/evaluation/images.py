@@ -15,6 +15,7 @@ from lightly.transforms.torchvision_v2_compatibility import (
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
+from lightly_mim.arguments import InnerShare, checked
 from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
@@ -42,6 +43,7 @@ from lightly_mim.transforms import EvalTransform
 _IMAGES_TO_LOOK_AT = 32
 
 
+@checked
 class EvaluationImages:
     """Opens training and test images, and makes sure that there are both, with labels.
 
@@ -98,7 +100,7 @@ class EvaluationImages:
         val: Data | None,
         transform: Callable[[Any], Any],
         in_chans: int,
-        holdout: float | None = None,
+        holdout: InnerShare | None = None,
         seed: int = 0,
         num_workers: int | None = None,
         on_error: OnError = "raise",
@@ -106,7 +108,6 @@ class EvaluationImages:
         world: World = World(),  # noqa: B008, frozen
         progress: bool = False,
     ) -> None:
-        check_holdout(holdout)
         self._data = data
         self.notes = []
         train: Any
@@ -342,12 +343,3 @@ def class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
             f"classes: {some([printable(name) for name in names])}."
         )
     return names or [str(number) for number in range(largest + 1)]
-
-
-def check_holdout(holdout: float | None) -> None:
-    """Raises a ValueError for a share that leaves nothing on one side."""
-    if holdout is not None and not 0 < holdout < 1:
-        raise ValueError(
-            "holdout is the share of the training images that is scored in place of "
-            f"the test images, in (0, 1), got {holdout}."
-        )

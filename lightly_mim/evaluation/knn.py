@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.protocol import (
     NUM_RANKS,
@@ -40,6 +41,7 @@ KS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.01, 0.02, 0.05, 0.07, 0.1, 0.2)
 
 
+@checked
 @dataclass(frozen=True)
 class KNN:
     """The kNN protocol: layer, pooling, k and temperature chosen by leave-one-out.
@@ -56,14 +58,14 @@ class KNN:
 
     tokens: ClassVar[bool] = False
 
-    ks: Sequence[int] | None = None
-    temperatures: Sequence[float] = TEMPERATURES
-    chunk_size: int = 256
+    ks: NonEmpty[PositiveInt] | None = None
+    temperatures: NonEmpty[PositiveFloat] = TEMPERATURES
+    chunk_size: PositiveInt = 256
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
         ks = fitting_ks(num_train) if self.ks is None else self.ks
-        _check_grid(ks, self.temperatures, num_train - 1, self.chunk_size)
+        _check_ks(ks, num_train - 1)
         if self.ks is None and len(ks) < len(KS):
             return [f"kNN: with {num_train} training images, k is one of {ks}."]
         return []
@@ -132,16 +134,17 @@ def fitting_ks(num_images: int) -> list[int]:
     return [k for k in KS if k < num_images]
 
 
+@checked
 def knn_predict_grid(
     queries: Tensor | None,
     bank: Tensor,
     bank_labels: Tensor,
-    num_classes: int,
-    ks: Sequence[int],
-    temperatures: Sequence[float],
+    num_classes: PositiveInt,
+    ks: NonEmpty[PositiveInt],
+    temperatures: NonEmpty[PositiveFloat],
     *,
-    num_ranks: int = 1,
-    chunk_size: int = 256,
+    num_ranks: PositiveInt = 1,
+    chunk_size: PositiveInt = 256,
 ) -> Tensor:
     """Predicts with every k and every temperature in one pass over the similarities.
 
@@ -179,9 +182,9 @@ def knn_predict_grid(
     """
     leave_one_out = queries is None
     queries = bank if queries is None else queries
-    _check_grid(ks, temperatures, len(bank) - leave_one_out, chunk_size)
+    _check_ks(ks, len(bank) - leave_one_out)
     _check_bank(queries, bank, bank_labels, num_classes)
-    if not 1 <= num_ranks <= num_classes:
+    if num_ranks > num_classes:
         raise ValueError(
             f"num_ranks lies between 1 and the {num_classes} classes, got {num_ranks}."
         )
@@ -202,14 +205,15 @@ def knn_predict_grid(
     return torch.cat(predictions, dim=2)
 
 
+@checked
 def choose_knn(
     features: Tensor,
     labels: Tensor,
-    num_classes: int,
-    ks: Sequence[int] | None = None,
-    temperatures: Sequence[float] = TEMPERATURES,
+    num_classes: PositiveInt,
+    ks: NonEmpty[PositiveInt] | None = None,
+    temperatures: NonEmpty[PositiveFloat] = TEMPERATURES,
     *,
-    chunk_size: int = 256,
+    chunk_size: PositiveInt = 256,
 ) -> KNNChoice:
     """Chooses k and the temperature by leave-one-out on the training set.
 
@@ -372,26 +376,17 @@ def _vote_grid(
     return predictions
 
 
-def _check_grid(
-    ks: Sequence[int],
-    temperatures: Sequence[float],
-    num_neighbours: int,
-    chunk_size: int,
-) -> None:
-    if not ks or not temperatures:
+def _check_ks(ks: Sequence[int], num_neighbours: int) -> None:
+    if not ks:
         raise ValueError(
-            f"The kNN grid needs at least one k and one temperature, got ks={list(ks)} "
-            f"and temperatures={list(temperatures)} for {num_neighbours} neighbour(s)."
+            f"The kNN grid needs at least one k, got none for {num_neighbours} "
+            "neighbour(s)."
         )
-    if min(ks) < 1 or max(ks) > num_neighbours:
+    if max(ks) > num_neighbours:
         raise ValueError(
             f"k lies between 1 and the {num_neighbours} training image(s) that can be "
             f"neighbours, got {list(ks)}. Use smaller values or more training images."
         )
-    if min(temperatures) <= 0:
-        raise ValueError(f"Temperatures are positive, got {list(temperatures)}.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is at least 1, got {chunk_size}.")
 
 
 def _check_bank(

@@ -31,6 +31,17 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from lightly_mim.arguments import (
+    AtLeastTwo,
+    Device,
+    NonEmpty,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    checked,
+)
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.preparation import (
     MAX_NUMBERS,
@@ -60,6 +71,7 @@ LEARNING_RATES = (
 T = TypeVar("T")
 
 
+@checked
 @dataclass(frozen=True)
 class Linear:
     """The linear probe: layer, pooling, rate and decay chosen by cross-validation.
@@ -80,18 +92,15 @@ class Linear:
     """
 
     tokens: ClassVar[bool] = False
-    learning_rates: Sequence[float] = LEARNING_RATES
-    weight_decays: Sequence[float] = (0.0,)
-    epochs: int = 100
-    batch_size: int = 128
-    num_folds: int = 5
-    max_numbers: int = MAX_NUMBERS
+    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES
+    weight_decays: NonEmpty[NonNegativeFloat] = (0.0,)
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 128
+    num_folds: AtLeastTwo = 5
+    max_numbers: PositiveInt = MAX_NUMBERS
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
-        _check_settings(
-            self.learning_rates, self.weight_decays, self.epochs, self.batch_size
-        )
         check_folds(self.num_folds, num_train)
         return []
 
@@ -138,17 +147,18 @@ class Linear:
         return [Outcome(key, chosen, describe_choices(choices), ranked)]
 
 
+@checked
 def fit_linear_grid(
     features: Tensor,
     labels: Tensor,
-    num_classes: int,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = (0.0,),
+    num_classes: PositiveInt,
+    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES,
+    weight_decays: NonEmpty[NonNegativeFloat] = (0.0,),
     *,
-    epochs: int = 100,
-    batch_size: int = 128,
-    momentum: float = 0.9,
-    seed: int = 0,
+    epochs: PositiveInt = 100,
+    batch_size: PositiveInt = 128,
+    momentum: Rate = 0.9,
+    seed: NonNegativeInt = 0,
 ) -> tuple[Tensor, Tensor]:
     """Trains a linear classifier with each learning rate, all of them at once.
 
@@ -188,7 +198,6 @@ def fit_linear_grid(
         ValueError: If shapes, labels or settings are out of range.
     """
     check_fit(features, labels, num_classes)
-    _check_settings(learning_rates, weight_decays, epochs, batch_size)
     weight, bias = _train(
         features[None],
         labels[None],
@@ -202,19 +211,20 @@ def fit_linear_grid(
     return weight[0], bias[0]
 
 
+@checked
 def choose_linear(
     features: Sequence[Tensor],
     labels: Tensor,
-    num_classes: int,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = (0.0,),
+    num_classes: PositiveInt,
+    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES,
+    weight_decays: NonEmpty[NonNegativeFloat] = (0.0,),
     *,
-    num_folds: int = 5,
-    epochs: int = 100,
-    batch_size: int = 128,
-    max_numbers: int = MAX_NUMBERS,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    num_folds: AtLeastTwo = 5,
+    epochs: PositiveInt = 100,
+    batch_size: PositiveInt = 128,
+    max_numbers: PositiveInt = MAX_NUMBERS,
+    seed: NonNegativeInt = 0,
+    device: Device = "cpu",
 ) -> list[GridChoice]:
     """Chooses the learning rate and weight decay of each of several features.
 
@@ -263,7 +273,6 @@ def choose_linear(
     """
     for values in features:
         check_fit(values, labels, num_classes)
-    _check_settings(learning_rates, weight_decays, epochs, batch_size)
     probes = list(itertools.product(learning_rates, weight_decays))
     folds = assign_folds(labels, num_folds, seed)
     sizes = folds.bincount(minlength=num_folds).tolist()
@@ -314,17 +323,18 @@ def choose_linear(
     return choices
 
 
+@checked
 def fit_and_score_linear(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
-    num_classes: int,
-    learning_rate: float,
-    weight_decay: float = 0.0,
+    num_classes: PositiveInt,
+    learning_rate: PositiveFloat,
+    weight_decay: NonNegativeFloat = 0.0,
     *,
-    epochs: int = 100,
-    batch_size: int = 128,
-    seed: int = 0,
+    epochs: PositiveInt = 100,
+    batch_size: PositiveInt = 128,
+    seed: NonNegativeInt = 0,
 ) -> Tensor:
     """Fits the chosen probe on the whole training set and scores other images.
 
@@ -454,25 +464,3 @@ def _train(
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _check_settings(
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float],
-    epochs: int,
-    batch_size: int,
-) -> None:
-    if not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(
-            "The linear probe needs at least one learning rate, all of them positive, "
-            f"got {list(learning_rates)}."
-        )
-    if not weight_decays or min(weight_decays) < 0:
-        raise ValueError(
-            "The linear probe needs at least one weight decay, none of them negative, "
-            f"got {list(weight_decays)}. Use [0] for none."
-        )
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(
-            f"epochs and batch_size are at least 1, got {epochs} and {batch_size}."
-        )

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightly_mim.arguments import (
+    AtLeastTwo,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    checked,
+)
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
 from lightly_mim.evaluation.features import Precision
@@ -39,6 +45,7 @@ _LARGE_DEPTH = 24  # blocks of ViT-L, which the code trains for 50 epochs
 _IMAGENET_STEPS = 90 * (1_281_167 // 16_384)
 
 
+@checked
 @dataclass(frozen=True)
 class LinearMAE:
     """The linear probe of MAE [0], as published.
@@ -83,35 +90,18 @@ class LinearMAE:
             Block of a ViT or stage of a Swin, from 0, or from the end if negative.
     """
 
-    epochs: int | None = None
-    batch_size: int = 16_384
-    micro_batch_size: int = 512
-    lr: float = 0.1
-    warmup_epochs: float | None = None
-    momentum: float = 0.9
-    trust_coefficient: float = 0.001
+    epochs: PositiveInt | None = None
+    batch_size: AtLeastTwo = 16_384
+    micro_batch_size: PositiveInt = 512
+    lr: PositiveFloat = 0.1
+    warmup_epochs: NonNegativeFloat | None = None
+    momentum: Rate = 0.9
+    trust_coefficient: PositiveFloat = 0.001
     pool: Pool | None = None
     layer: int = -1
 
     def check(self, num_train: int) -> list[str]:
         """See `ImageProtocol`."""
-        if self.pool is not None and self.pool not in get_args(Pool):
-            raise ValueError(
-                f"pool is one of {', '.join(get_args(Pool))} or None, got "
-                f"{self.pool!r}."
-            )
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise ValueError(f"lr is positive and finite, got lr={self.lr}.")
-        if not 0 <= self.momentum < 1 or not self.trust_coefficient > 0:
-            raise ValueError(
-                "momentum lies in [0, 1) and trust_coefficient is positive, got "
-                f"{self.momentum} and {self.trust_coefficient}."
-            )
-        if self.batch_size < 2:
-            raise ValueError(
-                "The BatchNorm needs batches of at least 2 images, got batch_size="
-                f"{self.batch_size}."
-            )
         recipe = self._recipe(depth=1)
         plan = plan_batches(num_train, self.batch_size, self.micro_batch_size)
         if plan.batch_size // plan.num_parts < 2:

@@ -17,6 +17,7 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
 )
 from torch import nn
 
+from lightly_mim.arguments import NonNegativeInt, PositiveInt, checked
 from lightly_mim.checkpoints import Weights, encoder_spec, read_weights
 from lightly_mim.checkpoints.hub import fetch, is_hub_name
 from lightly_mim.data.seeding import keyed_random_state
@@ -37,17 +38,16 @@ from lightly_mim.evaluation.adaptors import (
     TorchvisionEncoder,
 )
 from lightly_mim.evaluation.features import evaluating
-from lightly_mim.files import expand_user
 from lightly_mim.patches import Size
 
 
-@expand_user("encoder")
+@checked
 def load_encoder(
     encoder: Encoder | Path,
     *,
     img_size: Size | None = None,
     tables: Tables | None = None,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     pretrained: bool = True,
     feature_function: ModuleFunction | None = None,
 ) -> FeatureEncoder:
@@ -123,7 +123,8 @@ def load_encoder(
     return _build_timm(name, img_size, in_chans, pretrained)
 
 
-def at_random(encoder: FeatureEncoder, seed: int) -> FeatureEncoder:
+@checked
+def at_random(encoder: FeatureEncoder, seed: NonNegativeInt) -> FeatureEncoder:
     """Builds the same encoder once more, at random initialisation.
 
     Args:
@@ -193,6 +194,7 @@ def origin_notes(encoder: FeatureEncoder, resized: bool = False) -> list[str]:
     return notes
 
 
+@checked
 def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
     """Returns what a record says of an encoder.
 

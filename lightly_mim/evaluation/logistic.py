@@ -31,6 +31,15 @@ from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped
 from torch import Tensor
 from torch.nn import functional
 
+from lightly_mim.arguments import (
+    AtLeastTwo,
+    Device,
+    NonEmpty,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.preparation import (
     MAX_NUMBERS,
@@ -54,6 +63,7 @@ from lightly_mim.evaluation.protocol import (
 CS = tuple(10 ** (exponent / 2) for exponent in range(-12, 4))
 
 
+@checked
 @dataclass(frozen=True)
 class Logistic:
     """Logistic regression: layer, pooling and C chosen by cross-validation.
@@ -72,15 +82,14 @@ class Logistic:
     """
 
     tokens: ClassVar[bool] = False
-    cs: Sequence[float] = CS
-    num_folds: int = 5
-    tolerance: float = 1e-4
-    max_iterations: int = 1000
-    max_numbers: int = MAX_NUMBERS
+    cs: NonEmpty[PositiveFloat] = CS
+    num_folds: AtLeastTwo = 5
+    tolerance: PositiveFloat = 1e-4
+    max_iterations: PositiveInt = 1000
+    max_numbers: PositiveInt = MAX_NUMBERS
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
-        check_settings(self.cs, self.tolerance, self.max_iterations)
         check_folds(self.num_folds, num_train)
         return []
 
@@ -177,15 +186,16 @@ class LogisticPath(NamedTuple):
     converged: list[bool]
 
 
+@checked
 def fit_logistic_path(
     features: Tensor,
     labels: Tensor,
-    num_classes: int,
-    cs: Sequence[float] = CS,
+    num_classes: PositiveInt,
+    cs: NonEmpty[PositiveFloat] = CS,
     *,
-    tolerance: float = 1e-4,
-    max_iterations: int = 1000,
-    max_numbers: int = MAX_NUMBERS,
+    tolerance: PositiveFloat = 1e-4,
+    max_iterations: PositiveInt = 1000,
+    max_numbers: PositiveInt = MAX_NUMBERS,
 ) -> LogisticPath:
     """Fits multinomial logistic regression for each C, from the smallest C up.
 
@@ -220,7 +230,6 @@ def fit_logistic_path(
         ValueError: If shapes, labels or settings are out of range.
     """
     check_fit(features, labels, num_classes)
-    check_settings(cs, tolerance, max_iterations)
     num_images = len(features)
     variance, rotation = _principal_directions(features)
     rotated = features @ rotation.to(features.dtype)
@@ -257,19 +266,20 @@ def fit_logistic_path(
     return LogisticPath(weights, biases, iterations, converged)
 
 
+@checked
 def choose_logistic(
     features: Sequence[Tensor],
     labels: Tensor,
-    num_classes: int,
-    cs: Sequence[float] = CS,
+    num_classes: PositiveInt,
+    cs: NonEmpty[PositiveFloat] = CS,
     *,
-    num_folds: int = 5,
+    num_folds: AtLeastTwo = 5,
     standardized: bool = False,
-    tolerance: float = 1e-4,
-    max_iterations: int = 1000,
-    max_numbers: int = MAX_NUMBERS,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    tolerance: PositiveFloat = 1e-4,
+    max_iterations: PositiveInt = 1000,
+    max_numbers: PositiveInt = MAX_NUMBERS,
+    seed: NonNegativeInt = 0,
+    device: Device = "cpu",
 ) -> list[LogisticChoice]:
     """Chooses C for each of several features, by cross-validation.
 
@@ -310,7 +320,6 @@ def choose_logistic(
     """
     for values in features:
         check_fit(values, labels, num_classes)
-    check_settings(cs, tolerance, max_iterations)
     folds = assign_folds(labels, num_folds, seed)
     choices = []
     for values in features:
@@ -354,16 +363,17 @@ def choose_logistic(
     return choices
 
 
+@checked
 def fit_and_score_logistic(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
-    num_classes: int,
-    c: float,
+    num_classes: PositiveInt,
+    c: PositiveFloat,
     *,
-    tolerance: float = 1e-4,
-    max_iterations: int = 1000,
-    max_numbers: int = MAX_NUMBERS,
+    tolerance: PositiveFloat = 1e-4,
+    max_iterations: PositiveInt = 1000,
+    max_numbers: PositiveInt = MAX_NUMBERS,
 ) -> tuple[Tensor, bool]:
     """Fits with the chosen C on the whole training set and scores other images.
 
@@ -404,32 +414,6 @@ def fit_and_score_logistic(
     )
     logits = functional.linear(standardize(test_features), path.weight[0], path.bias[0])
     return logits, path.converged[0]
-
-
-def check_settings(cs: Sequence[float], tolerance: float, max_iterations: int) -> None:
-    """Checks the settings of logistic regression.
-
-    Args:
-        cs:
-            Values of C.
-        tolerance:
-            The tolerance.
-        max_iterations:
-            The largest number of iterations.
-
-    Raises:
-        ValueError: If there is no C, or if a setting is not positive.
-    """
-    if not cs or min(cs) <= 0:
-        raise ValueError(
-            "Logistic regression needs at least one C, all of them positive, got "
-            f"{list(cs)}."
-        )
-    if tolerance <= 0 or max_iterations < 1:
-        raise ValueError(
-            "tolerance is positive and max_iterations at least 1, got "
-            f"{tolerance} and {max_iterations}."
-        )
 
 
 class _Objective:

@@ -26,11 +26,18 @@ from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from lightly_mim.arguments import (
+    AtLeastTwo,
+    NonEmpty,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightly_mim.data.notes import printable
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.evaluation.logistic import (
-    check_settings,
     choose_logistic,
     fit_logistic_path,
 )
@@ -43,6 +50,7 @@ from lightly_mim.evaluation.protocol import (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class LowLabel:
     """Logistic regression from a few labelled images per class.
@@ -68,27 +76,20 @@ class LowLabel:
     """
 
     tokens: ClassVar[bool] = False
-    shots: Sequence[int] = (1, 5, 10)
-    draws: int = 5
-    cs: Sequence[float] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
-    num_folds: int = 5
-    fixed_c: float = 1.0
-    tolerance: float = 1e-4
-    max_iterations: int = 1000
+    shots: NonEmpty[PositiveInt] = (1, 5, 10)
+    draws: PositiveInt = 5
+    cs: NonEmpty[PositiveFloat] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+    num_folds: AtLeastTwo = 5
+    fixed_c: PositiveFloat = 1.0
+    tolerance: PositiveFloat = 1e-4
+    max_iterations: PositiveInt = 1000
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
-        check_settings(self.cs, self.tolerance, self.max_iterations)
-        check_settings([self.fixed_c], self.tolerance, self.max_iterations)
-        if not self.shots or min(self.shots) < 1 or max(self.shots) > num_train:
+        if max(self.shots) > num_train:
             raise ValueError(
                 "shots is one or more numbers of images per class, from 1 to the "
                 f"{num_train} training image(s), got {list(self.shots)}."
-            )
-        if self.draws < 1 or self.num_folds < 2:
-            raise ValueError(
-                "Low-label evaluation takes at least 1 draw and 2 parts of it to "
-                f"choose C, got draws={self.draws} and num_folds={self.num_folds}."
             )
         return []
 
@@ -214,7 +215,13 @@ class LowLabel:
         return Outcome(key, {"c": c}, selection, torch.stack(ranked), variant)
 
 
-def draw_per_class(labels: Tensor, num_classes: int, count: int, seed: int) -> Tensor:
+@checked
+def draw_per_class(
+    labels: Tensor,
+    num_classes: PositiveInt,
+    count: NonNegativeInt,
+    seed: NonNegativeInt,
+) -> Tensor:
     """Draws as many images of each class, without replacement.
 
     Args:

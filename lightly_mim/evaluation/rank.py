@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightly_mim.arguments import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from lightly_mim.evaluation.features import Features
 
 # What [0] adds to every normalised singular value, so that its logarithm is finite.
@@ -38,6 +39,7 @@ FIT_RANGE = (5, 50)
 _CHUNK = 4096  # rows or columns in a piece
 
 
+@checked
 def label_free(features: Features) -> list[dict[str, Any]]:
     """Measures the features of every layer and pooling, without their labels.
 
@@ -75,7 +77,8 @@ def label_free(features: Features) -> list[dict[str, Any]]:
     return measured
 
 
-def rank_me(features: Tensor, epsilon: float = EPSILON) -> float:
+@checked
+def rank_me(features: Tensor, epsilon: NonNegativeFloat = EPSILON) -> float:
     """Returns RankMe: how many directions the features fill, in a soft count.
 
     The exponential of the entropy of the singular values of the feature matrix, divided
@@ -105,8 +108,11 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
+@checked
 def alpha_req(
-    features: Tensor, first: int = FIT_RANGE[0], last: int = FIT_RANGE[1]
+    features: Tensor,
+    first: PositiveInt = FIT_RANGE[0],
+    last: PositiveInt = FIT_RANGE[1],
 ) -> float:
     """Returns the exponent alpha of the eigenspectrum of the features' covariance.
 
@@ -131,7 +137,7 @@ def alpha_req(
         ValueError: If there are fewer than two images, if a feature is not finite, or
             if fewer than two eigenvalues are left to fit.
     """
-    if not 1 <= first < last:
+    if first >= last:
         raise ValueError(
             f"The fit runs from one eigenvalue to a later one, the largest is 1, got "
             f"first={first} and last={last}."
@@ -147,7 +153,10 @@ def alpha_req(
     return _exponent(spectrum, first, last)
 
 
-def uniformity(features: Tensor, t: float = 2.0, chunk_size: int = 1024) -> float:
+@checked
+def uniformity(
+    features: Tensor, t: PositiveFloat = 2.0, chunk_size: PositiveInt = 1024
+) -> float:
     """Returns how evenly the directions of the features cover the sphere.
 
     The logarithm of the mean of exp(-t * squared distance) over all pairs of different
@@ -171,10 +180,6 @@ def uniformity(features: Tensor, t: float = 2.0, chunk_size: int = 1024) -> floa
             if an argument is not positive.
     """
     num_images, _ = _check(features)
-    if t <= 0 or chunk_size < 1:
-        raise ValueError(
-            f"t and chunk_size are positive, got t={t} and chunk_size={chunk_size}."
-        )
 
     # 2 bytes a number may be on disk, 8 are needed: not all at once.
     def direction(start: int) -> Tensor:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,6 @@ def choose_device(device: str | None) -> torch.device:
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device("cpu")
-
-
-def check_choice(name: str, given: Sequence[str], allowed: Sequence[str]) -> None:
-    """Raises a ValueError if an argument is no list of allowed words."""
-    if isinstance(given, str) or not given or not set(given) <= set(allowed):
-        raise ValueError(f"{name} is a list of {', '.join(allowed)}, got {given!r}.")
 
 
 def model_name(encoder: Any, model: Any) -> str:

@@ -20,6 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightly_mim.arguments import (
+    InnerShare,
+    NonNegativeInt,
+    PositiveInt,
+    checked,
+)
+
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
 
@@ -178,8 +185,9 @@ def bootstrap(
     return found
 
 
+@checked
 def wilson_interval(
-    correct: int, total: int, confidence: float = CONFIDENCE
+    correct: NonNegativeInt, total: PositiveInt, confidence: InnerShare = CONFIDENCE
 ) -> tuple[float, float]:
     """Returns the interval of an accuracy that Wilson's score gives.
 
@@ -200,7 +208,7 @@ def wilson_interval(
     Raises:
         ValueError: If there are no images.
     """
-    if total < 1 or not 0 <= correct <= total:
+    if correct > total:
         raise ValueError(f"{correct} of {total} images do not make an accuracy.")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     accuracy = correct / total

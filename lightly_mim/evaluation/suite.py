@@ -25,6 +25,15 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightly_mim.arguments import (
+    InnerShare,
+    NonEmpty,
+    NonNegativeInt,
+    PositiveInt,
+    Share,
+    check_arguments,
+    checked,
+)
 from lightly_mim.data import (
     ImageDataset,
     KeyedLoader,
@@ -63,7 +72,6 @@ from lightly_mim.evaluation.features import (
 from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.images import (
     EvaluationImages,
-    check_holdout,
     class_names,
     image_notes,
     own_value_range,
@@ -85,7 +93,6 @@ from lightly_mim.evaluation.low_label import LowLabel
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome
 from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.record import (
-    check_choice,
     choose_device,
     model_name,
     package_versions,
@@ -101,7 +108,7 @@ from lightly_mim.evaluation.results import (
     Results,
 )
 from lightly_mim.evaluation.scores import score
-from lightly_mim.files import atomic_write, expand_user
+from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
 from lightly_mim.transforms import EvalTransform
 
@@ -118,33 +125,33 @@ LABEL_FREE = "label_free"
 _MANY = 1_000_000
 
 
-@expand_user("encoder", "data", "val", "out", "cache")
+@checked
 def evaluate(
     encoder: Encoder | Path,
     data: Data,
-    protocols: Sequence[ProtocolName] = ("knn", "linear"),
+    protocols: NonEmpty[ProtocolName] = ("knn", "linear"),
     *,
     val: Data | None = None,
-    holdout: float | None = None,
-    layers: Sequence[int] = (-1,),
-    pools: Sequence[Pool] | None = None,
+    holdout: InnerShare | None = None,
+    layers: NonEmpty[int] = (-1,),
+    pools: NonEmpty[Pool] | None = None,
     baselines: Sequence[Baseline] = (),
     label_free: bool = False,
     out: Path | str | None = None,
     cache: Path | str | None = None,
     overwrite: bool = False,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int | None = None,
+    seed: NonNegativeInt = 0,
+    batch_size: PositiveInt = 64,
+    num_workers: NonNegativeInt | None = None,
     device: str | None = None,
     precision: Precision = "32",
     on_error: OnError = "raise",
     value_range: ValueRange | None = None,
-    crop_ratio: float = 224 / 256,
-    pixel_size: int = 32,
+    crop_ratio: Share = 224 / 256,
+    pixel_size: PositiveInt = 32,
     img_size: Size | None = None,
     tables: Tables | None = None,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     pretrained: bool = True,
     feature_function: ModuleFunction | None = None,
     knn: KNN = KNN(),  # noqa: B008, frozen
@@ -294,7 +301,6 @@ def evaluate(
     given = dict(locals())
     arguments = {name: to_json(value) for name, value in given.items()}
     world = World.distributed() if distributed else World()
-    _check_names(protocols, baselines)
     for unused in _unused(given):
         warnings.warn(unused, stacklevel=3)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
@@ -454,6 +460,7 @@ def evaluate(
     return results
 
 
+@checked
 def check_evaluation(
     encoder: MaskedEncoder | None, arguments: Mapping[str, Any]
 ) -> None:
@@ -473,8 +480,8 @@ def check_evaluation(
     """
     parameters = inspect.signature(evaluate).parameters.values()
     given = {p.name: p.default for p in parameters} | dict(arguments)
-    _check_names(given["protocols"], given["baselines"])
-    check_holdout(given["holdout"])
+    settled = {k: v for k, v in given.items() if k not in ("encoder", "data")}
+    check_arguments(evaluate, settled)
     for name in given["protocols"]:
         given[name].check(_MANY)
     if encoder is None:
@@ -694,11 +701,6 @@ def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:
     if protocol == LABEL_FREE:
         return True
     return protocol not in IMAGE_PROTOCOLS and not settings[protocol].tokens
-
-
-def _check_names(protocols: Sequence[str], baselines: Sequence[str]) -> None:
-    check_choice("protocols", protocols, get_args(ProtocolName))
-    check_choice("baselines", baselines or ["pixels"], get_args(Baseline))
 
 
 def _unused(given: Mapping[str, Any]) -> Iterator[str]:

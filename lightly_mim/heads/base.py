@@ -16,6 +16,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
+from lightly_mim.arguments import PositiveInt
 from lightly_mim.config import Recorded
 
 
@@ -102,8 +103,7 @@ class MLPHead(Head):
         ValueError: If the width is out of range.
     """
 
-    def __init__(self, hidden_dim: int | None = None) -> None:
-        check_at_least_one(hidden_dim=hidden_dim)
+    def __init__(self, hidden_dim: PositiveInt | None = None) -> None:
         self.hidden_dim = hidden_dim
 
     def __call__(
@@ -152,11 +152,10 @@ class TransformerHead(Head):
 
     def __init__(
         self,
-        depth: int = 1,
-        num_heads: int | None = None,
-        embed_dim: int | None = None,
+        depth: PositiveInt = 1,
+        num_heads: PositiveInt | None = None,
+        embed_dim: PositiveInt | None = None,
     ) -> None:
-        check_at_least_one(depth=depth, num_heads=num_heads, embed_dim=embed_dim)
         self.depth = depth
         self.num_heads = num_heads
         self.embed_dim = embed_dim
@@ -217,18 +216,11 @@ def initialize(head: nn.Module) -> None:
     head.apply(partial(init_weights_vit_timm, needs_reset=False))
 
 
-def check_at_least_one(**numbers: int | None) -> None:
-    """Raises a ValueError that names the first number below 1; None is fine."""
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is at least 1, got {number}.")
-
-
 def resolve_num_heads(width: int, num_heads: int | None, head_dim: int) -> int:
     """Returns the number of heads, by default of `head_dim`, a power of 2, channels."""
     if num_heads is None:
         return width // math.gcd(width, head_dim)
-    if num_heads < 1 or width % num_heads:
+    if width % num_heads:
         raise ValueError(
             f"The number of attention heads divides the width of the head, got "
             f"{num_heads} heads for a width of {width}. Leave num_heads out to have "

@@ -10,9 +10,9 @@ from typing import Literal
 from timm.models.swin_transformer import SwinTransformerStage
 from torch import Tensor, nn
 
+from lightly_mim.arguments import PositiveInt
 from lightly_mim.heads.base import (
     Head,
-    check_at_least_one,
     initialize,
     resolve_num_heads,
     take,
@@ -71,24 +71,19 @@ class InverseSwinHead(Head):
     def __init__(
         self,
         size: Literal["tiny", "base"] = "tiny",
-        embed_dim: int | None = None,
-        depths: tuple[int, ...] | None = None,
-        num_heads: tuple[int, ...] | None = None,
+        embed_dim: PositiveInt | None = None,
+        depths: tuple[PositiveInt, ...] | None = None,
+        num_heads: tuple[PositiveInt, ...] | None = None,
         window_size: Size | None = None,
     ) -> None:
-        if size not in _SWIN_SIZES:
-            raise ValueError(f"The size is 'tiny' or 'base', got {size!r}.")
-        check_at_least_one(embed_dim=embed_dim)
         self.embed_dim, self.depths = _SWIN_SIZES[size]
         self.all_stages = depths is not None
         if depths is not None:
             self.depths = tuple(depths)
         if embed_dim is not None:
             self.embed_dim = embed_dim
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(
-                f"depths is one number for each stage, each at least 1, got {depths}."
-            )
+        if not self.depths:
+            raise ValueError("depths is one number for each stage, got none.")
         if num_heads is not None and len(num_heads) != len(self.depths):
             raise ValueError(
                 "num_heads is one number for each stage, of which there are "

@@ -10,10 +10,10 @@ import math
 from abc import ABC, abstractmethod
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from lightly_mim.arguments import InnerShare
 from lightly_mim.config import Recorded
 from lightly_mim.masking.mask import Mask
 from lightly_mim.patches import Size, grid_size, to_pair
@@ -67,13 +67,9 @@ class UnitMasking(Masking):
         ValueError: If the block size or the ratio is out of range.
     """
 
-    def __init__(self, mask_patch_size: Size = 32, ratio: float = 0.6) -> None:
+    def __init__(self, mask_patch_size: Size = 32, ratio: InnerShare = 0.6) -> None:
         self.mask_patch_size = to_pair(mask_patch_size, "mask_patch_size")
-        if not isinstance(ratio, (int, float, np.number)) or not 0 < ratio < 1:
-            raise ValueError(
-                f"The mask ratio lies strictly between 0 and 1, got {ratio}."
-            )
-        self.ratio = float(str(ratio))  # NumPy's 0.6 of single precision is 0.6, too
+        self.ratio = ratio
 
     def count(self, height: int, width: int) -> int:
         """Returns how many of height * width blocks are masked: ceil(n * ratio).

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Generator
 
-from lightly_mim.config import refuse_class
+from lightly_mim.arguments import NonEmpty, NonNegativeFloat
 from lightly_mim.masking.base import Masking, mark_lowest, scan_from_a_side
 from lightly_mim.masking.mask import Mask
 
@@ -34,22 +35,19 @@ class MixtureMasking(Masking):
     """
 
     def __init__(
-        self, maskings: list[Masking], weights: list[float] | None = None
+        self,
+        maskings: NonEmpty[Masking],
+        weights: Sequence[NonNegativeFloat] | None = None,
     ) -> None:
-        if not maskings:
-            raise ValueError("A mixture needs one masking or more, got none.")
-        for masking in maskings:
-            refuse_class(masking, "A masking of a mixture")
         weights = [1.0] * len(maskings) if weights is None else weights
         if len(weights) != len(maskings):
             raise ValueError(
                 "A mixture needs a weight for each masking, got "
                 f"{len(weights)} weight(s) for {len(maskings)} masking(s)."
             )
-        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        if not any(weights):
             raise ValueError(
-                "The weights of a mixture are finite, none of them negative and not "
-                f"all of them zero, got {weights}."
+                f"Not all weights of a mixture are zero, got weights={weights}."
             )
         self.maskings = maskings
         self.weights = weights

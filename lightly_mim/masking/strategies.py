@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from lightly_mim.arguments import InnerShare
 from lightly_mim.masking.base import UnitMasking, scan_from_a_side
 from lightly_mim.patches import Size
 
@@ -174,7 +175,7 @@ class InverseBlockMasking(UnitMasking):
     min_aspect: ClassVar[float] = 0.5
 
     def __init__(
-        self, mask_patch_size: Size = 16, ratio: float = 0.65, roll: bool = True
+        self, mask_patch_size: Size = 16, ratio: InnerShare = 0.65, roll: bool = True
     ) -> None:
         super().__init__(mask_patch_size, ratio)
         self.roll = roll
@@ -218,7 +219,7 @@ class GridMasking(UnitMasking):
         ValueError: If the patch size is out of range or the ratio is not 0.75.
     """
 
-    def __init__(self, mask_patch_size: Size = 16, ratio: float = 0.75) -> None:
+    def __init__(self, mask_patch_size: Size = 16, ratio: InnerShare = 0.75) -> None:
         super().__init__(mask_patch_size, ratio)
         if ratio != 0.75:
             raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightly_mim import defaults
-from lightly_mim.config import Recorded, constructor_arguments, refuse_class
+from lightly_mim.config import Recorded, constructor_arguments
 from lightly_mim.encoders import (
     Encoder,
     Init,
@@ -475,7 +475,7 @@ def choose_masking(
         ValueError: If a masking and one of the others are given.
     """
     if mask_patch_size is None and mask_ratio is None:
-        return choose_part(masking, default, "masking")
+        return choose_part(masking, default)
     if masking is not None:
         raise ValueError(
             "mask_patch_size and mask_ratio are short for masking=RandomMasking("
@@ -565,7 +565,7 @@ def count_values(
 PartT = TypeVar("PartT", Masking, Target, Head, Loss)
 
 
-def choose_part(part: PartT | None, default: PartT, name: str) -> PartT:
+def choose_part(part: PartT | None, default: PartT) -> PartT:
     """Returns a part of a method, the default if there is none.
 
     Args:
@@ -573,22 +573,13 @@ def choose_part(part: PartT | None, default: PartT, name: str) -> PartT:
             What was passed.
         default:
             What is taken if that is None.
-        name:
-            The argument, for the error message.
 
     Raises:
-        ValueError: If the part is a class, or something else that is not callable, a
-            target that does not say its width, or a head that is built already.
+        ValueError: If the part is a target that does not say its width, or a head that
+            is built already.
     """
     if part is None:
         return default
-    refuse_class(part, name)
-    if not callable(part):
-        raise ValueError(
-            f"{name} is an object such as {default!r}, got {part!r}. On the command "
-            f"line its class is named by --method.{name} and its arguments by "
-            f"--method.{name}.ARGUMENT."
-        )
     if isinstance(default, Target) and not (
         hasattr(part, "width") and hasattr(part, "num_classes")
     ):

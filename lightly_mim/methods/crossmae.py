@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightly_mim.arguments import Share
 from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
 from lightly_mim.encoders import Encoder
 from lightly_mim.losses import masked_loss
@@ -59,12 +60,10 @@ class CrossMAE(MAE):
     def __init__(
         self,
         encoder: Encoder,
-        predict_ratio: float = 1 / 3,
+        predict_ratio: Share = 1 / 3,
         weighted_feature_maps: bool = True,
         **options: Any,
     ) -> None:
-        if not 0 < predict_ratio <= 1:
-            raise ValueError(f"predict_ratio lies in (0, 1], got {predict_ratio}.")
         # MAE's constructor makes the decoder, which depends on it.
         self.weighted_feature_maps = weighted_feature_maps
         super().__init__(encoder, **options)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from lightly.models.modules.masked_vision_transformer_timm import init_weights
 from torch import Tensor, nn
 
+from lightly_mim.arguments import InnerShare, PositiveInt
 from lightly_mim.decoders import CrossAttentionDecoder, MAEDecoder
 from lightly_mim.defaults import decoder_size, num_heads
 from lightly_mim.encoders import (
@@ -134,20 +135,20 @@ class MAE(MaskedImageModel):
         self,
         encoder: Encoder,
         img_size: Size | None = None,
-        in_chans: int = 3,
+        in_chans: PositiveInt = 3,
         masking: Masking | None = None,
         target: Target | None = None,
         loss: Loss | None = None,
         mask_patch_size: Size | None = None,
-        mask_ratio: float | None = None,
-        decoder_dim: int | None = None,
-        decoder_depth: int | None = None,
-        decoder_num_heads: int | None = None,
+        mask_ratio: InnerShare | None = None,
+        decoder_dim: PositiveInt | None = None,
+        decoder_depth: PositiveInt | None = None,
+        decoder_num_heads: PositiveInt | None = None,
         init: Init | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
-        self.target = choose_part(target, PatchNormalizedPixels(), "target")
+        self.target = choose_part(target, PatchNormalizedPixels())
         self.loss = choose_loss(loss, self.target.num_classes, default=L2())
         _check_family(encoder)
         init = choose_init(init, encoder, encoder_options, default="mae")

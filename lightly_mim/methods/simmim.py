@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightly_mim.arguments import InnerShare, PositiveInt
 from lightly_mim.defaults import (
     SAME_BRIGHTNESS,
     initialization,
@@ -114,22 +115,18 @@ class SimMIM(MaskedImageModel):
         self,
         encoder: Encoder,
         img_size: Size | None = None,
-        in_chans: int = 3,
+        in_chans: PositiveInt = 3,
         masking: Masking | None = None,
         target: Target | None = None,
         head: Head | None = None,
         loss: Loss | None = None,
         region: Literal["masked", "all", "visible"] = "masked",
         mask_patch_size: Size | None = None,
-        mask_ratio: float | None = None,
+        mask_ratio: InnerShare | None = None,
         init: Init | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__()
-        if region not in ("masked", "all", "visible"):
-            raise ValueError(
-                f"The region is 'masked', 'all' or 'visible', got {region!r}."
-            )
         self.region = region
         if isinstance(encoder, str):
             # timm builds Swin with 0.1; the reference pretrains it without, and the ViT
@@ -150,13 +147,13 @@ class SimMIM(MaskedImageModel):
             masking, mask_patch_size, mask_ratio, RandomMasking(unit, 0.6)
         )
         window = LocallyNormalizedPixels(target_window(size))
-        self.target = choose_part(target, window, "target")
+        self.target = choose_part(target, window)
         self._target_is_open = target is None
         self.loss = choose_loss(loss, self.target.num_classes, default=L1())
         check_unit(type(self).__name__, self.masking, self.encoder)
         self.encoder.add_mask_token()
         self.encoder.pool = "mean"  # the loss never trains a class token
-        head = choose_part(head, LinearHead(), "head")
+        head = choose_part(head, LinearHead())
         cell, in_chans = self.encoder.stride, self.encoder.in_chans
         _, num_values = count_values(self.target, cell, in_chans)
         self.head = head(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightly_mim.arguments import AtLeastTwo, PositiveInt
 from lightly_mim.patches import gather_patches
 from lightly_mim.targets.base import at_least_float32
-from lightly_mim.targets.blocks import average_blocks, check_factor, repeat_blocks
+from lightly_mim.targets.blocks import average_blocks, repeat_blocks
 from lightly_mim.targets.learned import LearnedTarget
 from lightly_mim.targets.pixels import PixelTarget
 
@@ -57,11 +58,8 @@ class ColorBins(PixelTarget, LearnedTarget):
     low: Tensor
     high: Tensor
 
-    def __init__(self, num_bins: int = 8, factor: int = 1) -> None:
+    def __init__(self, num_bins: AtLeastTwo = 8, factor: PositiveInt = 1) -> None:
         super().__init__()
-        if num_bins < 2:
-            raise ValueError(f"Values are divided into 2 or more bins, got {num_bins}.")
-        check_factor(factor)
         self.num_classes = num_bins
         self.factor = factor
         self.register_buffer("low", torch.zeros(0))

@@ -11,15 +11,6 @@ from torch import Tensor
 from lightly_mim.targets.base import at_least_float32
 
 
-def check_factor(factor: int) -> None:
-    """Raises a ValueError for blocks without a pixel."""
-    if factor < 1:
-        raise ValueError(
-            f"A factor averages over blocks of factor x factor pixels and is at least "
-            f"1, which leaves the pixels as they are, got {factor}."
-        )
-
-
 def count_blocks(
     cell_size: tuple[int, int], factor: int, name: str = "factor"
 ) -> tuple[int, int]:

@@ -16,11 +16,11 @@ from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
+from lightly_mim.arguments import AtLeastTwo, PositiveInt
 from lightly_mim.patches import gather_patches
 from lightly_mim.targets.base import at_least_float32
 from lightly_mim.targets.blocks import (
     average_blocks,
-    check_factor,
     count_blocks,
     repeat_blocks,
 )
@@ -71,11 +71,8 @@ class ColorClusters(LearnedTarget):
     num_classes: int
     centroids: Tensor
 
-    def __init__(self, num_clusters: int = 512, factor: int = 1) -> None:
+    def __init__(self, num_clusters: AtLeastTwo = 512, factor: PositiveInt = 1) -> None:
         super().__init__()
-        if num_clusters < 2:
-            raise ValueError(f"A palette has 2 or more colours, got {num_clusters}.")
-        check_factor(factor)
         self.num_classes = num_clusters
         self.factor = factor
         self.register_buffer("centroids", torch.zeros(num_clusters, 0))

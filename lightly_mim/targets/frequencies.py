@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightly_mim.arguments import PositiveInt
 from lightly_mim.patches import gather_patches
 from lightly_mim.targets.base import Target, at_least_float32
 
@@ -39,12 +40,8 @@ class LowFrequencies(Target):
 
     drawable: ClassVar[bool] = True
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: PositiveInt = 4) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(
-                f"A cell has at least 1 x 1 frequencies to predict, got size={size}."
-            )
         self.size = size
 
     def width(self, cell_size: tuple[int, int], in_chans: int) -> int:

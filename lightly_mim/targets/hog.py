@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightly_mim.arguments import AtLeastTwo, PositiveInt
 from lightly_mim.patches import gather_patches
 from lightly_mim.targets.base import Target, at_least_float32
 from lightly_mim.targets.blocks import average_blocks, count_blocks
@@ -45,18 +46,10 @@ class HOG(Target):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, num_orientations: int = 9, pixels_per_cell: int = 8) -> None:
+    def __init__(
+        self, num_orientations: AtLeastTwo = 9, pixels_per_cell: PositiveInt = 8
+    ) -> None:
         super().__init__()
-        if num_orientations < 2:
-            raise ValueError(
-                "A histogram of gradients has 2 or more orientations, got "
-                f"{num_orientations}."
-            )
-        if pixels_per_cell < 1:
-            raise ValueError(
-                "A histogram of gradients is taken over at least 1 x 1 pixels, got "
-                f"pixels_per_cell={pixels_per_cell}."
-            )
         self.num_orientations = num_orientations
         self.pixels_per_cell = pixels_per_cell
 

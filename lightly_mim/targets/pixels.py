@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightly_mim.arguments import PositiveInt
 from lightly_mim.patches import gather_patches
 from lightly_mim.targets.base import Target, at_least_float32
 from lightly_mim.targets.blocks import (
     average_blocks,
-    check_factor,
     count_blocks,
     repeat_blocks,
 )
@@ -74,9 +74,8 @@ class Pixels(PixelTarget):
         ValueError: If the factor is below 1.
     """
 
-    def __init__(self, factor: int = 1) -> None:
+    def __init__(self, factor: PositiveInt = 1) -> None:
         super().__init__()
-        check_factor(factor)
         self.factor = factor
 
     def __call__(
@@ -182,7 +181,7 @@ class LocallyNormalizedPixels(PixelTarget):
         if window_size < 3 or window_size % 2 == 0:
             raise ValueError(
                 f"The window of a local normalisation has an odd side of at least 3 "
-                f"pixels, got {window_size}."
+                f"pixels, got window_size={window_size}."
             )
         self.window_size = window_size
 

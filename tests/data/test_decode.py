@@ -257,7 +257,7 @@ def test_decode__other_channels_from_a_picture(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4)).save(tmp_path / "x.png")
     with pytest.raises(BrokenImageError, match=r"x\.png with 4 channels.*\.npy"):
         decode_image(tmp_path / "x.png", 4)
-    with pytest.raises(ValueError, match="in_chans must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got in_chans=0"):
         decode_image(tmp_path / "x.png", 0)
 
 

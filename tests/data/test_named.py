@@ -164,7 +164,7 @@ class TestImagenette:
         assert len(imagenette(size="160px", data_dir=tmp_path, download=True)) == 9
 
     def test_size(self) -> None:
-        with pytest.raises(ValueError, match="full, 320px, 160px, got '64px'"):
+        with pytest.raises(ValueError, match="'320px', '160px', got size='64px'"):
             imagenette(size="64px")
 
 

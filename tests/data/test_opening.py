@@ -245,9 +245,9 @@ class TestValueRange:
         "value_range", [(0, 65536), (9, 9), (-1, 5), (1, 2, 3), (7, 2)]
     )
     def test_no_range(self, tmp_path: Path, value_range) -> None:
-        with pytest.raises(ValueError, match="value_range is the lowest"):
+        with pytest.raises(ValueError, match="value_range"):
             decode_image(_grey(tmp_path / "x.png"), value_range=value_range)
-        with pytest.raises(ValueError, match="value_range is the lowest"):
+        with pytest.raises(ValueError, match="value_range"):
             ImageDataset(tmp_path, value_range=value_range)
 
     @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])

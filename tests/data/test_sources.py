@@ -173,7 +173,7 @@ class TestOpenData:
         assert sorted(filenames) == ["a/0.png", "b/1.png"]
         assert sorted(targets.tolist()) == [0, 1]
 
-    @pytest.mark.parametrize("data", [3, iter(()), object()])
+    @pytest.mark.parametrize("data", [3, iter(()), object(), None, b"x", {1: 2}])
     def test_no_data_set(self, data) -> None:
         with pytest.raises(ValueError, match="__len__ and __getitem__"):
             open_data(data)

@@ -293,15 +293,15 @@ def test_num_heads() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "both"}, "kind is one of"),
-        ({"learning_rates": []}, "at least one learning rate"),
-        ({"learning_rates": [0.0]}, "positive"),
-        ({"weight_decays": []}, "at least one weight decay"),
-        ({"weight_decays": [-1.0]}, "negative"),
+        ({"kind": "both"}, "kind of Attentive is one of"),
+        ({"learning_rates": []}, "learning_rates of .* one or more"),
+        ({"learning_rates": [0.0]}, "above 0, got learning_rates"),
+        ({"weight_decays": []}, "weight_decays of .* one or more"),
+        ({"weight_decays": [-1.0]}, "at least 0, got weight_decays"),
         ({"epochs": 0}, "at least 1"),
-        ({"batch_size": 1}, "batch_size at least 2"),
+        ({"batch_size": 1}, "at least 2, got batch_size=1"),
         ({"queries": 0}, "at least 1"),
-        ({"num_parts": 1}, "num_folds=1"),
+        ({"num_parts": 1}, "num_parts=1"),
         ({"num_parts": 31}, "num_folds=31 for 30 image"),
     ],
 )

@@ -313,14 +313,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocols": ["svm"]}, "protocols is a list of knn, linear, got"),
-        ({"protocols": []}, "protocols is a list"),
+        ({"protocols": ["svm"]}, "protocols of .* each one of 'knn', 'linear', got"),
+        ({"protocols": []}, "protocols of .* one or more"),
         ({"layers": [2]}, "layers is one or more of 0 to 1"),
-        ({"layers": []}, "layers is one or more"),
-        ({"max_patches": 0}, "max_patches is at least 1"),
+        ({"layers": []}, "layers of .* one or more"),
+        ({"max_patches": 0}, "at least 1, got max_patches=0"),
         ({"device": "cuda:9"}, "cuda:9"),
-        ({"knn": DenseKNN(ks=[0])}, "kNN needs at least one k"),
-        ({"linear": DenseLinear(learning_rates=[])}, "at least one learning rate"),
+        ({"knn": DenseLinear()}, "knn of evaluate_dense is a DenseKNN"),
         ({"classes": ["a", "b"]}, "holds the value.s. 3, 7, which name no class"),
         ({"classes": ["a"] * 8}, "names of the classes differ"),
         ({"ignore_index": (0, 3, 255)}, r"hold only \['7'\]"),
@@ -333,6 +332,13 @@ def test_evaluate_dense__refuses(
     with pytest.raises(ValueError, match=message):
         evaluate_dense(vit, folder, out=out, **(FAST | options))
     assert not out.exists()
+
+
+def test_settings__refuse() -> None:
+    with pytest.raises(ValueError, match="ks of DenseKNN is a list of one or more"):
+        DenseKNN(ks=[0])
+    with pytest.raises(ValueError, match="learning_rates of DenseLinear is a list"):
+        DenseLinear(learning_rates=[])
 
 
 def break_folder(folder: Path, how: str) -> None:

@@ -235,11 +235,11 @@ def test_normalize_images() -> None:
     [
         ({"layers": [3]}, r"0 to 2 .* got \[3\]"),
         ({"layers": [-4]}, r"0 to 2 .* got \[-4\]"),
-        ({"layers": []}, "layers is one or more"),
-        ({"pools": []}, "pools is one or more"),
-        ({"pools": ["max"]}, "pool is one of"),
-        ({"pools": ["cls+max"]}, "pool is one of"),
-        ({"precision": "64"}, "precision is one of"),
+        ({"layers": []}, "layers of .* one or more"),
+        ({"pools": []}, "pools of .* one or more"),
+        ({"pools": ["max"]}, "pools of .* each one of 'mean'"),
+        ({"pools": ["cls+max"]}, "pools of .* each one of 'mean'"),
+        ({"precision": "64"}, "precision of .* is one of"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )

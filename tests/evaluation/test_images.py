@@ -99,7 +99,7 @@ def test_holdout__data_sets(folder: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_holdout__out_of_range(folder: Path, share: float) -> None:
-    with pytest.raises(ValueError, match=r"in \(0, 1\), got"):
+    with pytest.raises(ValueError, match="strictly between 0 and 1, got holdout"):
         EvaluationImages(folder, None, grey, 1, share)
 
 

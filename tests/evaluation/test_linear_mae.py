@@ -212,16 +212,16 @@ def test_linear_mae__says_what_a_small_data_set_does() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pool": "max"}, "pool is one of"),
-        ({"lr": 0.0}, "lr is positive"),
-        ({"lr": math.inf}, "lr is positive and finite"),
-        ({"momentum": 1.0}, "momentum lies in"),
-        ({"trust_coefficient": 0.0}, "trust_coefficient is positive"),
-        ({"batch_size": 1}, "at least 2 images"),
+        ({"pool": "max"}, "pool of LinearMAE is None or one of"),
+        ({"lr": 0.0}, "lr of LinearMAE is a number above 0"),
+        ({"lr": math.inf}, "lr of LinearMAE is a number above 0"),
+        ({"momentum": 1.0}, "of at least 0 and below 1, got momentum"),
+        ({"trust_coefficient": 0.0}, "above 0, got trust_coefficient"),
+        ({"batch_size": 1}, "at least 2, got batch_size=1"),
         ({"batch_size": 6, "micro_batch_size": 1}, "micro-batches of at least 2"),
-        ({"epochs": 0}, "at least 1 epoch"),
+        ({"epochs": 0}, "at least 1, got epochs=0"),
         ({"warmup_epochs": 91.0}, "warmup_epochs=91"),
-        ({"micro_batch_size": 0}, "at least 1 image"),
+        ({"micro_batch_size": 0}, "at least 1, got micro_batch_size=0"),
     ],
 )
 def test_linear_mae__refuses(settings: dict[str, Any], message: str) -> None:

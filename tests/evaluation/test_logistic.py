@@ -175,11 +175,11 @@ def test_logistic__says_when_it_did_not_converge() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cs": []}, "at least one C"),
-        ({"cs": [1.0, 0.0]}, "positive"),
-        ({"tolerance": 0.0}, "tolerance is positive"),
+        ({"cs": []}, "cs of Logistic is a list of one or more"),
+        ({"cs": [1.0, 0.0]}, "above 0, got cs"),
+        ({"tolerance": 0.0}, "above 0, got tolerance"),
         ({"max_iterations": 0}, "at least 1"),
-        ({"num_folds": 1}, "num_folds=1 for 10 image"),
+        ({"num_folds": 1}, "at least 2, got num_folds=1"),
         ({"num_folds": 11}, "num_folds=11 for 10 image"),
     ],
 )
@@ -193,7 +193,7 @@ def test_logistic__bad_settings(settings: dict[str, object], message: str) -> No
     [
         ({"features": torch.ones(5, 2, 2)}, "matrix"),
         ({"labels": torch.full((5,), 3)}, r"lie in \[0, 3\)"),
-        ({"cs": [-1.0]}, "positive"),
+        ({"cs": [-1.0]}, "above 0, got cs"),
     ],
 )
 def test_fit_logistic_path__bad_input(change: dict[str, object], message: str) -> None:

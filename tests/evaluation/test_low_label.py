@@ -184,13 +184,13 @@ def test_evaluate__too_few_images_of_a_class_is_refused_early(photos: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shots": []}, "shots is one or more"),
-        ({"shots": [0, 1]}, "from 1 to the 10"),
+        ({"shots": []}, "shots of LowLabel is a list of one or more"),
+        ({"shots": [0, 1]}, "at least 1, got shots"),
         ({"shots": [11]}, "from 1 to the 10"),
         ({"draws": 0}, "draws=0"),
         ({"num_folds": 1}, "num_folds=1"),
-        ({"cs": []}, "at least one C"),
-        ({"fixed_c": 0.0}, "positive"),
+        ({"cs": []}, "cs of LowLabel is a list of one or more"),
+        ({"fixed_c": 0.0}, "above 0, got fixed_c"),
     ],
 )
 def test_low_label__bad_settings(settings: dict[str, object], message: str) -> None:

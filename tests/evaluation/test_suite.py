@@ -299,7 +299,7 @@ def test_evaluate__holdout(
     # What is in the directory is not taken for features of the whole.
     whole = evaluate(encoder, folder, overwrite=True, **arguments)
     assert [(row.num_train, row.num_test) for row in whole.rows] == [(24, 12)] * 2
-    with pytest.raises(ValueError, match="holdout is the share"):
+    with pytest.raises(ValueError, match="holdout of evaluate is"):
         evaluate(encoder, folder, holdout=1.5, overwrite=True, **arguments)
 
 
@@ -312,20 +312,18 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"protocols": ["magic"]}, "protocols is a list of knn, linear"),
-        ({"protocols": []}, "protocols is a list"),
-        ({"protocols": "knn"}, "protocols is a list"),
-        ({"baselines": ["chance"]}, "baselines is a list of random, pixels"),
+        ({"protocols": ["magic"]}, "protocols of .* each one of 'knn', 'linear'"),
+        ({"protocols": []}, "protocols of evaluate is a list of one or more"),
+        ({"protocols": "knn"}, "protocols of evaluate is a list of one or more"),
+        ({"baselines": ["chance"]}, "baselines of .* each one of 'random', 'pixels'"),
         ({"layers": [2]}, "layers is one or more of 0 to 1"),
-        ({"pools": ["max"]}, "pool is one of"),
-        ({"precision": "16"}, "precision is one of"),
+        ({"pools": ["max"]}, "pools of evaluate is"),
+        ({"precision": "16"}, "precision of evaluate is one of"),
         ({"crop_ratio": 0.0}, "crop_ratio"),
         ({"knn": KNN(ks=[24])}, "23 training image"),
-        ({"knn": KNN(temperatures=[0.0])}, "positive"),
-        ({"knn": KNN(chunk_size=0)}, "chunk_size"),
-        ({"linear": Linear(learning_rates=[])}, "at least one learning rate"),
-        ({"linear": Linear(num_folds=1)}, "num_folds=1 for 24"),
-        ({"linear": Linear(epochs=0)}, "at least 1"),
+        ({"knn": Linear()}, "knn of evaluate is a KNN"),
+        ({"overwrite": "false"}, "overwrite of evaluate is True or False"),
+        ({"linear": Linear(num_folds=25)}, "num_folds=25 for 24"),
         ({"img_size": 64}, "img_size"),
         (
             {"protocols": ["knn", "linear_mae"], "linear_mae": LinearMAE(layer=2)},
@@ -816,9 +814,10 @@ def test_check_evaluation__without_weights(
         ({"layers": [40]}, "layers is one or more of"),
         ({"protocols": ["knm"]}, "protocols"),
         ({"baselines": ["noise"]}, "baselines"),
-        ({"holdout": 0.0}, "holdout is the share"),
+        ({"holdout": 0.0}, "holdout of evaluate is"),
         ({"img_size": 50}, "does not divide"),
-        ({"protocols": ["linear"], "linear": Linear(epochs=0)}, "epochs"),
+        ({"protocols": ["linear"], "linear": KNN()}, "linear of evaluate is a Linear"),
+        ({"seed": -1}, "seed of evaluate"),
     ):
         with pytest.raises(ValueError, match=message):
             check_evaluation(build(), wrong)

@@ -146,7 +146,7 @@ def test_choose_attention__changes_nothing() -> None:
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01])
 def test_constructor__refuses_predict_ratio(ratio: float) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"(0, 1], got {ratio}")):
+    with pytest.raises(ValueError, match=re.escape(f"got predict_ratio={ratio}")):
         CrossMAE(**VIT, predict_ratio=ratio)
 
 

@@ -437,7 +437,7 @@ MISFITS: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "a ratio out of range": (
         lambda: {"masking": RandomMasking(16, 1.5)},
         "masking RandomMasking masking.ratio 1.5",
-        "mask ratio lies strictly between 0 and 1, got 1.5",
+        "strictly between 0 and 1, got ratio=1.5",
     ),
     "a masking and its short form": (
         lambda: {"masking": BlockMasking(), "mask_ratio": 0.5},
@@ -503,7 +503,7 @@ def test_parts__are_objects(part: str, cls: type, how: str) -> None:
             continue
         method, options, _ = METHODS[name]
         given: Any = cls if how == "class" else cls.__name__
-        with pytest.raises(ValueError, match=f"{part} is .*got .*{cls.__name__}"):
+        with pytest.raises(ValueError, match=f"{part} of .*got .*{cls.__name__}"):
             method(**options, **{part: given})
         if how == "word":
             command = [*COMMAND, "--method", name, *words(options)]

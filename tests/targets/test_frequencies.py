@@ -68,7 +68,7 @@ def test_low_frequencies__half_precision_is_measured_in_float32() -> None:
 
 
 def test_low_frequencies__refuses() -> None:
-    with pytest.raises(ValueError, match="at least 1 x 1.*size=0"):
+    with pytest.raises(ValueError, match="at least 1, got size=0"):
         LowFrequencies(0)
     with pytest.raises(ValueError, match="8 x 16 pixels has no 9 x 9.*at most 8"):
         LowFrequencies(9).width((8, 16), 3)

@@ -86,7 +86,7 @@ def test_hog__flat_image_is_zero() -> None:
 
 
 def test_hog__refuses() -> None:
-    with pytest.raises(ValueError, match="2 or more orientations, got 1"):
+    with pytest.raises(ValueError, match="at least 2, got num_orientations=1"):
         HOG(1)
     with pytest.raises(ValueError, match="got pixels_per_cell=0"):
         HOG(9, 0)
