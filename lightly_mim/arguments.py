@@ -173,8 +173,9 @@ def _admit(value: Any, hint: Any, name: str, function: str) -> Any:
     if isinstance(value, np.ndarray) and fits(value.tolist(), hint):
         return value.tolist()
     message = f"{name} of {function} is {_describe(hint)}, got {name}={_told(value)}."
-    if isinstance(value, type):
-        message += f" Make an object of it: {value.__name__}(...)."
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if classes := [item for item in items if isinstance(item, type)]:
+        message += f" Make an object of it: {classes[0].__name__}(...)."
     raise ValueError(message)
 
 

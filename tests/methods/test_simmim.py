@@ -614,8 +614,8 @@ def test_constructor__says_what_replaced_an_argument() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "l3"}, r"L1\(\), L2\(\), SmoothL1\(\).*'l3'"),
-        ({"region": "half"}, "'masked', 'all' or 'visible', got 'half'"),
+        ({"loss": "l3"}, r"^loss of SimMIM is .*a Loss, got loss='l3'"),
+        ({"region": "half"}, "'masked', 'all', 'visible', got region='half'"),
         ({"mask_ratio": 1.5}, "between 0 and 1"),
         ({"mask_patch_size": 0}, "mask_patch_size"),
         ({"encoder": "vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
