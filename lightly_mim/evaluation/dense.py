@@ -24,6 +24,7 @@ import math
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -208,6 +209,13 @@ def evaluate_dense(
     check_value_range(value_range)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
     settings: dict[str, DenseProtocol] = {"knn": knn, "linear": linear}
+    for name, setting in settings.items():
+        if name not in protocols and setting != type(setting)():
+            warnings.warn(
+                f"{name} does nothing here: protocols={list(protocols)} does not name "
+                "it.",
+                stacklevel=3,
+            )
     with keyed_random_state(seed, "evaluation", "encoder"):
         model = load_encoder(
             encoder,

@@ -122,20 +122,26 @@ class EvaluationImages:
             with_val=holdout is None,  # as they are not looked at, any will do
         )
         _check_classes(train, data)
+        if holdout is None and test is None:
+            raise ValueError(
+                f"There are no test images for {describe_data(data)}. Give a folder "
+                "that holds train/ and val/, or the test images as val, or hold out "
+                "training images, such as holdout=0.2."
+            )
         if test is not None:
             _check_classes(test, data if val is None else val)
-        if on_error == "skip":
 
-            def whole(images: Any, part: Part) -> Any:
-                images.on_error = "raise"  # another one would take its place
-                found = world.from_first(
-                    lambda: find_readable(images, part, num_workers, progress)
-                )
-                self.notes += found.notes
-                return images.take(found.indices)
+        def whole(images: Any, part: Part) -> Any:
+            if on_error == "raise" or images is None:
+                return images
+            images.on_error = "raise"  # another one would take its place
+            found = world.from_first(
+                lambda: find_readable(images, part, num_workers, progress)
+            )
+            self.notes += found.notes
+            return images.take(found.indices)
 
-            train = whole(train, "training")
-            test = None if test is None else whole(test, "test")
+        train, test = whole(train, "training"), whole(test, "test")
         if holdout is not None:
             labels = read_labels(train, num_workers)
             draw = seed_from(seed, "evaluation", "holdout")
@@ -145,12 +151,6 @@ class EvaluationImages:
                 for part in (~held_out, held_out)
             )
             return
-        if test is None:
-            raise ValueError(
-                f"There are no test images for {describe_data(data)}. Give a folder "
-                "that holds train/ and val/, or the test images as val, or hold out "
-                "training images, such as holdout=0.2."
-            )
         self.train, self.test = train, test
 
     def labelled(self) -> LabelledImages:

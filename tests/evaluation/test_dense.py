@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -409,3 +410,24 @@ def test_cli(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     saved = json.loads((tmp_path / "dense.json").read_text())
     assert saved["arguments"]["ignore_index"] == [255, 254]
     assert saved["rows"][0]["hyperparameters"]["k"] == 1
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize(
+    ("protocols", "settings", "said"),
+    [
+        (["knn"], {"linear": DenseLinear(epochs=1)}, "linear"),
+        (["linear"], {"knn": DenseKNN(ks=[1])}, "knn"),
+        (["knn"], {"knn": DenseKNN(ks=[1])}, None),
+        (["knn"], {"linear": DenseLinear()}, None),
+    ],
+)
+def test_evaluate_dense__says_what_does_nothing(
+    shapes: Path, vit: MaskedEncoder, protocols: Any, settings: Any, said: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate_dense(vit, shapes, protocols, **FAST, **settings)
+    found = [str(each.message) for each in caught if "does nothing" in str(each)]
+    expected = f"{said} does nothing here: protocols={protocols} does not name it."
+    assert found == ([] if said is None else [expected])
