@@ -188,6 +188,8 @@ class RunDirectory:
                     continue
                 was = f"{len(now)} files that were looked at"
                 now = f"{changed} of them written since"
+            elif name == "contents":
+                was, now = "images", "others of the same names and sizes"
             changes.setdefault(_FACTS[name][0], (was, now))
         self._refuse(changes, allow_changes)
         return changes
