@@ -35,7 +35,7 @@ from lightly_mim.evaluation import (
     evaluate,
     evaluate_dense,
 )
-from lightly_mim.files import print_any_name
+from lightly_mim.files import is_file, print_any_name
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
@@ -252,7 +252,7 @@ def _read_files(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
             file = ConfigFile(value, command, named, trust)
             _refuse_replaced(file.options)
             words[place + 1] = json.dumps(file.options)
-        elif option in settings and Path(value).is_file():
+        elif option in settings and is_file(value):
             raise ValueError(f"{option} {value} is a file: pass one as --config alone.")
     return words
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import get_loader
 
 from lightly_mim.config import Recorded, check_named, own_class, read_yaml
+from lightly_mim.files import is_file
 from lightly_mim.words import import_own, meant, public_classes
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None), Path)
@@ -58,8 +60,8 @@ class ConfigFile:
         self.path = path
         self._named = named
         self._trust = trust
-        if not Path(path).is_file():
-            raise ValueError(f"--config: File does not exist: {path}")
+        if not is_file(path):
+            raise ValueError(f"--config: File does not exist: {path[:200]}")
         try:
             options = read_yaml(path, get_loader("yaml"))
         except OSError as error:
@@ -76,8 +78,9 @@ class ConfigFile:
                     f"{meant(str(name), known)}"
                 )
             self._check(value, hints[name], name)
-        if not Path(str(self.options.get("encoder"))).exists():
-            self._told("encoder", lambda: self._check_named(self.options))
+        with suppress(OSError):  # it may be a path with a colon
+            if not Path(str(self.options.get("encoder"))).exists():
+                self._told("encoder", lambda: self._check_named(self.options))
 
     def _check_named(self, arguments: Mapping[str, Any]) -> None:
         if not self._trust and arguments.get("encoder") not in self._named:

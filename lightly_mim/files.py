@@ -41,6 +41,19 @@ def print_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def is_file(text: str) -> bool:
+    """Returns whether a word is a file; False for what cannot be a path at all.
+
+    Args:
+        text:
+            The word.
+    """
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long, for example
+        return False
+
+
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Gives a temporary path and renames it to the wanted one when all went well.

@@ -476,6 +476,34 @@ class Pretraining(pl.LightningModule):
             if isinstance(logger, MetricsLogger):
                 logger.drop_after(checkpoint["global_step"])
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Path | str, *, method: MaskedImageModel, **options: Any
+    ) -> Pretraining:
+        """Loads the weights of a checkpoint on the CPU, without unpickling anything.
+
+        Lightning's own takes names that begin with "http" for addresses and, before
+        2.6, unpickles.
+
+        Args:
+            checkpoint_path:
+                The file.
+            method:
+                A method like the one whose weights it holds, which gets them.
+            options:
+                Further arguments of `Pretraining`.
+
+        Raises:
+            ValueError: If the file is damaged or no checkpoint.
+            RuntimeError: If its weights are another method's.
+        """
+        io = AtomicCheckpointIO(lambda: None)
+        checkpoint = io.load_checkpoint(checkpoint_path)
+        module = cls(method, **options)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps weights that a non-finite loss has spoilt out of a checkpoint.
 

@@ -181,13 +181,15 @@ class RunDirectory:
             if name not in known or known[name] == value:
                 continue
             was, now = known[name], value
-            if name == "times":
+            if name == "times" and isinstance(was, list):
                 pairs = zip(was, now, strict=False)
                 changed = sum(before != after for before, after in pairs)
                 if changed == len(now) == len(was):  # copies, of which none keeps it
                     continue
                 was = f"{len(now)} files that were looked at"
                 now = f"{changed} of them written since"
+            elif name == "contents":
+                was, now = "images", "others of the same names and sizes"
             changes.setdefault(_FACTS[name][0], (was, now))
         self._refuse(changes, allow_changes)
         return changes
@@ -242,9 +244,13 @@ class RunDirectory:
     def _stored_history(self) -> dict[str, Any]:
         remedy = "Delete it: the run is then known by its arguments alone."
         try:
-            return read_sealed(self.history, remedy)
+            history = read_sealed(self.history, remedy)
         except FileNotFoundError:  # of an earlier version
             return {}
+        kinds = {"facts": dict, "changes": list}
+        if any(not isinstance(history.get(k, kinds[k]()), kinds[k]) for k in kinds):
+            raise ValueError(f"{self.history} is damaged: no facts. {remedy}")
+        return history
 
     def _changes(
         self,

@@ -139,6 +139,11 @@ class Study:
             state: dict[str, Any] = json.loads(self._state_file(task).read_text())
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            raise ValueError(
+                f"{self._state_file(task)} is damaged: {error}. Delete it: the task's "
+                "directory tells how far it came."
+            ) from error
         return state
 
     def update_state(self, task: TaskSpec, **changes: Any) -> None:

@@ -16,10 +16,10 @@ from lightly_mim.checkpoints import load_whole, read_encoder
 from lightly_mim.evaluation import cache, evaluate, evaluate_dense, suite
 from lightly_mim.evaluation.keeper import Keeper
 from lightly_mim.files import read_sealed
-from lightly_mim.pretraining import pretrain
+from lightly_mim.pretraining import Pretraining, pretrain
 from lightly_mim.runs import RunDirectory
 
-from .test_pretraining import Interrupt, assert_same, rows_of, run, weights
+from .test_pretraining import Interrupt, assert_same, build, rows_of, run, weights
 
 OTHER = [Interrupt(9, 9)]
 EVALUATION: dict[str, Any] = {"device": "cpu", "num_workers": 0, "batch_size": 8}
@@ -149,6 +149,38 @@ def test_resume__of_names_that_look_like_addresses(
         assert_same(weights(Path(f"{name}run/a")), weights(runs / "whole"))
     spec = read_encoder("httprun/a/checkpoints/last.ckpt").spec
     assert spec["name"] == "vit_tiny_patch16_224"
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("executed"),)
+
+
+def test_checkpoints_of_others__are_not_unpickled(
+    runs: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    last = RunDirectory(cut).checkpoint
+    content = torch.load(last)
+    for hostile in (content | {"callbacks": Evil()}, Evil(), {"state_dict": {}}, []):
+        torch.save(hostile, last)
+        for load in (
+            lambda: pretrain(cut, resume=True, callbacks=OTHER),
+            lambda: Pretraining.load_from_checkpoint(last, method=build()),
+        ):
+            with pytest.raises(
+                ValueError, match=r"last\.ckpt is not a checkpoint that"
+            ):
+                load()
+    marked = Path(shutil.copy(runs / "whole" / "finished.json", cut))
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a checkpoint that"):
+        pretrain(cut, resume=True, callbacks=OTHER)
+    assert not Path("executed").exists() and marked.exists()
+    Path("http").mkdir()
+    torch.save(content, "http/a.ckpt")
+    module = Pretraining.load_from_checkpoint("http/a.ckpt", method=build())
+    name = "method.encoder.vit.norm.weight"
+    assert torch.equal(module.state_dict()[name], content["state_dict"][name])
 
 
 def test_resume__other_configurations(cut: Path) -> None:

@@ -228,7 +228,7 @@ def test_resume__other_images_need_a_word(
 
 def as_copies(folder: Path) -> None:
     for number, path in enumerate(folder.rglob("*.jpg")):
-        os.utime(path, (1, 10**9 + number))
+        os.utime(path, (1, 10**9 + 1 + number))
 
 
 def touch_one(folder: Path) -> None:
@@ -266,8 +266,8 @@ def nothing(folder: Path) -> None:
         (nothing, None),
         (as_copies, None),
         (touch_one, "1 of them written since"),
-        (change_in_place, "data: '[0-9a-f]{8}' in the run"),
-        (change_a_copy, "data: '[0-9a-f]{8}' in the run"),
+        (change_in_place, "others of the same names and sizes"),
+        (change_a_copy, "others of the same names and sizes"),
         (other_size, "data: '32 images, names .*, sizes"),
     ],
 )
@@ -309,7 +309,7 @@ def test_resume__after_a_broken_file(
         with pytest.raises(ValueError, match="other arguments"):
             run(out, data, callbacks=OTHER, resume=True)
         path.write_bytes(b"x" * len(whole_file))  # which no size tells
-        with pytest.raises(ValueError, match=r"flower/05.jpg"):
+        with pytest.raises(ValueError, match="others of the same names and sizes"):
             run(out, data, callbacks=OTHER, resume=True)
         if name == "deleted":
             path.unlink()

@@ -288,7 +288,7 @@ class FeatureStore:
         try:
             said = read_sealed(self._sidecar(key), "It is made again.")
             # Copy on write: torch wants memory that it may write to.
-            array = np.load(self._file(key), mmap_mode="c")
+            array = np.lib.format.open_memmap(self._file(key), mode="c")
         except Exception:  # NumPy's own depend on where the damage is
             return None
         shape = list(array.shape)

@@ -311,11 +311,10 @@ class _Checkpoint:
         if not self.path.exists():
             return 0, 0
         remedy = "Delete it: this training then begins anew."
-        content = load_whole(
-            self.path,
-            remedy=remedy,
-            foreign=f"{self.path} is no checkpoint of a training. {remedy}",
-        )
+        foreign = f"{self.path} is no checkpoint of a training. {remedy}"
+        content = load_whole(self.path, remedy=remedy, foreign=foreign)
+        if not (isinstance(content, dict) and content.keys() >= _PARTS):
+            raise ValueError(foreign)
         before = content["identity"]
         differences = [
             f"{name} was {before.get(name)} and is {self.identity.get(name)}"
@@ -371,6 +370,11 @@ class _Checkpoint:
                 f"{epoch + 1}. Lower its lr, lengthen the warm-up, or use precision "
                 '"32".'
             )
+
+
+_PARTS = {
+    *("identity", "epoch", "step", "loader", "trained", "optimizer", "schedule"),
+}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from lightly_mim.evaluation.dense_results import (
     count_pixels,
     miou_interval,
 )
+from lightly_mim.files import sealed
 
 COLOURS = {0: (90, 90, 90), 3: (200, 30, 30), 7: (30, 30, 200)}
 FAST: dict[str, Any] = {"num_workers": 0, "device": "cpu", "batch_size": 4}
@@ -106,7 +107,7 @@ def test_evaluate_dense__random_vit_sees_colours(
         best = max(row.selection, key=lambda entry: entry["miou"])
         assert {"layer": row.layer, **row.hyperparameters}.items() <= best.items()
     saved = json.loads((tmp_path / "new" / "dense.json").read_text())
-    assert saved == json.loads(json.dumps(results.to_dict()))
+    assert saved == json.loads(json.dumps(sealed(results.to_dict())))
     assert saved["data"]["classes"] == ["0", "3", "7"]
     assert saved["arguments"]["layers"] == [0, -1]
     assert saved["encoder"]["name"] == "vit_tiny_patch16_224"
