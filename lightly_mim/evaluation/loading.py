@@ -96,7 +96,10 @@ def load_encoder(
     if isinstance(encoder, str) and is_hub_name(encoder):
         encoder = fetch(encoder)
     if not isinstance(encoder, nn.Module) and Path(encoder).exists():
-        encoder = build_saved(read_weights(encoder), encoder)
+        weights = read_weights(encoder, parts=False)
+        encoder = build_saved(weights, encoder)
+        for note in weights.notes:
+            print(note)
         if img_size is not None:
             encoder = resize_encoder(encoder, img_size)
     if isinstance(encoder, nn.Module):
