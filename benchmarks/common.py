@@ -207,6 +207,13 @@ def build_parser(
             "'masking=BlockMasking(16, 0.5)'",
         )
     training.add_argument(
+        "--init",
+        metavar="WEIGHTS",
+        help="begin with these weights, interpolated for the encoder: a run directory, "
+        "a file or folder of published ones, or the name of a timm model (default: new "
+        "weights); not --resume, which goes on with the runs in DIR",
+    )
+    training.add_argument(
         "--img-size",
         type=whole_number(1),
         metavar="PIXELS",
@@ -573,6 +580,7 @@ def train_and_evaluate(
                     directory.path,
                     data,
                     plan.build,
+                    init=arguments.init,
                     seed=seed,
                     accelerator=arguments.accelerator,
                     devices=arguments.devices,
@@ -650,7 +658,8 @@ def check_study(
         for seed in arguments.seed:
             directory = RunDirectory(out / f"{name}-seed{seed}")
             if arguments.stage == "evaluate":
-                _check_trained(directory, {"data": data, "seed": seed}, plan)
+                settings = {"data": data, "seed": seed, "init": arguments.init}
+                _check_trained(directory, settings, plan)
             elif not arguments.resume:
                 directory.check({}, resume=False, overwrite=arguments.overwrite)
     return choices

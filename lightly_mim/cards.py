@@ -11,6 +11,18 @@ from lightly_mim.checkpoints import Weights
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.runs import RunDirectory
 
+_MADE = "Converted by lightly_mim from "
+
+
+def is_card(file: Path) -> bool:
+    """Returns whether a file is a card that `model_card` wrote.
+
+    Args:
+        file:
+            The file.
+    """
+    return file.is_file() and _MADE in file.read_text(errors="replace")
+
 
 def model_card(
     source: Path | str,
@@ -40,7 +52,7 @@ def model_card(
     lines = [
         f"# {encoder.name}" + (f", pretrained with {name}" if name else ""),
         "",
-        f"Converted by lightly_mim from {weights.layout}.",
+        f"{_MADE}{weights.layout}.",
         *notes,
         "",
         "```python",

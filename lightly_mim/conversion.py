@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightly_mim.arguments import checked
-from lightly_mim.cards import model_card
+from lightly_mim.cards import is_card, model_card
 from lightly_mim.checkpoints import encoder_spec, save_encoder, timm_model
 from lightly_mim.checkpoints import huggingface_writing as huggingface
 from lightly_mim.checkpoints import lightly_benchmark as lightly_layout
@@ -77,7 +77,7 @@ def convert(
     if to not in get_args(Layout):
         raise ValueError(f"to is one of {', '.join(get_args(Layout))}, got {to!r}.")
     out = Path(out)
-    if out.exists() and not (overwrite and (out / "README.md").is_file()):
+    if out.exists() and not (overwrite and is_card(out / "README.md")):
         raise ValueError(
             f"{out} is there already: pass another folder as out, or overwrite to "
             "replace one that was written by convert."

@@ -768,7 +768,8 @@ def pretrain(
         with keyed_random_state(seed, "weights"):
             method = as_published(method, recipe)()
     if takes_weights and init is not None:
-        start_from(method, init)
+        with keyed_random_state(seed, "init"):
+            start_from(method, init)
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
     open_images = partial(

@@ -386,6 +386,7 @@ def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     main([*words, "--out", str(out), "--overwrite"])
     names = {path.name for path in out.iterdir()}
     assert names == {"encoder.safetensors", "README.md"}
+    (run / "README.md").write_text("# My photographs\n")
     with pytest.raises(SystemExit):
         main([*words, "--out", str(run), "--overwrite"])
     assert (run / "config.yaml").exists()

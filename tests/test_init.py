@@ -128,7 +128,7 @@ def test_init__on_the_command_line(
     words += " --batch-size 8 --accelerator cpu --devices 1 --num-workers 0"
     main(words.split())
     assert "MAE from" in capsys.readouterr().out
-    assert read_weights(tmp_path / "a").method == "lightly_mim.methods.MAE"
+    assert read_weights(tmp_path / "a").method_name == "MAE"
 
 
 def test_from_pretrained__options(first: Path) -> None:

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from .checkpoints import official
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -46,6 +50,13 @@ def blocks(language: str) -> list[str]:
 def folder(photos: Path, tmp_path: Path) -> Path:
     """Where a reader stands: images in photos/, an empty runs/."""
     shutil.copytree(photos, tmp_path / "photos")
+    torch.save({"model": official.mae()}, tmp_path / "mae_visualize_vit_base.pth")
+    torch.save({"model": official.swin()}, tmp_path / "simmim_pretrain__swin_base.pth")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 64}
+    small |= {f"decoder_{name}": value for name, value in small.items()}
+    vit_mae = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, **small))
+    vit_mae.save_pretrained(tmp_path / "vit-mae-base")
     [site] = blocks("yaml")
     (tmp_path / "site.yaml").write_text(site)
     return tmp_path

@@ -9,6 +9,8 @@ from huggingface_hub import snapshot_download
 
 _WANTED = ["config.json", "preprocessor_config.json", "*.safetensors*"]
 
+_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+
 
 def is_hub_name(name: str) -> bool:
     """Returns whether this is OWNER/MODEL, and no path of this machine.
@@ -18,7 +20,8 @@ def is_hub_name(name: str) -> bool:
             What a user calls weights.
     """
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    return is_name is not None and not Path(name).parent.exists()
+    is_path = Path(name).parent.exists() or Path(name).suffix in _SUFFIXES
+    return is_name is not None and not is_path
 
 
 def fetch(name: str) -> Path:
@@ -38,10 +41,9 @@ def fetch(name: str) -> Path:
     # Its own errors, those of requests, or those of a proxy between them.
     except Exception as error:
         raise ValueError(
-            f"'{name}' is no file or folder of this machine, and cannot be fetched "
-            f"from the Hugging Face hub: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''} Check the name; fetch "
-            "it once where there is a network, or download the folder and pass its "
-            "path."
+            f"'{name}' is neither a run, a file nor a folder of this machine, and as a "
+            "name on the Hugging Face hub it cannot be fetched "
+            f"({type(error).__name__}). Check the path or the name; fetch it once "
+            "where there is a network, or download the folder and pass its path."
         ) from error
     return folder

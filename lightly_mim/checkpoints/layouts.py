@@ -25,7 +25,9 @@ KNOWN = (
 )
 
 
-def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
+def read_weights(
+    path: Path | str, num_heads: int | None = None, *, parts: bool = True
+) -> Weights:
     """Reads weights in any layout that is known.
 
     Nothing in a file is executed, and names of files do not matter.
@@ -35,6 +37,9 @@ def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
             The file or the folder.
         num_heads:
             Number of attention heads, where neither the file nor its shapes tell it.
+        parts:
+            False leaves the last checkpoint of a run alone where the encoder has a file
+            of its own.
 
     Raises:
         ValueError: If there is no such file, if it is damaged, holds more than weights
@@ -44,7 +49,7 @@ def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
     if not path.exists():
         raise ValueError(f"{path} does not exist. Weights are read from {KNOWN}.")
     if path.is_dir() and not (path / "config.json").is_file():
-        return ours.read_run(path)
+        return ours.read_run(path, parts)
     content = read_content(path)
     for layout in _LAYOUTS:
         weights: Weights | None

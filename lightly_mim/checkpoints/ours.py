@@ -20,12 +20,14 @@ _VIT = "encoder.vit."
 _TOKEN = "encoder.mask_token"
 
 
-def read_run(path: Path) -> Weights:
+def read_run(path: Path, parts: bool = True) -> Weights:
     """Returns the weights of a run: of its last checkpoint, which holds all of them.
 
     Args:
         path:
             The directory of the run.
+        parts:
+            Whether to read more than the encoder.
 
     Raises:
         ValueError: If there are none, or if a file is damaged.
@@ -36,7 +38,7 @@ def read_run(path: Path) -> Weights:
     described = stored.get("method")
     # The encoder's file of a finished run says that it is; without it, the checkpoint.
     encoder, spec = read_encoder(path)
-    if run.checkpoint.is_file():
+    if parts and run.checkpoint.is_file():
         content = read_content(run.checkpoint)
         state = content.tensors
         described = _described(content) or described

@@ -108,7 +108,10 @@ def load_encoder(
     if feature_function is not None:
         return _with_function(encoder, feature_function, img_size, in_chans)
     if not isinstance(encoder, nn.Module) and saved:
-        encoder = build_saved(read_weights(encoder), encoder)
+        weights = read_weights(encoder, parts=False)
+        encoder = build_saved(weights, encoder)
+        for note in weights.notes:
+            print(note)
         if img_size is not None:
             encoder = resize_encoder(encoder, img_size, tables)
     if isinstance(encoder, nn.Module):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -200,7 +201,7 @@ def _take(
         *weights.notes,
         *([f"Left out: {', '.join(weights.left_out)}."] if weights.left_out else []),
     ]
-    print(
+    rank_zero_only(print)(
         f"{type(method).__name__} from {source} ({weights.layout}): takes "
         f"{', '.join(taken)}. " + " ".join(sentence for sentence in said if sentence),
         flush=True,

@@ -166,5 +166,8 @@ def test_folder_names_files_outside(tmp_path: Path) -> None:
 def test_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for door in (load_encoder, MAE.from_pretrained):
-        with pytest.raises(ValueError, match="cannot be fetched from the Hugging Face"):
+        with pytest.raises(ValueError, match="Hugging Face hub it cannot be fetched"):
             door("facebook/no-such-model")
+    for door in (load_encoder, MAE.from_pretrained):  # a path with a mistake in it
+        with pytest.raises(ValueError, match=r"weights.*no-such|no-such.* weights"):
+            door("no/no-such-model.pth")
