@@ -705,7 +705,10 @@ def pretrain(
     built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
-            method = as_published(method, recipe)()
+            made = as_published(method, recipe)()
+        if not isinstance(made, MaskedImageModel):
+            raise ValueError(f"method makes a {type(made).__name__}, no method.")
+        method = made
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
     open_images = partial(
