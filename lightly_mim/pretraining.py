@@ -766,7 +766,10 @@ def pretrain(
     built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
-            method = as_published(method, recipe)()
+            made = as_published(method, recipe)()
+        if not isinstance(made, MaskedImageModel):
+            raise ValueError(f"method makes a {type(made).__name__}, no method.")
+        method = made
     if takes_weights and init is not None:
         with keyed_random_state(seed, "init"):
             start_from(method, init)
