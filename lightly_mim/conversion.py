@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -74,8 +74,6 @@ def convert(
         ValueError: If the weights cannot be read, if the layout has no place for them,
             if `out` is there, or if a package is missing that the layout needs.
     """
-    if to not in get_args(Layout):
-        raise ValueError(f"to is one of {', '.join(get_args(Layout))}, got {to!r}.")
     out = Path(out)
     if out.exists() and not (overwrite and is_card(out / "README.md")):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lightly_mim.checkpoints import (
@@ -13,6 +14,7 @@ from lightly_mim.checkpoints import (
     timm_model,
 )
 from lightly_mim.checkpoints.reading import read_content
+from lightly_mim.checkpoints.spec import read_spec
 from lightly_mim.checkpoints.weights import Weights
 
 # timm's comes last: others hold its names.
@@ -62,9 +64,20 @@ def read_weights(
                 f"it: {type(error).__name__}: {error}"
             ) from error
         if weights is not None:
-            return weights
+            return _checked(weights, path)
     some = ", ".join(sorted(content.tensors)[:5])
     raise ValueError(
         f"{path} holds weights in a layout that is not known ({some}, ...). Known are "
         f"{KNOWN}. Otherwise build the model, load them, and pass the model itself."
     )
+
+
+def _checked(weights: Weights, path: Path) -> Weights:
+    """Returns weights whose description builds nothing but what it says."""
+    try:
+        spec = read_spec(json.dumps(weights.spec), weights.encoder)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} describes an encoder that cannot be built: {error}."
+        ) from error
+    return weights._replace(spec=spec)

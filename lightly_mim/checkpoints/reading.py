@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightly_mim.checkpoints.whole import check_zip
+
 # Where a dictionary of weights lies in a file: Lightning and timm, and Meta's code.
 _HOLDERS = ("state_dict", "model")
 # In a folder of the Hugging Face hub, the first that is there.
@@ -132,6 +134,10 @@ def _load_pytorch(file: Path) -> Any:
     # A CfgNode is a dictionary with methods, and need not be more here.
     harmless: Any = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
     try:
+        with file.open("rb") as content:
+            zipped = content.read(2) == b"PK"
+        if zipped:
+            check_zip(file)
         with torch.serialization.safe_globals(harmless):
             return torch.load(file, map_location="cpu", weights_only=True)
     # Whatever it is that an unpickler makes of a file that is cut or made up.

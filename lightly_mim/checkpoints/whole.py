@@ -35,7 +35,7 @@ def load_whole(path: Path | str, *, remedy: str, foreign: str) -> Any:
         head = file.read(len(_ZIP))
         if head == _ZIP:
             try:
-                _check_zip(path)
+                check_zip(path)
             except Exception as error:  # zipfile's own depend on where the damage is
                 raise _damaged(path, str(error), remedy) from error
         elif head[:1] != _PICKLE:
@@ -51,8 +51,13 @@ def _damaged(path: Path, reason: str, remedy: str) -> ValueError:
     return ValueError(f"{path} is damaged: {reason}. {remedy}")
 
 
-def _check_zip(path: Path) -> None:
-    """Raises an error if a part of a zip is not what its checksum says."""
+def check_zip(path: Path) -> None:
+    """Raises an error if a part of a zip is not what its checksum says.
+
+    Args:
+        path:
+            The file.
+    """
     with ZipFile(path) as archive:
         packed = [i for i in archive.infolist() if i.compress_type != ZIP_STORED]
         if packed:  # PyTorch packs nothing

@@ -163,6 +163,41 @@ def test_folder_names_files_outside(tmp_path: Path) -> None:
     assert read_weights(folder).method == "MAE"
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "hf-hub:evil/x"}, "one of timm's own models"),
+        ({"architecture": "local-dir:/tmp"}, "one of timm's own models"),
+        ({"architecture": "vit_none"}, "one of timm's own models"),
+        ({"model_args": {"checkpoint_path": "evil.pth"}}, "checkpoint_path"),
+        ({"model_args": {"pretrained_cfg": {"url": "http://x"}}}, "pretrained_cfg"),
+        ({"model_args": {"depth": 10**9}}, "numbers of up to"),
+        ({"model_args": {"depth": 5000}}, "no deeper than"),
+        ({"model_args": {"img_size": 10**6}}, "img_size"),
+        ({"pretrained_cfg": {"mean": ["a", 1, 1]}}, "mean is"),
+        ({"pretrained_cfg": {"input_size": 3}}, "do not fit it"),
+    ],
+)
+def test_folder_of_timm_that_asks_for_more(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    folder, _ = write("config.json", tmp_path)
+    good = {"architecture": "vit_tiny_patch16_224"}
+    (folder / "config.json").write_text(json.dumps(good | config))
+    with pytest.raises(ValueError, match=message):
+        read_weights(folder)
+
+
+def test_bits_that_changed(tmp_path: Path) -> None:
+    file, _ = write("zip", tmp_path)
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1  # in a tensor, where PyTorch does not look
+    file.write_bytes(whole)
+    torch.load(file, weights_only=True)
+    with pytest.raises(ValueError, match="a is damaged: "):
+        read_weights(file)
+
+
 def test_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for door in (load_encoder, MAE.from_pretrained):
