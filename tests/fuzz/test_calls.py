@@ -182,7 +182,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         ),
         "fit_linear_grid": (
             evaluation.fit_linear_grid,
-            {**grid, "features": features[None], "epochs": 1},
+            {**grid, "epochs": 1},
         ),
         "choose_linear": (
             evaluation.choose_linear,
