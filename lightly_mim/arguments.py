@@ -65,6 +65,8 @@ class Rule:
 PositiveInt = Annotated[int, Rule("of at least 1", lambda n: 1 <= n < 2**63)]
 NonNegativeInt = Annotated[int, Rule("of at least 0", lambda n: n >= 0)]
 AtLeastTwo = Annotated[int, Rule("of at least 2", lambda n: n >= 2)]
+# More would fill the memory of any machine.
+Workers = Annotated[int, Rule("from 0 to 1024", lambda n: 0 <= n <= 1024)]
 PositiveFloat = Annotated[float, Rule("above 0", lambda x: x > 0)]
 NonNegativeFloat = Annotated[float, Rule("of at least 0", lambda x: x >= 0)]
 # Shares, named by whether 0 and 1 are among them.

@@ -35,6 +35,7 @@ from lightly_mim.arguments import (
     PositiveFloat,
     PositiveInt,
     Share,
+    Workers,
     check_arguments,
     checked,
 )
@@ -567,7 +568,7 @@ def pretrain(
     accumulate: PositiveInt = 1,
     grad_checkpointing: bool = False,
     compile: bool = False,
-    num_workers: NonNegativeInt | None = None,
+    num_workers: Workers | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     value_range: ValueRange | None = None,
     reconstruct_every: NonNegativeInt = 10,

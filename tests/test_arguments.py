@@ -27,6 +27,7 @@ from lightly_mim.arguments import (
     Probability,
     Rate,
     Share,
+    Workers,
     check_arguments,
     checked,
     fits,
@@ -123,6 +124,9 @@ def test_fits(hint: Any, allowed: list[object]) -> None:
         (torch.tensor(1), Dataset[Any], False),
         (np.zeros(2), Literal["a", "b"], False),
         (2**63, PositiveInt, False),
+        (1024, Workers, True),
+        (1025, Workers, False),
+        (-1, Workers, False),
         (2**200, NonNegativeInt, True),  # a seed
         ("a\0b", str, False),
         ([0.0], Tensor, False),

@@ -19,7 +19,7 @@ from lightly.data.multi_view_collate import MultiViewCollate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightly_mim.arguments import NonNegativeInt, PositiveInt, checked
+from lightly_mim.arguments import NonNegativeInt, PositiveInt, Workers, checked
 from lightly_mim.data.folder import ReplacementName
 from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError, or_skip
@@ -319,7 +319,7 @@ class KeyedLoader(DataLoader[Any]):
         seed: NonNegativeInt = 0,
         rank: NonNegativeInt = 0,
         world_size: PositiveInt = 1,
-        num_workers: NonNegativeInt | None = None,
+        num_workers: Workers | None = None,
         labels: bool | None = True,
         **options: Any,
     ) -> None:

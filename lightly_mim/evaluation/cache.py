@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from lightly_mim.arguments import Device, NonNegativeInt, PositiveInt, checked
+from lightly_mim.arguments import Device, PositiveInt, Workers, checked
 from lightly_mim.checkpoints import hash_tensors
 from lightly_mim.data import KeyedLoader
 from lightly_mim.data.loading import default_num_workers
@@ -388,7 +388,7 @@ def cached_features(
     std: Sequence[float],
     *,
     batch_size: PositiveInt = 64,
-    num_workers: NonNegativeInt | None = None,
+    num_workers: Workers | None = None,
     device: Device = "cpu",
     precision: Precision = "32",
     description: str = "Encoding images",

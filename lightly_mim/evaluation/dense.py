@@ -34,7 +34,13 @@ import torch
 from rich.progress import track
 from torch import Generator, Tensor
 
-from lightly_mim.arguments import NonEmpty, NonNegativeInt, PositiveInt, checked
+from lightly_mim.arguments import (
+    NonEmpty,
+    NonNegativeInt,
+    PositiveInt,
+    Workers,
+    checked,
+)
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.decode import check_value_range
 from lightly_mim.data.depth import ValueRange
@@ -108,7 +114,7 @@ def evaluate_dense(
     overwrite: bool = False,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 32,
-    num_workers: NonNegativeInt | None = None,
+    num_workers: Workers | None = None,
     device: str | None = None,
     precision: Precision = "32",
     on_error: OnError = "raise",

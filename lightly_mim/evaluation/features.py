@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from lightly_mim.arguments import Device, NonEmpty, NonNegativeInt, PositiveInt, checked
+from lightly_mim.arguments import Device, NonEmpty, PositiveInt, Workers, checked
 from lightly_mim.data.loading import KeyedLoader
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
@@ -203,7 +203,7 @@ def extract_features(
     pools: NonEmpty[AnyPool] = ("mean",),
     *,
     batch_size: PositiveInt = 64,
-    num_workers: NonNegativeInt | None = None,
+    num_workers: Workers | None = None,
     device: Device | None = None,
     precision: Precision = "32",
 ) -> Features:

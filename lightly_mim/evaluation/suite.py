@@ -31,6 +31,7 @@ from lightly_mim.arguments import (
     NonNegativeInt,
     PositiveInt,
     Share,
+    Workers,
     check_arguments,
     checked,
 )
@@ -142,7 +143,7 @@ def evaluate(
     overwrite: bool = False,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 64,
-    num_workers: NonNegativeInt | None = None,
+    num_workers: Workers | None = None,
     device: str | None = None,
     precision: Precision = "32",
     on_error: OnError = "raise",

@@ -1,0 +1,190 @@
+"""Kills work at random moments, goes on with it, and compares with what never was cut.
+
+    python tests/fuzz/kills.py FOLDER_OF_PHOTOS EMPTY_FOLDER [TRIALS]
+
+A start of Python takes seconds, so children are forked from this process, which has
+imported everything and computes nothing: PyTorch cannot be forked after it has.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightly_mim import MAE, evaluate, pretrain
+from lightly_mim.evaluation import KNN, FineTune, Linear
+
+TIMED = {"images_per_second", "seconds", "feature_seconds", "command", "out"}
+SHORT_RUN: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 8,
+    "precision": "32-true",
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_workers": 0,
+    "tensorboard": False,
+    "log_every": 1,
+    "save_every_minutes": 1e-6,
+}
+
+
+def build() -> MAE:
+    return MAE(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=16,
+        depth=1,
+        num_heads=1,
+        decoder_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=1,
+        drop_path_rate=0.1,
+    )
+
+
+def pretraining(photos: Path, out: Path, _: Path) -> None:
+    pretrain(out, photos, build, resume=True, **SHORT_RUN)
+
+
+def evaluation(photos: Path, out: Path, run: Path) -> None:
+    evaluate(
+        run,
+        photos,
+        ("knn", "linear", "logistic"),
+        baselines=["random"],
+        out=out,
+        overwrite=True,
+        num_workers=0,
+        device="cpu",
+        batch_size=4,
+        knn=KNN(ks=[1, 3]),
+        linear=Linear(epochs=3, num_folds=2),
+    )
+
+
+def finetuning(photos: Path, out: Path, run: Path) -> None:
+    evaluate(
+        run,
+        photos,
+        ["finetune"],
+        out=out,
+        overwrite=True,
+        num_workers=0,
+        device="cpu",
+        finetune=FineTune(epochs=3, batch_size=8),
+    )
+
+
+def of_run(out: Path) -> Any:
+    """Returns what a run has left, without what tells the time."""
+    state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    with (out / "metrics.csv").open() as file:
+        rows = [
+            {k: v for k, v in row.items() if k not in TIMED}
+            for row in csv.DictReader(file)
+        ]
+    weights = {name: tensor.tolist() for name, tensor in state["state_dict"].items()}
+    return weights, rows, (out / "encoder.safetensors").read_bytes()
+
+
+def of_evaluation(out: Path) -> Any:
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in TIMED}
+        return [strip(each) for each in value] if isinstance(value, list) else value
+
+    return strip(json.loads((out / "results.json").read_text()))
+
+
+KINDS: dict[str, tuple[Callable[[Path, Path, Path], None], Callable[[Path], Any]]] = {
+    "pretraining": (pretraining, of_run),
+    "evaluation": (evaluation, of_evaluation),
+    "fine-tuning": (finetuning, of_evaluation),
+}
+
+
+def fork(work: Callable[[], None], log: Path) -> int:
+    """Returns the number of a process that does some work and ends."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setsid()
+        with log.open("a") as file, contextlib.redirect_stdout(file):
+            os.dup2(file.fileno(), 2)
+            warnings.simplefilter("ignore")
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def finish(child: int) -> bool:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def main(photos: Path, root: Path, trials: int) -> int:
+    """Returns the number of trials that ended otherwise."""
+    rng = random.Random(14)
+    torch.set_num_threads(1)
+    run, log = root / "pretraining", root / "log.txt"
+    expected, seconds = {}, {}
+    for kind, (work, read) in KINDS.items():
+        out = root / kind
+        start = time.perf_counter()
+        if not finish(fork(lambda w=work, o=out: w(photos, o, run), log)):
+            print(f"{kind} fails without a kill:\n{log.read_text()}")
+            return 1
+        seconds[kind] = time.perf_counter() - start
+        expected[kind] = read(out)
+    counts: collections.Counter[str] = collections.Counter()
+    for trial in range(trials):
+        kind = list(KINDS)[trial % 4 % 3]  # pretraining twice as often
+        work, read = KINDS[kind]
+        out = root / f"{kind}-{trial}"
+        log = root / f"log-{trial}.txt"
+
+        def begin(work: Any = work, out: Path = out, log: Path = log) -> int:
+            return fork(lambda: work(photos, out, run), log)
+
+        for _ in range(rng.choice([1, 1, 2])):
+            child = begin()
+            time.sleep(rng.uniform(0.02, seconds[kind]))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            ended = finish(child)
+            counts[f"{kind} {'had ended' if ended else 'killed'}"] += 1
+        went_on = finish(begin())
+        with contextlib.suppress(Exception):
+            if went_on and read(out) == expected[kind]:
+                counts["ended the same"] += 1
+                continue
+        counts["WRONG"] += 1
+        print(f"trial {trial}, {kind}:\n{log.read_text()[-3000:]}")
+    print(f"{trials} trials: {dict(counts)}")
+    return counts["WRONG"]
+
+
+if __name__ == "__main__":
+    folders = [Path(word) for word in sys.argv[1:3]]
+    number = int(sys.argv[3]) if len(sys.argv) > 3 else 60
+    sys.exit(min(main(folders[0], folders[1], number), 1))

@@ -1,0 +1,24 @@
+"""Work that is killed at random moments ends as if it never was, see `kills.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_kills(photos: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("kills.py")
+    done = subprocess.run(
+        [sys.executable, script, photos, tmp_path, "60"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    print(done.stdout, done.stderr[-2000:])
+    assert done.returncode == 0, done.stdout[-5000:]
