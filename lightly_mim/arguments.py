@@ -61,7 +61,8 @@ class Rule:
         return self.words
 
 
-PositiveInt = Annotated[int, Rule("of at least 1", lambda n: n >= 1)]
+# No size that PyTorch could use has more than 64 bits.
+PositiveInt = Annotated[int, Rule("of at least 1", lambda n: 1 <= n < 2**63)]
 NonNegativeInt = Annotated[int, Rule("of at least 0", lambda n: n >= 0)]
 AtLeastTwo = Annotated[int, Rule("of at least 2", lambda n: n >= 2)]
 PositiveFloat = Annotated[float, Rule("above 0", lambda x: x > 0)]
@@ -219,11 +220,13 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(fits(value, part) for part in parts)
     if origin is Literal:
-        return any(value == part and type(value) is type(part) for part in parts)
+        return any(type(value) is type(part) and value == part for part in parts)
     if origin in (None, type(None)):
         return value is None
     if origin is bool:
         return isinstance(value, (bool, np.bool_))
+    if origin is str:
+        return isinstance(value, str) and "\0" not in value
     if origin in (int, float):
         kind = Integral if origin is int else Real
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -243,6 +246,14 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def _is_sized(value: Any) -> bool:
+    try:
+        len(value)
+    except TypeError:  # also of a tensor without a dimension
+        return False
+    return True
+
+
 def _is_container(value: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
     """Returns whether a value is of a class, and its items what the hint says."""
     if origin is tuple and parts and parts[-1] is not ...:
@@ -254,9 +265,8 @@ def _is_container(value: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
     if origin in (list, tuple):
         origin = Sequence
     if origin is Dataset:  # which many, as LightlyDataset, do not derive from
-        return not isinstance(value, (str, bytes, Mapping)) and all(
-            hasattr(type(value), name) for name in ("__getitem__", "__len__")
-        )
+        is_other = isinstance(value, (str, bytes, Mapping))
+        return not is_other and hasattr(type(value), "__getitem__") and _is_sized(value)
     if origin in (Sequence, Iterable) and isinstance(value, (str, bytes)):
         return False
     if getattr(origin, "_is_protocol", False):

@@ -83,7 +83,7 @@ class ConfigFile:
                 self._told("encoder", lambda: self._check_named(self.options))
 
     def _check_named(self, arguments: Mapping[str, Any]) -> None:
-        if not self._trust and arguments.get("encoder") not in self._named:
+        if not self._trust and str(arguments.get("encoder")) not in self._named:
             check_named(arguments)
 
     def _check(self, value: Any, hint: Any, place: str) -> None:
@@ -191,13 +191,14 @@ class ConfigFile:
 
 
 def _read(value: Any) -> Any:
-    """Returns what jsonargparse makes of a value: of text, once more what YAML does."""
-    if not isinstance(value, str):
-        return value
-    try:
-        read = get_loader("yaml")(value)
-    except Exception:
-        return value
+    """Returns what jsonargparse makes of a value: of text what YAML does, and so on."""
+    read, text = value, None
+    while isinstance(read, str) and read != text:
+        text = read
+        try:
+            read = get_loader("yaml")(text)
+        except Exception:  # it stays text
+            break
     return read if isinstance(read, (dict, list)) else value
 
 

@@ -766,7 +766,10 @@ def pretrain(
     built = isinstance(method, MaskedImageModel)
     if not isinstance(method, MaskedImageModel):
         with keyed_random_state(seed, "weights"):
-            method = as_published(method, recipe)()
+            made = as_published(method, recipe)()
+        if not isinstance(made, MaskedImageModel):
+            raise ValueError(f"method makes a {type(made).__name__}, no method.")
+        method = made
     if takes_weights and init is not None:
         with keyed_random_state(seed, "init"):
             start_from(method, init)
@@ -1375,8 +1378,10 @@ def _run_arguments(run: RunDirectory, arguments: Mapping[str, Any]) -> dict[str,
         complete["recipe"] = _stored_recipe(run, stored)
     if "method" not in given:
         try:
-            from_config(stored["method"])  # says what is wrong before anything starts
-        except (ValueError, TypeError) as error:
+            # Says what is wrong before anything starts.
+            if not isinstance(from_config(stored["method"]), MaskedImageModel):
+                raise ValueError("it is no method")
+        except Exception as error:  # whatever its parts make of their arguments
             raise ValueError(
                 f"The method of the run in {run.path} cannot be built from its "
                 f"config.yaml: {error}. Pass the method and its arguments again."

@@ -139,7 +139,7 @@ def settings_of(
 
 
 def check_batch(
-    data: str, method: MaskedImageModel | None, arguments: Mapping[str, Any]
+    data: str | None, method: MaskedImageModel | None, arguments: Mapping[str, Any]
 ) -> None:
     """Refuses a batch of more images than there are, before anything starts.
 
@@ -148,7 +148,7 @@ def check_batch(
 
     Args:
         data:
-            The folder or the name of the images.
+            The folder or the name of the images, None for those of a run that goes on.
         method:
             The method, None if it is not known.
         arguments:
@@ -161,7 +161,7 @@ def check_batch(
     if batch_size is None and recipe is not None and method is not None:
         recipe = recipe if isinstance(recipe, Recipe) else method.recipe(recipe)
         batch_size = recipe.batch_size
-    if batch_size is None:
+    if batch_size is None or data is None:
         return
     if data not in NAMED_DATA:
         folder = Path(data).expanduser()

@@ -119,6 +119,12 @@ def test_fits(hint: Any, allowed: list[object]) -> None:
         (True, Literal[1, 2], False),
         (torch.tensor(1), int, False),
         (torch.zeros(2), Tensor, True),
+        (torch.zeros(2), Dataset[Any], True),
+        (torch.tensor(1), Dataset[Any], False),
+        (np.zeros(2), Literal["a", "b"], False),
+        (2**63, PositiveInt, False),
+        (2**200, NonNegativeInt, True),  # a seed
+        ("a\0b", str, False),
         ([0.0], Tensor, False),
         (Path("a"), str | Path, True),
         (Path("a"), str, False),

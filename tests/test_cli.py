@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,6 +350,22 @@ def test_check__batch_of_more_images_than_there_are(
             cli.check(full)
     else:
         cli.check(full)
+
+
+@pytest.mark.parametrize("val", ["abbey", "a b"])
+def test_check__batch_whatever_the_classes_are(
+    photos: Path, tmp_path: Path, val: str
+) -> None:
+    data = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (data / "val" / "temple").rename(data / "val" / val)
+    words = ["pretrain", "--out", "x", "--data", str(data), *VIT, "--batch_size"]
+    cli.check([*words, "32"])
+    with pytest.raises(ValueError, match="has 32 training images.*--batch_size 33"):
+        cli.check([*words, "33"])
+
+
+def test_check__batch_of_a_run_that_goes_on() -> None:
+    cli.check(["pretrain", "--out", "x", "--resume", "--batch_size", "8"])
 
 
 def test_module_runs() -> None:

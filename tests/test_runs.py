@@ -510,6 +510,8 @@ def test_resume__imports_nothing_that_a_file_names(
         "lightly_mim.files.os.system": "no class",
         "lightly_mim.config.importlib.import_module": "no class",
         "lightly_mim.methods.Nothing": "no class",
+        "lightly_mim.pretrain": "no class",
+        "lightly_mim.masking.RandomMasking": "cannot be built",
         "lightly_mim.nothing.SimMIM": "no class",
     }.items():
         stored["method"] = {"class_path": class_path, "init_args": {"command": "x"}}
@@ -523,6 +525,18 @@ def test_resume__imports_nothing_that_a_file_names(
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
     with pytest.raises(ValueError, match=r"builtins.print is not of lightly_mim"):
         pretrain(tmp_path / "run", resume=True)
+    for arguments, message in (
+        ({"encoder": "hf-hub:evil/model"}, "not one of timm's own models"),
+        ({"encoder": "local-dir:/tmp"}, "not one of timm's own models"),
+        ({"encoder": "x", "pretrained_cfg": {"url": "http://x"}}, "where weights come"),
+        ({"encoder": "x", "checkpoint_path": "evil.pth"}, "where weights come"),
+        (["encoder"], "config.yaml cannot be read"),
+        ({"encoder": {"class_path": "os.system"}}, "is not of lightly_mim"),
+    ):
+        stored["method"]["init_args"] = arguments
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
+        with pytest.raises(ValueError, match=message):
+            pretrain(tmp_path / "run", resume=True)
 
 
 def test_resume__needs_what_words_do_not_make(photos: Path, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ CONFIGS = {
     # Words that jsonargparse reads once more.
     "method: '{class_path: evil.Mine}'": NOT_OURS,
     'method: "class_path: evil.Mine"': NOT_OURS,
+    "recipe: \"'{class_path: evil.KNN}'\"": NO_SETTING,
+    simmim("", ", dict_kwargs: {x: \"'[{class_path: evil.KNN}]'\"}"): NO_SETTING,
     "method.class_path: evil.Mine": NO_OPTION,
     # Further files.
     "method: sub.yaml": NOT_OURS,
@@ -89,6 +91,8 @@ CONFIGS = {
     "normalize: sub.yaml": "normalize",
     "data: !include sub.yaml": "cannot be read: ",
     # Parts, and parts of parts.
+    simmim().replace("vit_tiny_patch16_224", "[hf-hub:x]"): "encoder",
+    simmim().replace("vit_tiny_patch16_224", "{class_path: evil.make}"): NO_SETTING,
     simmim(", target: evil.make"): NOT_OURS,
     simmim(", target: {class_path: evil.make}"): NOT_OURS,
     simmim(", target: sub.yaml"): NOT_OURS,

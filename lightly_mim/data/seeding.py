@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils import deterministic
 
+from lightly_mim.arguments import NonNegativeInt, fits
+
 
 def _seed_sequence(*key: int | str) -> np.random.SeedSequence:
     # SeedSequence pads with zeros and cuts integers into 32-bit words, so that on its
@@ -25,12 +27,12 @@ def _seed_sequence(*key: int | str) -> np.random.SeedSequence:
         if isinstance(element, str):
             words += [0, zlib.crc32(element.encode())]
             continue
-        number = int(element)
-        if number != element or number < 0:
+        if not fits(element, NonNegativeInt):
             raise ValueError(
                 f"A seed is made of strings and of whole numbers from 0, got "
                 f"{element!r} in {key}."
             )
+        number = int(element)
         parts = [number & 0xFFFFFFFF]
         while number := number >> 32:
             parts.append(number & 0xFFFFFFFF)

@@ -434,6 +434,8 @@ def cached_features(
         ValueError: See `collect_features`.
         OSError: If the features cannot be written.
     """
+    if not len(data):  # type: ignore[arg-type]
+        raise ValueError("data holds no images to take features of.")
     for _ in range(_ATTEMPTS):
         # One process looks what is missing, since the others may be changing it.
         plan = world.from_first(lambda: _plan(functions, stores))

@@ -328,7 +328,15 @@ def batch_images(batch: Any) -> Tensor:
         batch:
             Tuple or list that begins with the images or with a list of views, as
             lightly's (views, labels, filenames).
+
+    Raises:
+        ValueError: If it is something else.
     """
+    if not isinstance(batch, (list, tuple)) or not batch:
+        raise ValueError(
+            "Batches are tuples or lists that begin with the images, such as (images, "
+            f"labels, filenames), got a {type(batch).__name__}."
+        )
     views = batch[0]
     images: Tensor = views[0] if isinstance(views, (list, tuple)) else views
     return images

@@ -182,8 +182,8 @@ def knn_predict_grid(
     """
     leave_one_out = queries is None
     queries = bank if queries is None else queries
-    _check_ks(ks, len(bank) - leave_one_out)
     _check_bank(queries, bank, bank_labels, num_classes)
+    _check_ks(ks, len(bank) - leave_one_out)
     if num_ranks > num_classes:
         raise ValueError(
             f"num_ranks lies between 1 and the {num_classes} classes, got {num_ranks}."
