@@ -596,7 +596,8 @@ def train_and_evaluate(
                 continue
             settings = {**choices[name], **evaluation, **plan.evaluation}
             results = _evaluate(directory, data, seed, settings, arguments)
-            speed = training_speed(directory, plan.pretraining["batch_size"])
+            batch_size = directory.stored_arguments()["recipe"]["batch_size"]
+            speed = training_speed(directory, batch_size)
             runs.append(Run(name, seed, directory.path, *speed, results))
             finished(runs[-1])
     return runs

@@ -180,9 +180,10 @@ def evaluate(
 
     Args:
         encoder:
-            The directory of a pretraining run or its `encoder.safetensors`; the name of
-            a timm model; or, in Python, a timm model, one of our encoders, one of
-            lightly's, or a module with `feature_function`. See `load_encoder`.
+            The directory of a pretraining run or its `encoder.safetensors`; a file or
+            folder of published weights; the name of a timm model; or, in Python, a timm
+            model, one of our encoders, one of lightly's, or a module with
+            `feature_function`. See `load_encoder`.
         data:
             A folder with train/ and val/ and one folder per class in each; the name of
             a data set; or a data set of (image, label, filename). See
