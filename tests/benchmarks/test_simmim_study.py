@@ -246,7 +246,7 @@ def test_plan__rates_and_baselines(script: ModuleType) -> None:
         ("--row default --img-size 56", "default: "),
         ("--row default --encoder vit_tinny", "timm has no model 'vit_tinny'"),
         ("--row default --encoder-option colour=red", "'colour'"),
-        ("--row default --lr -1", "lr of .* a number above 0"),
+        ("--row default --lr -1", "lr of pretrain is None or a number above 0"),
         ("--row default --batch-size 64", "has 32 training images"),
         ("--seeds 1 1", "--seed names each one once"),
         ("--workers 2 --devices 2", "runs of one device each"),

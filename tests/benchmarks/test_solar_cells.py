@@ -114,9 +114,9 @@ def test_plan__parts_of_a_method(script: ModuleType) -> None:
     ("word", "message"),
     [
         ("masking=BlokMasking(16)", "no part 'BlokMasking'; there are: .*BlockMasking"),
-        ("masking=BlockMasking(16, 2)", "mask ratio lies strictly between 0 and 1"),
+        ("masking=BlockMasking(16, 2)", "strictly between 0 and 1"),
         ("loss=SmoothL1(gamma=2)", "gamma"),
-        ("target=__import__('os').getcwd()", "target is an object such as"),
+        ("target=__import__('os').getcwd()", "target of SimMIM is None or a Target"),
         ("masking=open('x')", "no part 'open'"),
     ],
 )
