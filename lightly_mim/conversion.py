@@ -81,12 +81,11 @@ def convert(
             "replace one that was written by convert."
         )
     weights = find_weights(checkpoint)
+    encoder = build_saved(weights, checkpoint)  # with all that is said of it
     method: MaskedImageModel | None = None
-    if weights.parts and weights.method:
+    if weights.parts and weights.method_name:
         method = from_pretrained(checkpoint)
-        encoder = method.encoder
-    else:
-        encoder = build_saved(weights, checkpoint)
+        encoder.mask_token = method.encoder.mask_token
     encoder.eval()
     converted = _WRITERS[to](encoder, method)
     card = model_card(

@@ -50,6 +50,7 @@ from lightly_mim.callbacks import (
     SaveBetweenBatches,
 )
 from lightly_mim.checkpoints import put_encoder, save_encoder
+from lightly_mim.checkpoints.encoder import ENCODER_KEY
 from lightly_mim.checkpoints.ours import METHOD_KEY
 from lightly_mim.cluster import choose_layout
 from lightly_mim.config import from_config, is_named_only, to_config
@@ -70,6 +71,7 @@ from lightly_mim.data.seeding import repeatable
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import Survey, survey
 from lightly_mim.evaluation.features import batch_images, normalize_images
+from lightly_mim.evaluation.images import own_value_range
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.methods.pretrained import from_pretrained, start_from
@@ -471,7 +473,11 @@ class Pretraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the rows of `metrics.csv` that are going to be written again."""
         self._loader_state = checkpoint.get("train_loader")
-        self.method.encoder.untrained = False
+        encoder = self.method.encoder
+        encoder.untrained = False
+        # Which may be those of the weights that the run began with.
+        if dict(json.loads(checkpoint.get(ENCODER_KEY) or "{}")).get("tables"):
+            encoder.tables = "simmim"
         # Without a Trainer the weights alone are loaded, by `load_from_checkpoint`.
         for logger in self._trainer.loggers if self._trainer else ():
             if isinstance(logger, MetricsLogger):
@@ -682,8 +688,8 @@ def pretrain(
             puts another image in its place, and says how many there were.
         value_range:
             The values of 16-bit pictures that become 0 and 255, such as (0, 4095) for a
-            camera of 12 bits, instead of (0, 65535). For folders. `evaluate` takes it
-            over from the run.
+            camera of 12 bits, instead of (0, 65535). For folders. By default those that
+            the weights were pretrained with. `evaluate` takes it over from the run.
         reconstruct_every:
             Epochs between two pictures of reconstructions. 0 for the last epoch only.
         probe:
@@ -776,6 +782,11 @@ def pretrain(
             start_from(method, init)
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
+    if stored is not None and value_range is None and stored.get("value_range"):
+        low, high = stored["value_range"]
+        value_range = (low, high)
+    elif stored is None and value_range is None:  # that of the weights, if they say it
+        value_range = own_value_range(method.encoder, data, val)
     open_images = partial(
         _Images, method, data, val, validate, num_workers, on_error, value_range, seed
     )
@@ -801,6 +812,10 @@ def pretrain(
             method.suit(brightness_share(pictures))
             if normalize is None and statistics_are_open(method.encoder):
                 normalize = channel_statistics(pictures)
+        if normalize is None and init is not None:
+            # A run that goes on does not read the weights again, which say it.
+            mean, std = method.encoder.mean, method.encoder.std
+            normalize = {"mean": list(mean), "std": list(std)}
     if normalize is not None:
         set_statistics(method.encoder, normalize)
     if value_range is not None:
@@ -820,6 +835,7 @@ def pretrain(
         "method": method,
         "recipe": settings,
         "normalize": normalize,
+        "value_range": value_range,
         "precision": precision,
         "devices": layout.devices,
         "num_nodes": layout.num_nodes,
@@ -834,8 +850,9 @@ def pretrain(
     if run.finished and resume:
         print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = AtomicCheckpointIO(run.check_owner).load_checkpoint(run.checkpoint)
-        Pretraining(method).load_state_dict(state["state_dict"])
-        method.encoder.untrained = False
+        done = Pretraining(method)
+        done.on_load_checkpoint(state)
+        done.load_state_dict(state["state_dict"])
         return method
     method.check_masking()
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from lightly_mim.checkpoints import read_weights
+from lightly_mim.checkpoints import put_encoder, read_encoder, read_weights, save_encoder
 from lightly_mim.cli import main
+from lightly_mim.conversion import convert
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.masking import RandomMasking
 from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
-from lightly_mim.pretraining import pretrain
+from lightly_mim.pretraining import Pretraining, pretrain
 from lightly_mim.targets import Pixels
 
 from .conftest import SHORT_RUN, TINY_VIT
@@ -143,3 +147,68 @@ def test_from_pretrained__options(first: Path) -> None:
     simmim = SimMIM.from_pretrained(first)
     assert isinstance(simmim, SimMIM)
     assert not isinstance(simmim.target, Pixels)
+
+
+def test_init__statistics_of_the_weights_last(
+    first: Path, photos: Path, tmp_path: Path
+) -> None:
+    """A run that goes on has its images normalised as when it began."""
+    trained = load_encoder(first)
+    assert trained.mean != MAE(**TINY_VIT).encoder.mean
+    for name, build in {"a": None, "b": lambda: SimMIM(**TINY_VIT)}.items():
+        out = tmp_path / name
+        pretrain(out, photos, build, init=first, **ONE)
+        (out / "finished.json").unlink()
+        again = pretrain(out, resume=True)
+        assert (again.encoder.mean, again.encoder.std) == (trained.mean, trained.std)
+    out = tmp_path / "c"  # what is said goes first
+    own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    assert pretrain(out, photos, init=first, normalize=own, **ONE).encoder.mean == (
+        *(0.5, 0.4, 0.3),
+    )
+
+
+def test_init__values_of_16_bits_last(tmp_path: Path) -> None:
+    """Weights take the range of their images along, through every door."""
+    images = tmp_path / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(9):
+        pixels = generator.integers(0, 4096, (40, 40), dtype=np.uint16)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    options: dict[str, Any] = {**ONE, "lr": 1e-3}
+    first = tmp_path / "first"
+    grey = partial(MAE, **TINY_VIT, in_chans=1, decoder_depth=1)
+    pretrain(first, images, grey, value_range=(0, 4095), **options)
+    assert MAE.from_pretrained(first).encoder.value_range == (0, 4095)
+    for out, kept in (
+        (convert(first, "safetensors", tmp_path / "file"), (0, 4095)),
+        (tmp_path / "second", (0, 4095)),
+        (tmp_path / "third", (0, 8191)),
+    ):
+        if not out.exists():
+            more = {"value_range": kept} if kept[1] == 8191 else {}
+            pretrain(out, images, init=first, **options, **more)
+            config = yaml.safe_load((out / "config.yaml").read_text())
+            assert config["value_range"] == list(kept)
+            (out / "finished.json").unlink()
+            assert pretrain(out, resume=True).encoder.value_range == kept
+        file = out / "encoder.safetensors"
+        assert read_encoder(file).spec["value_range"] == list(kept)
+
+
+def test_init__tables_go_on_as_their_code_has_them(tmp_path: Path) -> None:
+    swin = {"encoder": "swin_tiny_patch4_window7_224", "img_size": 32}
+    swin |= {"window_size": 4, "depths": [1, 1], "embed_dim": 16, "num_heads": [1, 1]}
+    model = SimMIM(**swin, mask_patch_size=8)
+    model.encoder.tables = "simmim"
+    save_encoder(model.encoder, tmp_path / "a.safetensors")
+    assert SimMIM.from_pretrained(tmp_path / "a.safetensors").encoder.tables == "simmim"
+    # Of a run that goes on it is the checkpoint that says it.
+    module = Pretraining(SimMIM(**swin, mask_patch_size=8))
+    for said, expected in (("timm", "timm"), ("simmim", "simmim")):
+        checkpoint: dict[str, Any] = {}
+        model.encoder.tables = said  # type: ignore[assignment]
+        put_encoder(model.encoder, checkpoint, None)
+        module.on_load_checkpoint(checkpoint)
+        assert module.method.encoder.tables == expected

@@ -318,6 +318,17 @@ SPECS: list[dict[str, Any]] = [
     {"pool": ["cls"]},
     {"unfinished": {"epoch": "x"}},
     {"unfinished": [1]},
+    {"value_range": None},
+    {"value_range": [4095]},
+    {"value_range": [4095, 0]},
+    {"value_range": [0, 65_536]},
+    {"value_range": [0, 255.5]},
+    {"value_range": "ab"},
+    {"tables": "evil"},
+    {"tables": None},
+    {"mean": [10**400, 0.5, 0.5]},
+    {"img_size": [10**400, 32]},
+    {"options": {"depth": 10**400}},
 ]
 
 
@@ -336,7 +347,10 @@ def test_encoder__metadata_is_checked_before_it_is_built(
     assert time.monotonic() - start < 20  # and 100,000 blocks take minutes
 
 
-@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{}", "[" * 100_000])
+DEEP = '{"name": ' + "[" * 990 + "]" * 990 + "}"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{}", "[" * 100_000, DEEP])
 def test_encoder__metadata_is_something_else(text: str, tmp_path: Path) -> None:
     path = encoder_file(tmp_path / "encoder.safetensors")
     save_file(load_file(path), path, {"lightly_mim": text})

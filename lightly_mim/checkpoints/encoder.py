@@ -28,7 +28,7 @@ from lightly_mim.runs import RunDirectory
 
 _METADATA_KEY = "lightly_mim"
 _CHECKSUM_KEY = "sha256"
-_CHECKPOINT_KEY = "encoder"
+ENCODER_KEY = "encoder"  # in a checkpoint, what `encoder_spec` says
 _WEIGHTS = "method.encoder.vit."  # what a checkpoint calls them
 
 
@@ -98,7 +98,7 @@ def put_encoder(
     spec = encoder_spec(encoder)
     if unfinished is not None:
         spec["unfinished"] = unfinished
-    checkpoint[_CHECKPOINT_KEY] = json.dumps(spec)
+    checkpoint[ENCODER_KEY] = json.dumps(spec)
 
 
 def save_encoder(encoder: MaskedEncoder, path: Path | str) -> None:
@@ -226,17 +226,17 @@ def _read_checkpoint(file: Path) -> EncoderCheckpoint:
         else ", or evaluate encoder.safetensors, if the run has finished."
     )
     checkpoint = load_whole(file, remedy=remedy, foreign=foreign)
-    known = isinstance(checkpoint, dict) and {_CHECKPOINT_KEY, "state_dict"} <= (
+    known = isinstance(checkpoint, dict) and {ENCODER_KEY, "state_dict"} <= (
         checkpoint.keys()
     )
-    if not known or not isinstance(checkpoint[_CHECKPOINT_KEY], str):
+    if not known or not isinstance(checkpoint[ENCODER_KEY], str):
         raise ValueError(foreign)
     weights = {
         name.removeprefix(_WEIGHTS): tensor
         for name, tensor in dict(checkpoint["state_dict"]).items()
         if isinstance(tensor, Tensor) and str(name).startswith(_WEIGHTS)
     }
-    return _checked(file, weights, checkpoint[_CHECKPOINT_KEY])
+    return _checked(file, weights, checkpoint[ENCODER_KEY])
 
 
 def _find_encoder(path: Path) -> Path:

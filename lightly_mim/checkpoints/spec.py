@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from lightly_mim.config import WEIGHT_OPTIONS
 from lightly_mim.encoders.initialization import Init, PosEmbed
 from lightly_mim.encoders.pooling import Pool
+from lightly_mim.encoders.tables import Tables
 
 _MAX_PIXELS = 16_384  # of a side
 _MAX_CHANS = 4096
@@ -39,6 +41,7 @@ def read_spec(text: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     try:
         spec: dict[str, Any] = json.loads(text)
+        list(_leaves(spec))  # no deeper than one can look
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"what it says of its encoder is no JSON: {error}") from error
     _check(isinstance(spec, dict), "what it says of its encoder", spec, "a mapping")
@@ -72,6 +75,7 @@ def read_spec(text: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "pos_embed": (None, *get_args(PosEmbed)),
         "init": get_args(Init),
         "pool": get_args(Pool),
+        "tables": get_args(Tables),
     }.items():
         value: Any = spec.get(key, allowed[0])
         _check(value in allowed, key, value, f"one of {allowed}")
@@ -81,6 +85,15 @@ def read_spec(text: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "unfinished",
         place,
         f"whole numbers {', '.join(_PLACE)}",
+    )
+    levels: Any = spec.get("value_range", [0, 1])
+    _check(
+        _is_list(levels, 2)
+        and all(_is_whole(level, 0, 65_535) for level in levels)
+        and levels[0] < levels[1],
+        "value_range",
+        levels,
+        "two whole numbers of 0 to 65,535, the lower one first",
     )
     _check(isinstance(options, dict), "options", options, "a mapping")
     refused = sorted((_OWN | WEIGHT_OPTIONS | {"num_classes"}) & options.keys())
@@ -132,7 +145,8 @@ def _is_whole(value: Any, low: int, high: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # Whole numbers that no float holds are not smaller than infinity, either.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_option(value: Any) -> bool:

@@ -183,7 +183,8 @@ def _take(
     """Copies weights into a method, and prints what there is to say of it."""
     target = method.encoder
     _load_encoder(target, encoder, source)
-    target.mean, target.std = encoder.mean, encoder.std
+    for name in ("mean", "std", "value_range", "tables"):
+        setattr(target, name, getattr(encoder, name))
     target.untrained = False
     token = weights.mask_token
     fits = token is not None and target.mask_token is not None
