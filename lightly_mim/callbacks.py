@@ -376,18 +376,29 @@ class MetricsLogger(CSVLogger):
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
         if not path.exists():
             return
-        try:
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                header = list(reader.fieldnames or [])
-                # A killed run may leave half a row at the end.
-                rows = [row for row in reader if _step(row) < step]
-        except (ValueError, KeyError, csv.Error) as error:
-            raise ValueError(
-                f"{path} is damaged: {error}. Delete it: the run goes on, and writes "
-                "the rest of it."
-            ) from error
+        header, rows = _read_rows(path, step)
         _write_rows(path, header, rows)
+
+
+def _read_rows(
+    path: Path, step: float = math.inf
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the header of a `metrics.csv` and its whole rows, those before a step.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            # A killed run may leave half a row at the end.
+            return header, [row for row in reader if _step(row) < step]
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Delete it: the run goes on, and writes the "
+            "rest of it."
+        ) from error
 
 
 def _step(row: Mapping[str, str | None]) -> float:
@@ -410,19 +421,14 @@ class _MetricsFile(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.exists():
-            with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+            self.metrics_keys, _ = _read_rows(path)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        _write_rows(path, fieldnames, rows)
+        _write_rows(path, fieldnames, _read_rows(path)[1])
 
 
-def _write_rows(
-    path: Path, header: list[str], rows: list[Mapping[str, Any]] | list[dict[str, Any]]
-) -> None:
+def _write_rows(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=header)
         writer.writeheader()

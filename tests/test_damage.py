@@ -110,10 +110,15 @@ def test_metrics__damage_is_named(cut: Path) -> None:
     content = path.read_bytes()
     for mutation in [*mutations(content, 40), content.replace(b"step", b"stop")]:
         path.write_bytes(mutation)
-        try:
-            logger.drop_after(6)
-        except ValueError as error:
-            assert "metrics.csv is damaged" in str(error)
+        for act in (
+            lambda: logger.drop_after(6),
+            # What Lightning asks for before it restores anything.
+            lambda: MetricsLogger(cut, lambda: None).experiment,
+        ):
+            try:
+                act()
+            except ValueError as error:
+                assert "metrics.csv is damaged" in str(error)
 
 
 def test_resume__from_the_checkpoint_before(runs: Path, cut: Path) -> None:
@@ -228,6 +233,13 @@ def test_files_of_an_evaluation__are_whole_or_made_again(
             path.write_bytes(mutation)
             assert keeper.read(path.stem) in (None, expected)
         assert len(keeper.notes) > 100
+        # Whole files in the place of others.
+        swapped = [row for row in rows if row != path]
+        swapped += [(out / "features").glob("**/key.json").__next__()]
+        for other in swapped:
+            path.write_bytes(other.read_bytes())
+            assert keeper.read(path.stem) is None
+            assert keeper.notes[-1] == f"{path} is another row. It is made again."
         path.write_bytes(content)
     features = [p for p in (out / "features").rglob("*") if p.is_file()]
     assert {p.suffix for p in features} == {".npy", ".json"}

@@ -170,12 +170,16 @@ class Keeper:
         if key is None or self.out is None:
             return None
         try:
-            return read_sealed(self._row(key), "It is made again.")
+            row = read_sealed(self._row(key), "It is made again.")
         except OSError:
             return None
         except ValueError as error:
             self.notes.append(str(error))
             return None
+        if row.pop("key", None) != key:
+            self.notes.append(f"{self._row(key)} is another row. It is made again.")
+            return None
+        return row
 
     def write(self, key: str | None, row: Mapping[str, Any]) -> None:
         """Keeps a row.
@@ -192,7 +196,7 @@ class Keeper:
         if key is None or self.out is None:
             return
         with atomic_write(self._row(key)) as temporary:
-            temporary.write_text(json.dumps(sealed(row)) + "\n")
+            temporary.write_text(json.dumps(sealed({**row, "key": key})) + "\n")
         shutil.rmtree(self._checkpoints(key), ignore_errors=True)
 
     @contextmanager
