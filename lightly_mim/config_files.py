@@ -18,12 +18,14 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import get_loader
 
+from lightly_mim.checkpoints.hub import is_hub_name
 from lightly_mim.config import Recorded, check_named, own_class, read_yaml
 from lightly_mim.files import is_file
 from lightly_mim.words import import_own, meant, public_classes
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None), Path)
 _PART = ("class_path", "init_args", "dict_kwargs")
+_WEIGHTS = ("encoder", "init", "checkpoint")  # options that say where weights are
 
 
 class ConfigFile:
@@ -78,13 +80,22 @@ class ConfigFile:
                     f"{meant(str(name), known)}"
                 )
             self._check(value, hints[name], name)
-        with suppress(OSError):  # it may be a path with a colon
-            if not Path(str(self.options.get("encoder"))).exists():
-                self._told("encoder", lambda: self._check_named(self.options))
+        for name in _WEIGHTS:
+            self._told(name, partial(self._check_weights, self.options.get(name)))
 
     def _check_named(self, arguments: Mapping[str, Any]) -> None:
         if not self._trust and str(arguments.get("encoder")) not in self._named:
             check_named(arguments)
+
+    def _check_weights(self, source: Any) -> None:
+        with suppress(OSError):  # a path may have a colon, and be too long for one
+            if Path(str(source)).expanduser().exists():
+                return
+        self._check_named({"encoder": source})
+        if is_hub_name(str(source)) and not (self._trust or source in self._named):
+            raise ValueError(
+                f"{source!r} is not on this machine, and no file has weights fetched"
+            )
 
     def _check(self, value: Any, hint: Any, place: str) -> None:
         """Refuses a value that is more than data, by the type that is expected."""

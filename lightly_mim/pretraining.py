@@ -51,6 +51,7 @@ from lightly_mim.callbacks import (
 )
 from lightly_mim.checkpoints import put_encoder, save_encoder
 from lightly_mim.checkpoints.encoder import ENCODER_KEY
+from lightly_mim.checkpoints.hub import is_hub_name
 from lightly_mim.checkpoints.ours import METHOD_KEY
 from lightly_mim.cluster import choose_layout
 from lightly_mim.config import from_config, is_named_only, to_config
@@ -1387,6 +1388,14 @@ def _run_arguments(run: RunDirectory, arguments: Mapping[str, Any]) -> dict[str,
                 f"The run in {run.path} was begun with {name}={complete[name]}, which "
                 f"is not a folder to open again: pass {name}=... as well."
             )
+    init = str(complete.get("init"))
+    fetched = not Path(init).exists() and (":" in init or is_hub_name(init))
+    if fetched and "init" not in given and not run.checkpoint.exists():
+        raise ValueError(
+            f"The run in {run.path} began with init={init!r}, which is not on this "
+            "machine, and has no checkpoint yet. No file has weights fetched: pass "
+            f"init={init!r} as well."
+        )
     for name in ("loggers", "callbacks"):
         if name not in given:  # they cannot be made again from words
             complete[name] = None

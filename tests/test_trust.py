@@ -123,6 +123,10 @@ CONFIGS = {
     simmim().replace("vit_tiny_patch16_224", "'local-dir:/'"): "not one of timm's own",
     simmim("", ", dict_kwargs: {pretrained_cfg: {url: 'http://x'}}"): "where weights",
     simmim("", ", dict_kwargs: {checkpoint_path: evil.pth}"): "where weights",
+    "init: owner/model": "no file has weights fetched.*--trust",
+    "init: facebook/vit-mae-base": "no file has weights fetched.*--init",
+    "init: hf-hub:evil/x": "not one of timm's own",
+    "init: 'local-dir:/tmp'": "not one of timm's own",
     # YAML.
     "data: !!python/object/apply:os.system [touch executed]": "cannot be read: ",
     "data: !!binary aGVsbG8=": "is a bytes",
