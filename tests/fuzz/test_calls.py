@@ -46,7 +46,7 @@ from lightly_mim.arguments import Workers, fits
 from lightly_mim.evaluation import dense, suite
 from lightly_mim.evaluation.dense import evaluate_dense
 from lightly_mim.evaluation.preparation import Standardizer
-from lightly_mim.words import _classes
+from lightly_mim.words import public_classes
 
 from ..conftest import SHORT_RUN, TINY_VIT
 
@@ -292,7 +292,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         "seed_from": (data.seed_from, {"key": 1}),
     }
     for base in (masking.Masking, targets.Target, heads.Head, losses.Loss):
-        for part in _classes(base):
+        for part in public_classes(base):
             if part.__module__.startswith("lightly_mim."):
                 table[part.__name__] = (part, {})
     table["MixtureMasking"][1]["maskings"] = [masking.RandomMasking()]
