@@ -83,7 +83,7 @@ def convert(
     weights = find_weights(checkpoint)
     encoder = build_saved(weights, checkpoint)  # with all that is said of it
     method: MaskedImageModel | None = None
-    if weights.parts and weights.method_name:
+    if weights.parts and weights.method:
         method = from_pretrained(checkpoint)
         encoder.mask_token = method.encoder.mask_token
     encoder.eval()

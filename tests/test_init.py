@@ -12,7 +12,12 @@ import torch
 import yaml
 from PIL import Image
 
-from lightly_mim.checkpoints import put_encoder, read_encoder, read_weights, save_encoder
+from lightly_mim.checkpoints import (
+    put_encoder,
+    read_encoder,
+    read_weights,
+    save_encoder,
+)
 from lightly_mim.cli import main
 from lightly_mim.conversion import convert
 from lightly_mim.evaluation import load_encoder

@@ -26,8 +26,8 @@ from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.files import atomic_write
 from lightly_mim.runs import RunDirectory
 
-_METADATA_KEY = "lightly_mim"
-_CHECKSUM_KEY = "sha256"
+METADATA_KEY = "lightly_mim"
+CHECKSUM_KEY = "sha256"
 ENCODER_KEY = "encoder"  # in a checkpoint, what `encoder_spec` says
 _WEIGHTS = "method.encoder.vit."  # what a checkpoint calls them
 
@@ -123,7 +123,7 @@ def save_encoder(encoder: MaskedEncoder, path: Path | str) -> None:
         for name, tensor in encoder.vit.state_dict().items()
     }
     checksum = hash_tensors(sorted(weights.items()), spec)
-    metadata = {_METADATA_KEY: spec, _CHECKSUM_KEY: checksum}
+    metadata = {METADATA_KEY: spec, CHECKSUM_KEY: checksum}
     try:
         with atomic_write(path) as temporary:
             save_file(weights, temporary, metadata)
@@ -174,14 +174,14 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
         raise ValueError(
             f"{file} is damaged or not a safetensors file: {error}. {_REMEDY}"
         ) from error
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         raise ValueError(
             f"{file} holds weights but does not say of which encoder: lightly_mim did "
             "not write it. Build the model, load the weights with "
             "safetensors.torch.load_model, and pass the model itself."
         )
-    spec = metadata[_METADATA_KEY]
-    checksum = metadata.get(_CHECKSUM_KEY)  # not there in files of earlier versions
+    spec = metadata[METADATA_KEY]
+    checksum = metadata.get(CHECKSUM_KEY)  # not there in files of earlier versions
     if checksum not in (None, hash_tensors(sorted(weights.items()), spec)):
         raise ValueError(f"{file} is damaged: its checksum is another. {_REMEDY}")
     return _checked(file, weights, spec)

@@ -52,6 +52,8 @@ def read_weights(
         raise ValueError(f"{path} does not exist. Weights are read from {KNOWN}.")
     if path.is_dir() and not (path / "config.json").is_file():
         return ours.read_run(path, parts)
+    if not (path.is_file() or path.is_dir()):  # a pipe, which nobody fills
+        raise ValueError(f"{path} is neither a file nor a folder.")
     content = read_content(path)
     for layout in _LAYOUTS:
         weights: Weights | None

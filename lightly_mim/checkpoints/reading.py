@@ -93,9 +93,11 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(places, dict):
         raise ValueError(f"{index} is damaged: it has no weight_map.")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in dict.fromkeys(map(str, places.values())):
         if Path(name).name != name:
             raise ValueError(f"{index} names a file outside its folder: {name}.")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names a file that is not there: {name}.")
         tensors |= _read_file(index.parent / name).tensors
     return tensors
 
@@ -103,7 +105,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged: it is not a table of settings.")
@@ -164,7 +166,10 @@ def _content(file: Path, loaded: Any) -> Content:
     if isinstance(loaded, dict):
         held = [name for name in _HOLDERS if isinstance(loaded.get(name), dict)]
         tensors = loaded[held[0]] if held else loaded
-        if tensors and all(isinstance(value, Tensor) for value in tensors.values()):
+        if tensors and all(
+            isinstance(name, str) and isinstance(value, Tensor)
+            for name, value in tensors.items()
+        ):
             beside = {k: v for k, v in loaded.items() if held and k != held[0]}
             return Content(file, dict(tensors), beside)
     raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,10 +160,12 @@ def _method_of(
     if weights.method is None:
         name = "MAE" if encoder.can_drop_tokens else "SimMIM"
     found = getattr(lightly_mim.methods, name or "", None)
-    if found is None:
+    base = lightly_mim.methods.MaskedImageModel
+    if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
         raise ValueError(
             f"The weights in {source} are of {weights.method}, which is not of this "
-            "package: pass the method as well."
+            "package: pass the method as well, or take encoder.safetensors of the run, "
+            "which is the encoder alone."
         )
     method: type[MaskedImageModel] = found
     return method

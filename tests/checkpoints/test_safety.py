@@ -7,6 +7,8 @@ import datetime
 import fractions
 import json
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from lightly_mim.checkpoints import read_weights, save_encoder
+from lightly_mim.checkpoints import put_encoder, read_weights, save_encoder
+from lightly_mim.checkpoints.ours import METHOD_KEY
+from lightly_mim.config import to_config
 from lightly_mim.conversion import convert
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.methods import MAE, SimMIM
-from lightly_mim.pretraining import pretrain
+from lightly_mim.methods.pretrained import from_pretrained
+from lightly_mim.pretraining import Pretraining, pretrain
 
+from ..conftest import SHORT_RUN, TINY_VIT
 from . import official
 
 
@@ -206,3 +212,89 @@ def test_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for door in (load_encoder, MAE.from_pretrained):  # a path with a mistake in it
         with pytest.raises(ValueError, match=r"weights.*no-such|no-such.* weights"):
             door("no/no-such-model.pth")
+
+
+def test_run_that_fetches_nothing(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run from elsewhere may have begun with weights of the hub."""
+
+    def fetch(name: str, **_: Any) -> str:
+        raise AssertionError(name)
+
+    monkeypatch.setattr("lightly_mim.checkpoints.hub.snapshot_download", fetch)
+    run = tmp_path / "run"
+    options = {**SHORT_RUN, "epochs": 1}
+    pretrain(run, photos, partial(MAE, **TINY_VIT), **options)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    shutil.rmtree(run / "checkpoints")
+    (run / "finished.json").unlink()
+    for init in ("hf-hub:owner/model", "local-dir:/nowhere", "owner/model"):
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "init": init}))
+        with pytest.raises(ValueError, match="No file has weights fetched: pass init="):
+            pretrain(run, resume=True)
+    with pytest.raises(ValueError, match="cannot be fetched"):  # who says it, has it
+        pretrain(run, resume=True, init="owner/model")
+
+
+def test_encoder_whose_name_changed(tmp_path: Path) -> None:
+    """Without our key it would pass for a state dict of timm, with other statistics."""
+    file, _ = write("encoder", tmp_path)
+    content = file.read_bytes()
+    for name in (b'"lightly_mim"', b'"sha256"'):
+        assert content.count(name) == 1
+        for place in range(1, len(name) - 1):
+            damaged = bytearray(content)
+            damaged[content.index(name) + place] ^= 1
+            file.write_bytes(damaged)
+            if name == b'"sha256"':  # the weights are whole, and said to be what
+                assert read_weights(file).layout == "lightly_mim's encoder"
+                continue
+            with pytest.raises(ValueError, match="a "):
+                read_weights(file)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        for door in (read_weights, load_encoder, MAE.from_pretrained):
+            with pytest.raises(ValueError, match="neither a file nor a folder"):
+                door(path)
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("pipe", "none.safetensors", 5, ["x"]):
+        index.write_text(json.dumps({"weight_map": {"cls_token": name}}))
+        with pytest.raises(ValueError, match="names a file that is not there"):
+            read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", ["lightly_mim.base", "lightly_mim.MIMOutput", "MaskedImageModel", "x"]
+)
+def test_method_that_is_none(tmp_path: Path, path: str) -> None:
+    """What a checkpoint calls its method may be anything."""
+    method = MAE(**TINY_VIT)
+    checkpoint: dict[str, Any] = {
+        "state_dict": Pretraining(method).state_dict(),
+        METHOD_KEY: json.dumps({"class_path": path}),
+    }
+    put_encoder(method.encoder, checkpoint, None)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="is not of this package: pass the method"):
+        from_pretrained(tmp_path / "a.ckpt")
+
+
+def test_convert__of_a_run_that_had_not_finished(tmp_path: Path) -> None:
+    method = MAE(**TINY_VIT)
+    checkpoint: dict[str, Any] = {
+        "state_dict": Pretraining(method).state_dict(),
+        METHOD_KEY: json.dumps(to_config(method)),
+    }
+    place: dict[str, int | None] = {"epoch": 1, "epochs": 2, "step": 3, "steps": 9}
+    put_encoder(method.encoder, checkpoint, place)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    out = convert(tmp_path / "a.ckpt", "safetensors", tmp_path / "out")
+    there: Any = load_encoder(out / "encoder.safetensors")
+    for name, tensor in method.encoder.vit.state_dict().items():
+        assert torch.equal(tensor, there.vit.state_dict()[name])
+    assert there.unfinished == place
