@@ -115,8 +115,9 @@ def read(content: Content, num_heads: int | None = None) -> Weights | None:
     notes: tuple[str, ...] = ()
     if not {"norm.weight", "fc_norm.weight"} & encoder.keys():
         # Saved without the pooler, which has the norm where the mean is normalised.
-        encoder["fc_norm.weight"] = torch.ones(config["hidden_size"])
-        encoder["fc_norm.bias"] = torch.zeros(config["hidden_size"])
+        dim = len(encoder["patch_embed.proj.weight"])
+        encoder["fc_norm.weight"] = torch.ones(dim)
+        encoder["fc_norm.bias"] = torch.zeros(dim)
         notes = ("The weights have no last norm: the mean is normalised as it is.",)
     options: dict[str, Any] = {}
     method = None

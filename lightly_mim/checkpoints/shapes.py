@@ -122,9 +122,15 @@ def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
             Weights by their names.
         prefix:
             What stands before the number.
+
+    Raises:
+        ValueError: If there are fewer weights than modules.
     """
     found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in tensors)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    number = max((int(match[1]) + 1 for match in found if match), default=0)
+    if number > len(tensors):  # somebody would count for years
+        raise ValueError(f"There are {len(tensors)} weights, and {prefix}{number - 1}.")
+    return number
 
 
 def _vit(

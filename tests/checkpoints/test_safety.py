@@ -8,6 +8,7 @@ import fractions
 import json
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,23 @@ def test_convert__of_a_run_that_had_not_finished(tmp_path: Path) -> None:
     for name, tensor in method.encoder.vit.state_dict().items():
         assert torch.equal(tensor, there.vit.state_dict()[name])
     assert there.unfinished == place
+
+
+@pytest.mark.parametrize(
+    ("name", "numbered"),
+    [
+        ("blocks.0.attn.qkv.weight", "blocks.999999999.norm1.weight"),
+        ("layers.0.blocks.0.attn.qkv.weight", "layers.999999999.x"),
+        ("layers.0.blocks.0.attn.qkv.weight", "layers.0.blocks.999999999.x"),
+        ("layers.0.downsample.reduction.weight", "layers.999999999.x"),
+    ],
+)
+def test_names_that_count_for_years(tmp_path: Path, name: str, numbered: str) -> None:
+    names = {"layers.0.blocks.0.attn.qkv.weight"} if "down" in name else set()
+    state = dict.fromkeys({name, numbered, *names}, torch.ones(1))
+    state["patch_embed.proj.weight"] = torch.ones(192, 3, 16, 16)
+    torch.save(state, tmp_path / "a.pth")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"There are \d weights, and (blocks|layers)"):
+        read_weights(tmp_path / "a.pth")
+    assert time.monotonic() - start < 5
