@@ -342,7 +342,10 @@ def test_pretrain__probe_needs_images_without_augmentation(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probe": "quadratic"}, "probe is 'linear' or 'attentive'.*got 'quadratic'"),
+        (
+            {"probe": "quadratic"},
+            "probe of pretrain is .*'linear', 'attentive', got probe='quadratic'",
+        ),
         ({"probe": "linear", "probe_every": -1}, "probe_every=-1"),
         ({"rank_every": 1.5}, "rank_every=1.5"),
     ],

@@ -302,7 +302,9 @@ def test_pretrain__saves_now_and_then(
 
 
 def test_pretrain__refuses_a_negative_time(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save_every_minutes is at least 0"):
+    with pytest.raises(
+        ValueError, match="save_every_minutes of pretrain is a number of at least 0"
+    ):
         run(tmp_path / "run", photos, Send({}), save_every_minutes=-1)
     assert not (tmp_path / "run").exists()
 
