@@ -507,8 +507,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         remedy = (
             f"To go on from the one before it, rename {previous} to {path.name}."
             if previous is not None and previous.exists()
-            else "There is none before it: copy it again, or begin the run anew with "
-            "overwrite. Of a finished run, encoder.safetensors holds the encoder."
+            else "There is none before it: copy it again, or pass overwrite to begin "
+            "the run anew. Of a finished run, encoder.safetensors holds the encoder."
         )
         foreign = (
             f"{path} is not a checkpoint that a run goes on from: something else wrote "

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -271,7 +272,10 @@ def _say_interrupted(words: Sequence[str]) -> None:
         "pretrain": " Go on with it by --resume.",
         "evaluate": " The same command goes on with what is missing.",
     }
-    what = how.get(words[0], "") if "--out" in words else ""
+    what = how.get(words[0], "") if "--out" in words[:-1] else ""
+    if words[0] == "pretrain" and what:
+        out = Path(words[words.index("--out") + 1])
+        what = what if (out / "config.yaml").is_file() else " There is no run yet."
     print(f"lightly-mim: interrupted.{what}", file=sys.stderr)
 
 

@@ -272,7 +272,7 @@ class RunDirectory:
                 f"The run in {self.path} has finished its {was.get('recipe.epochs')} "
                 "epochs, with which its learning rate has come to its end. To go on "
                 f"from its weights, begin another run with them: init={self.path} "
-                f"(--init {self.path}) and another folder as out, without resume."
+                "and another folder as out, without resume."
             )
         self._refuse(changes, allow_changes)
         return changes

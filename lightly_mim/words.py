@@ -251,6 +251,8 @@ def shorten(message: str, command: str, options: Iterable[str] = ()) -> str:
     if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         return f"There is no command {match[1]!r}. There are: {match[2]}."
     if match := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
+        if not match[1].startswith("-"):
+            return f"{match[1]!r} stands behind no option, such as --out. {more}"
         hint = meant(match[1], [f"--{name}" for name in options])
         return f"{command} has no option {match[1]}.{hint} {more}"
     keys = re.findall(r'Parser key "([\w.]+)"', message)
@@ -354,9 +356,10 @@ def respell(message: str, options: Mapping[str, str]) -> str:
 
     message = re.sub(rf"(?<![\w.(-])({names})=({value})", replace, message)
     return re.sub(
-        rf"(?<=[Pp]ass )(?:{names})\b(?! of\b)|\b(?:{names})(?= to (?:go|replace))"
+        rf"(?<=[Pp]ass )(?:{names})\b(?! of\b)|(?<=[Ll]eave )(?:{names})(?= out\b)"
+        rf"|\b(?!out\b)(?:{names})(?= to (?:go|replace))|\bresume(?= goes on\b)"
         rf"|(?<= or )(?:{names})(?=, not both)"
-        rf"|(?<=\bas )(?:out|val)\b",
+        rf"|(?<=\bas )(?:out|val)\b|(?<=\bin )out\b",
         lambda match: options.get(match[0], match[0]),
         message,
     )

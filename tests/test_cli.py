@@ -193,6 +193,12 @@ def test_evaluate__mistakes(
          "out.",
          "pass --resume to go on with it, --overwrite to replace it, or another folder "
          "as --out."),
+        ("resume goes on. Leave init out to go on; or leave resume out and pass out.",
+         "--resume goes on. Leave --init out to go on; or leave --resume out and pass "
+         "--out."),
+        ("Begin data anew: pass resume to go on with the run in out.",
+         "Begin data anew: pass --resume to go on with the run in --out."),
+        ("It ran out to go on, as data in val", "It ran out to go on, as data in val"),
         ("precision=None: pass Pretraining(..., batch_size=...)",
          "precision=None: pass Pretraining(..., batch_size=...)"),
         ("the batch_size is the epochs", "the batch_size is the epochs"),
@@ -379,10 +385,23 @@ def test_module_runs() -> None:
     assert "evaluate" in done.stdout
 
 
+@pytest.mark.parametrize("words", ["pretrain small a", "convert a.pth --to timm"])
+def test_main__words_without_an_option(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2
+    said = f"{words.split()[1]!r} stands behind no option, such as --out."
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "error", "code", "said"),
     [
-        (["pretrain", "--out", "x"], KeyboardInterrupt(), 130, "go on with it by"),
+        (["pretrain", "--out", "begun"], KeyboardInterrupt(), 130, "go on with it by"),
+        (["pretrain", "--out", "x"], KeyboardInterrupt(), 130, "there is no run yet"),
+        (["pretrain", "--data", "x"], KeyboardInterrupt(), 130, "interrupted.\n"),
         (["evaluate", "--out=x"], KeyboardInterrupt(), 130, "the same command goes"),
         (["evaluate", "--out", "x"], Preempted(signal.SIGTERM), 143, "the same comm"),
         (["evaluate", "--data", "x"], KeyboardInterrupt(), 130, "interrupted.\n"),
@@ -395,10 +414,14 @@ def test_main__interrupted(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "auto_cli", fail)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(SystemExit) as caught:

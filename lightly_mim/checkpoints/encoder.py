@@ -253,9 +253,11 @@ def _find_encoder(path: Path) -> Path:
             return file
     if run.finished:
         state = "The run has finished, so the file was moved or deleted since."
+    elif run.config.is_file():
+        state = "The run has not finished and has no checkpoint yet. Resume the run."
     else:
         state = (
-            "The run has not finished and has no checkpoint yet, or this is not the "
-            "directory of a run. Resume the run."
+            "It is neither the directory of a run, which has a config.yaml, nor a "
+            "folder of weights with a config.json. Check the path."
         )
     raise ValueError(f"There is no {run.encoder.name} in {path}. {state}")

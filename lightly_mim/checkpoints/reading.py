@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,12 +124,22 @@ def _read_file(file: Path) -> Content:
                 return Content(file, tensors, metadata=content.metadata() or {})
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
-    if not head.startswith((b"PK\x03\x04", b"\x80")):
+    zipped = head.startswith(b"PK\x03\x04")
+    if not (zipped or head.startswith(b"\x80")) or (zipped and _is_program(file)):
         raise ValueError(
             f"{file} is damaged, or is neither a safetensors file nor one of "
-            "torch.save. Copy or download it again."
+            "torch.save. Copy or download it again; of an encoder in ONNX or of "
+            "torch.export, pass what it was converted from."
         )
     return _content(file, _load_pytorch(file))
+
+
+def _is_program(file: Path) -> bool:
+    """Returns whether a whole zip holds what torch.save does not write."""
+    if not is_zipfile(file):  # cut
+        return False
+    with ZipFile(file) as archive:
+        return not any(Path(name).name == "data.pkl" for name in archive.namelist())
 
 
 def _load_pytorch(file: Path) -> Any:

@@ -86,6 +86,7 @@ def test_save_encoder__full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_read_encoder__run_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match=r"has no checkpoint yet.*Resume the run"):
         read_encoder(tmp_path)
     (tmp_path / "finished.json").write_text("{}")

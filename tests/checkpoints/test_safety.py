@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,25 @@ def test_every_truncation_is_an_error(tmp_path: Path, kind: str) -> None:
             convert(read, "timm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert {p.name for p in tmp_path.iterdir()} <= {"a", "folder"}
+
+
+def test_programs_are_not_called_damaged(tmp_path: Path) -> None:
+    """torch.export's and ONNX' files are whole, and no weights."""
+    program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "a.pt2")
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x05")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "pictures")
+    for name in ("a.pt2", "a.onnx", "a.zip"):
+        for read in (read_weights, load_encoder):
+            with pytest.raises(
+                ValueError, match="is neither a safetensors .*converted"
+            ):
+                read(tmp_path / name)
+    torch.save({}, tmp_path / "b.pth")
+    (tmp_path / "b.pth").write_bytes((tmp_path / "b.pth").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"b\.pth is damaged: "):
+        read_weights(tmp_path / "b.pth")
 
 
 def test_run_directory_is_data(tmp_path: Path, monkeypatch: Any) -> None:

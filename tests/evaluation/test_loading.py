@@ -155,6 +155,9 @@ def test_load_encoder__neither_run_nor_name() -> None:
 
 
 def test_load_encoder__run_without_encoder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither the directory of a run.*the path"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         load_encoder(tmp_path)
 
