@@ -1161,6 +1161,8 @@ class _Images(pl.LightningDataModule):
             with_val=validate,
             labels=False,  # only what watches the run needs them
         )
+        if self.val is not None and not len(self.val):  # type: ignore[arg-type]
+            raise ValueError(f"val holds no images, got val={val!r}. Leave it out.")
         self.num_images: int = len(self.train)  # type: ignore[arg-type]
         if on_error == "raise" and isinstance(self.train, ImageDataset):
             _check_sizes(survey(self.train), smallest)

@@ -281,8 +281,8 @@ def match_classes(train: Dataset[Item], val: Dataset[Item]) -> None:
     Raises:
         ValueError: If there are validation images of a class without training images.
     """
-    names: list[str] = train.classes  # type: ignore[attr-defined]
-    others: list[str] = val.classes  # type: ignore[attr-defined]
+    names: list[str] = getattr(train, "classes", [])
+    others: list[str] = getattr(val, "classes", [])
     if not names or not others or names == others:
         return
     lacking = [printable(name) for name in names if name not in others]

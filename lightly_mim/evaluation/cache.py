@@ -436,6 +436,8 @@ def cached_features(
     """
     if not len(data):  # type: ignore[arg-type]
         raise ValueError("data holds no images to take features of.")
+    if lacking := sorted(functions.keys() - stores.keys()):
+        raise ValueError(f"stores has a place for each function, none of {lacking}.")
     for _ in range(_ATTEMPTS):
         # One process looks what is missing, since the others may be changing it.
         plan = world.from_first(lambda: _plan(functions, stores))

@@ -246,6 +246,8 @@ def extract_features(
     """
     function = EncoderFeatures(encoder, layers, pools)
     if not isinstance(data, DataLoader):
+        if not len(data):  # type: ignore[arg-type]
+            raise ValueError("data holds no images to take features of.")
         data = KeyedLoader(data, batch_size, training=False, num_workers=num_workers)
     device = _device_of(encoder) if device is None else torch.device(device)
     with evaluating(encoder, device):
@@ -313,7 +315,7 @@ def collect_features(
                 parts[name].setdefault(key, []).append(value.float().cpu())
             seconds[name] += time.perf_counter() - start
     if not labels:
-        raise ValueError("There are no images to take features of.")
+        raise ValueError("batches holds no images to take features of.")
     joined = torch.cat(labels)
     return {
         name: Features(_join(parts[name]), joined, filenames, seconds[name])

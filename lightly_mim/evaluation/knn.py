@@ -241,6 +241,10 @@ def choose_knn(
     Raises:
         ValueError: If a k or a temperature is out of range.
     """
+    if features.ndim != 2:
+        raise ValueError(
+            f"features has shape (num_images, dim), got {tuple(features.shape)}."
+        )
     ks = fitting_ks(len(features)) if ks is None else list(ks)
     predictions = knn_predict_grid(
         None, features, labels, num_classes, ks, temperatures, chunk_size=chunk_size

@@ -32,6 +32,7 @@ from lightly_mim.arguments import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     checked,
 )
 from lightly_mim.data.notes import printable
@@ -220,7 +221,7 @@ def draw_per_class(
     labels: Tensor,
     num_classes: PositiveInt,
     count: NonNegativeInt,
-    seed: NonNegativeInt,
+    seed: Seed,
 ) -> Tensor:
     """Draws as many images of each class, without replacement.
 
@@ -240,6 +241,11 @@ def draw_per_class(
     Raises:
         ValueError: If a class has fewer images.
     """
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(
+            "labels has shape (num_images,) and whole numbers, got "
+            f"{tuple(labels.shape)} of {labels.dtype}."
+        )
     _check_counts(labels, [str(label) for label in range(num_classes)], count)
     generator = Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)

@@ -42,8 +42,8 @@ class MixtureMasking(Masking):
         weights = [1.0] * len(maskings) if weights is None else weights
         if len(weights) != len(maskings):
             raise ValueError(
-                "A mixture needs a weight for each masking, got "
-                f"{len(weights)} weight(s) for {len(maskings)} masking(s)."
+                "weights of a mixture has one for each masking, got "
+                f"{len(weights)} for {len(maskings)} masking(s)."
             )
         if not any(weights):
             raise ValueError(
