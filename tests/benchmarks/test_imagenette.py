@@ -277,7 +277,7 @@ def test_main__refuses_a_study_that_is_there(
         (["--method-option", "mask_patch_size=48"], "mask_patch_size 48 x 48"),
         (
             ["--method-option", "mask_ratio=much"],
-            "between 0 and 1, got mask_ratio=.much",
+            "between 0 and 1, got mask_ratio='much'",
         ),
         (["--img-size", "80"], "80 x 80 pixels does not divide"),
         (["--batch-size", "64"], "has 32 training images"),
