@@ -27,7 +27,9 @@ from lightly_mim.files import atomic_write
 from lightly_mim.runs import RunDirectory
 
 METADATA_KEY = "lightly_mim"
-CHECKSUM_KEY = "sha256"
+# Ends what a file says of its encoder. A key of its own would be before or behind the
+# other one by chance, and the same weights would make other files.
+CHECKSUM = ', "sha256": "'
 ENCODER_KEY = "encoder"  # in a checkpoint, what `encoder_spec` says
 _WEIGHTS = "method.encoder.vit."  # what a checkpoint calls them
 
@@ -123,7 +125,7 @@ def save_encoder(encoder: MaskedEncoder, path: Path | str) -> None:
         for name, tensor in encoder.vit.state_dict().items()
     }
     checksum = hash_tensors(sorted(weights.items()), spec)
-    metadata = {METADATA_KEY: spec, CHECKSUM_KEY: checksum}
+    metadata = {METADATA_KEY: f'{spec[:-1]}{CHECKSUM}{checksum}"}}'}
     try:
         with atomic_write(path) as temporary:
             save_file(weights, temporary, metadata)
@@ -180,9 +182,11 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
             "not write it. Build the model, load the weights with "
             "safetensors.torch.load_model, and pass the model itself."
         )
-    spec = metadata[METADATA_KEY]
-    checksum = metadata.get(CHECKSUM_KEY)  # not there in files of earlier versions
-    if checksum not in (None, hash_tensors(sorted(weights.items()), spec)):
+    spec, end, checksum = metadata[METADATA_KEY].rpartition(CHECKSUM)
+    if not end:  # of an earlier version
+        return _checked(file, weights, checksum)
+    spec += "}"
+    if checksum != hash_tensors(sorted(weights.items()), spec) + '"}':
         raise ValueError(f"{file} is damaged: its checksum is another. {_REMEDY}")
     return _checked(file, weights, spec)
 

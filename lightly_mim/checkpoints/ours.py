@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightly_mim.checkpoints.encoder import CHECKSUM_KEY, METADATA_KEY, read_encoder
+from lightly_mim.checkpoints.encoder import CHECKSUM, METADATA_KEY, read_encoder
 from lightly_mim.checkpoints.reading import Content, read_content
 from lightly_mim.checkpoints.weights import Weights
 from lightly_mim.runs import RunDirectory
@@ -54,8 +54,10 @@ def read(content: Content, num_heads: int | None = None) -> Weights | None:
         num_heads:
             Not used: the file tells it.
     """
-    # One of both where a bit of the other's name has changed, which is then said.
-    is_encoder = bool({METADATA_KEY, CHECKSUM_KEY} & content.metadata.keys())
+    # Also where a bit of the key has changed, which is then said.
+    is_encoder = METADATA_KEY in content.metadata or any(
+        CHECKSUM in said for said in content.metadata.values()
+    )
     is_checkpoint = isinstance(content.beside.get("encoder"), str)
     if not (is_encoder or is_checkpoint):
         return None

@@ -195,5 +195,14 @@ def test_save_encoder__metadata_is_json(tmp_path: Path) -> None:
         "mean",
         "std",
         "pool",
+        "sha256",
         "version",
     }
+
+
+def test_save_encoder__same_weights_same_bytes(tmp_path: Path) -> None:
+    encoder = small_encoder()
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        save_encoder(encoder, file)
+    assert len({file.read_bytes() for file in files}) == 1

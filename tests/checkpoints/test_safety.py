@@ -262,13 +262,14 @@ def test_encoder_whose_name_changed(tmp_path: Path) -> None:
     """Without our key it would pass for a state dict of timm, with other statistics."""
     file, _ = write("encoder", tmp_path)
     content = file.read_bytes()
-    for name in (b'"lightly_mim"', b'"sha256"'):
+    for name in (b'"lightly_mim"', rb"\"sha256\""):
         assert content.count(name) == 1
         for place in range(1, len(name) - 1):
             damaged = bytearray(content)
             damaged[content.index(name) + place] ^= 1
             file.write_bytes(damaged)
-            if name == b'"sha256"':  # the weights are whole, and said to be what
+            if name != b'"lightly_mim"' and place not in (1, len(name) - 2):
+                # The weights are whole, and said to be what they are.
                 assert read_weights(file).layout == "lightly_mim's encoder"
                 continue
             with pytest.raises(ValueError, match="a "):
