@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -99,7 +98,7 @@ def convert(
             write(made / name)
         (made / "README.md").write_text(card)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(Path(folder) / "replaced")  # removed once the new one is there
         made.rename(out)
     print("\n".join([*converted.notes, f"{to}: written to {out}."]), flush=True)
     return out
