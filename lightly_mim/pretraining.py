@@ -34,6 +34,7 @@ from lightly_mim.arguments import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     Share,
     Workers,
     check_arguments,
@@ -162,7 +163,7 @@ class Pretraining(pl.LightningModule):
         method: MaskedImageModel,
         recipe: Recipe | None = None,
         batch_size: PositiveInt | None = None,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -566,7 +567,7 @@ def pretrain(
     weight_decay: NonNegativeFloat | None = None,
     min_scale: Share | None = None,
     normalize: dict[str, list[float]] | None = None,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     precision: Precision | None = None,
     accelerator: str = "auto",
     devices: int | str | list[int] = "auto",

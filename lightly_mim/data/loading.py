@@ -19,7 +19,7 @@ from lightly.data.multi_view_collate import MultiViewCollate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightly_mim.arguments import NonNegativeInt, PositiveInt, Workers, checked
+from lightly_mim.arguments import NonNegativeInt, PositiveInt, Seed, Workers, checked
 from lightly_mim.data.folder import ReplacementName
 from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError, or_skip
@@ -56,7 +56,7 @@ class KeyedDataset(Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], seed: NonNegativeInt, labels: bool | None = True
+        self, dataset: Dataset[Any], seed: Seed, labels: bool | None = True
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -198,7 +198,7 @@ class GlobalBatches(Sampler[list[Key]]):
         batch_size: PositiveInt,
         *,
         training: bool = True,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
         rank: NonNegativeInt = 0,
         world_size: PositiveInt = 1,
     ) -> None:
@@ -316,7 +316,7 @@ class KeyedLoader(DataLoader[Any]):
         batch_size: PositiveInt,
         *,
         training: bool = True,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
         rank: NonNegativeInt = 0,
         world_size: PositiveInt = 1,
         num_workers: Workers | None = None,

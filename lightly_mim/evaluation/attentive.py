@@ -43,9 +43,9 @@ from lightly_mim.arguments import (
     Device,
     NonEmpty,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     checked,
 )
 from lightly_mim.data.seeding import seed_from
@@ -213,7 +213,7 @@ class AttentiveProbes(nn.Module):
         standardize: Standardizer,
         kind: Kind = "single",
         queries: PositiveInt = 32,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         dim = len(standardize.mean)
@@ -305,7 +305,7 @@ def fit_attentive_grid(
     epochs: PositiveInt = 30,
     batch_size: AtLeastTwo = 128,
     max_numbers: PositiveInt = MAX_NUMBERS,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
 ) -> AttentiveProbes:
     """Trains an attentive probe with each learning rate and decay, all at once.
@@ -407,7 +407,7 @@ def choose_attentive(
     epochs: PositiveInt = 30,
     batch_size: AtLeastTwo = 128,
     max_numbers: PositiveInt = MAX_NUMBERS,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
 ) -> GridChoice:
     """Chooses learning rate and weight decay on a held-out part of the training set.

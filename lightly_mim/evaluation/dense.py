@@ -36,8 +36,8 @@ from torch import Generator, Tensor
 
 from lightly_mim.arguments import (
     NonEmpty,
-    NonNegativeInt,
     PositiveInt,
+    Seed,
     Workers,
     checked,
 )
@@ -112,7 +112,7 @@ def evaluate_dense(
     random_baseline: bool = False,
     out: Path | str | None = None,
     overwrite: bool = False,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     batch_size: PositiveInt = 32,
     num_workers: Workers | None = None,
     device: str | None = None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import reprlib
 import time
 from collections.abc import (
     Callable,
@@ -334,13 +335,13 @@ def batch_images(batch: Any) -> Tensor:
     Raises:
         ValueError: If it is something else.
     """
-    if not isinstance(batch, (list, tuple)) or not batch:
+    views = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+    images = views[0] if isinstance(views, (list, tuple)) and views else views
+    if not isinstance(images, Tensor):
         raise ValueError(
             "Batches are tuples or lists that begin with the images, such as (images, "
-            f"labels, filenames), got a {type(batch).__name__}."
+            f"labels, filenames), got {reprlib.repr(batch)}."
         )
-    views = batch[0]
-    images: Tensor = views[0] if isinstance(views, (list, tuple)) else views
     return images
 
 

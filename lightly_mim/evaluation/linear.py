@@ -36,10 +36,10 @@ from lightly_mim.arguments import (
     Device,
     NonEmpty,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Rate,
+    Seed,
     checked,
 )
 from lightly_mim.evaluation.features import Features
@@ -158,7 +158,7 @@ def fit_linear_grid(
     epochs: PositiveInt = 100,
     batch_size: PositiveInt = 128,
     momentum: Rate = 0.9,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> tuple[Tensor, Tensor]:
     """Trains a linear classifier with each learning rate, all of them at once.
 
@@ -223,7 +223,7 @@ def choose_linear(
     epochs: PositiveInt = 100,
     batch_size: PositiveInt = 128,
     max_numbers: PositiveInt = MAX_NUMBERS,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
 ) -> list[GridChoice]:
     """Chooses the learning rate and weight decay of each of several features.
@@ -334,7 +334,7 @@ def fit_and_score_linear(
     *,
     epochs: PositiveInt = 100,
     batch_size: PositiveInt = 128,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> Tensor:
     """Fits the chosen probe on the whole training set and scores other images.
 

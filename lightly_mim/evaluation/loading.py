@@ -17,7 +17,7 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
 )
 from torch import nn
 
-from lightly_mim.arguments import NonNegativeInt, PositiveInt, checked
+from lightly_mim.arguments import PositiveInt, Seed, checked
 from lightly_mim.checkpoints import Weights, encoder_spec, read_weights
 from lightly_mim.checkpoints.hub import fetch, is_hub_name
 from lightly_mim.data.seeding import keyed_random_state
@@ -127,7 +127,7 @@ def load_encoder(
 
 
 @checked
-def at_random(encoder: FeatureEncoder, seed: NonNegativeInt) -> FeatureEncoder:
+def at_random(encoder: FeatureEncoder, seed: Seed) -> FeatureEncoder:
     """Builds the same encoder once more, at random initialisation.
 
     Args:

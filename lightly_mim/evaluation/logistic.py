@@ -35,9 +35,9 @@ from lightly_mim.arguments import (
     AtLeastTwo,
     Device,
     NonEmpty,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     checked,
 )
 from lightly_mim.evaluation.features import Features
@@ -278,7 +278,7 @@ def choose_logistic(
     tolerance: PositiveFloat = 1e-4,
     max_iterations: PositiveInt = 1000,
     max_numbers: PositiveInt = MAX_NUMBERS,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
 ) -> list[LogisticChoice]:
     """Chooses C for each of several features, by cross-validation.

@@ -28,8 +28,8 @@ from torch.utils.data import Dataset
 from lightly_mim.arguments import (
     InnerShare,
     NonEmpty,
-    NonNegativeInt,
     PositiveInt,
+    Seed,
     Share,
     Workers,
     check_arguments,
@@ -141,7 +141,7 @@ def evaluate(
     out: Path | str | None = None,
     cache: Path | str | None = None,
     overwrite: bool = False,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     batch_size: PositiveInt = 64,
     num_workers: Workers | None = None,
     device: str | None = None,

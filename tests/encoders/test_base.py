@@ -332,9 +332,9 @@ class TestMaskedEncoder:
             ("resnet10t", {"img_size": 64}, r"cannot build.*Supported are.*Beit"),
             ("resnet10t", {}, r"ResNet is not supported.*VisionTransformer, Beit"),
             (VIT, {"norm_layer": nn.LayerNorm}, r"as JSON.*timm\.create_model"),
-            (VIT, {"pos_embed": "sine"}, r"'learned', 'sincos' or None, got 'sine'"),
+            (VIT, {"pos_embed": "sine"}, r"'learned', 'sincos', got pos_embed='sine'"),
             (SWIN, {"pos_embed": "sincos"}, r"SwinTransformer was built without abs"),
-            (VIT, {"img_size": (32, 0)}, r"img_size is .*\(32, 0\)"),
+            (VIT, {"img_size": (32, 0)}, r"img_size of .*\(32, 0\)"),
         ],
     )
     def test_bad_input(

@@ -234,7 +234,7 @@ def test_options_of_files__not_for_data_sets(
 
 def test_on_error__bad_word(whole: Path, encoder: MaskedEncoder) -> None:
     for word in ("ignore", "Skip", ""):
-        with pytest.raises(ValueError, match=r'must be "raise" or "skip", got'):
+        with pytest.raises(ValueError, match="is one of 'raise', 'skip', got"):
             evaluate(encoder, whole, ["knn"], on_error=word, **FAST)  # type: ignore
 
 
@@ -256,7 +256,7 @@ def test_dense__skip(encoder: MaskedEncoder, tmp_path: Path) -> None:
     assert found.notes[0].startswith("2 of 8 training images are left out:\n  ")
     assert found.notes[1].startswith("1 of 4 test images are left out:\n  1: Cannot")
     assert expected.notes == []
-    with pytest.raises(ValueError, match=r'must be "raise" or "skip", got'):
+    with pytest.raises(ValueError, match="is one of 'raise', 'skip', got"):
         evaluate_dense(encoder, tmp_path, on_error="drop", **options)  # type: ignore
 
 
@@ -368,9 +368,9 @@ def test_value_range__is_taken_over_from_the_run(
 def test_value_range__out_of_range(
     whole: Path, encoder: MaskedEncoder, value_range: Any
 ) -> None:
-    with pytest.raises(ValueError, match="two whole numbers within 0..65535, got va"):
+    with pytest.raises(ValueError, match="whole number.*, got value_range="):
         evaluate(encoder, whole, ["knn"], value_range=value_range, **FAST)
-    with pytest.raises(ValueError, match="two whole numbers within 0..65535, got va"):
+    with pytest.raises(ValueError, match="whole number.*, got value_range="):
         evaluate_dense(encoder, whole, value_range=value_range)
 
 

@@ -643,7 +643,7 @@ def test_evaluate__shared_by_processes(
 # Protocols of other kinds.
 
 
-class Draws:
+class Draws(KNN):
     """A protocol with several variants and draws, whose classes are made up."""
 
     tokens = False
@@ -686,7 +686,7 @@ def test_evaluate__variants_and_draws(
     assert "75.0 ± 35.4" in text
 
 
-class Tokens(Draws):
+class Tokens(Draws, Linear):
     tokens = True
 
     def __call__(
@@ -697,7 +697,7 @@ class Tokens(Draws):
         return [Outcome((1, "tokens"), {}, [], test.labels[:, None])]
 
 
-class Training:
+class Training(FineTune):
     """Looks at what a protocol on images is given."""
 
     fail = True
@@ -726,13 +726,15 @@ class Training:
 
 
 def test_evaluate__tokens_and_training(
-    folder: Path, encoder: MaskedEncoder, tmp_path: Path
+    folder: Path,
+    encoder: MaskedEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    training: Any = Training()
     arguments: dict[str, Any] = FAST | {
         "protocols": ["knn", "linear", "finetune"],
         "linear": Tokens(),
-        "finetune": training,
+        "finetune": Training(),
         "baselines": ["pixels", "random"],
         "out": tmp_path,
     }
@@ -740,7 +742,7 @@ def test_evaluate__tokens_and_training(
         evaluate(encoder, folder, **arguments)
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoint.name.startswith("finetune-")
-    training.fail = False
+    monkeypatch.setattr(Training, "fail", False)
     results = evaluate(encoder, folder, **arguments)
     assert [(row.model, row.protocol) for row in results.rows[2:]] == [
         ("vit_tiny_patch16_224", "finetune"),
