@@ -59,7 +59,11 @@ def run_local(
         {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), "cluster": "local", "jobs": {}}
     )
     # `kill` ends the jobs, too, which would run on unseen.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # So does Ctrl-C, which jobs of a script that a shell started behind & would ignore.
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         while waiting or any(slot.job for slot in slots):
             for slot in slots:
@@ -84,7 +88,8 @@ def run_local(
         print(f"\nInterrupted. Go on with: {study.resume_command()}")
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     with suppress(OSError):
         (study.jobs / "%j").rmdir()  # submitit makes it, with nothing in it
     print(write_report(study))

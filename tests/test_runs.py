@@ -398,7 +398,9 @@ def test_resume__out_is_enough(
     assert again is not method
     assert_same(again.state_dict(), method.state_dict())
     # More epochs begin with its weights.
-    with pytest.raises(ValueError, match=r"(?s)finished its 3 epochs.*with them: init="):
+    with pytest.raises(
+        ValueError, match=r"(?s)finished its 3 epochs.*with them: init="
+    ):
         pretrain(out, resume=True, epochs=5)
     with pytest.raises(ValueError, match="finished its 3 epochs"):
         run(out, photos, resume=True, epochs=4, callbacks=None)

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -820,6 +821,8 @@ def test_local_study__kill_leaves_nothing_running(photos: Path, tmp_path: Path) 
         cwd=tmp_path,
         # Not a terminal's group, whose every process gets Ctrl-C.
         start_new_session=True,
+        # As a shell starts what stands before &.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     metrics = tmp_path / "s/tasks/00-imagenette/run/SimMIM-seed0/metrics.csv"
     # The first row is from before the first step.
