@@ -105,7 +105,7 @@ def checked(target: Function) -> Function:
     if isinstance(target, type):
         target.__init__ = checked(target.__init__)  # type: ignore[misc]
         return target
-    signature = inspect.signature(target)
+    signature = _signature(target)
     is_constructor = target.__name__ == "__init__"
 
     @functools.wraps(target)
@@ -144,7 +144,7 @@ def check_arguments(
         ValueError: If one is not what the signature says, naming it.
     """
     name = name or function.__name__
-    hints, parameters = _hints(function), inspect.signature(function).parameters
+    hints, parameters = _hints(function), _signature(function).parameters
     checked_ones: dict[str, Any] = {}
     for key, value in arguments.items():
         hint = hints.get(key, Any)
@@ -156,6 +156,10 @@ def check_arguments(
         else:
             checked_ones[key] = _admit(value, hint, key, name)
     return checked_ones
+
+
+# Both take longer than most checks.
+_signature = functools.cache(inspect.signature)
 
 
 @functools.cache
@@ -170,7 +174,8 @@ def _admit(value: Any, hint: Any, name: str, function: str) -> Any:
     """Returns a value that a hint allows, in Python's own types."""
     if hint is Any:
         return value
-    if str(value)[:1] == "~" and isinstance(value, str | Path) and _takes_path(hint):
+    is_path = isinstance(value, str | Path) and str(value)[:1] == "~"
+    if is_path and _takes_path(hint):
         return type(value)(os.path.expanduser(value))  # noqa: PTH111, not strict
     if fits(value, hint):
         return to_python(value) if isinstance(value, np.generic) else value

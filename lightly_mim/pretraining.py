@@ -65,7 +65,6 @@ from lightly_mim.data import (
     seed_from,
     spread_out,
 )
-from lightly_mim.data.decode import check_value_range
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.notes import by_reason
 from lightly_mim.data.opening import BrokenImageError, read_regular
@@ -1514,7 +1513,6 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             'pass probe="linear" as well, or leave probe_every out.',
             stacklevel=4,
         )
-    check_value_range(arguments["value_range"])
     if isinstance(method, type):
         raise ValueError(
             "method is a method or a function that makes one, for example "

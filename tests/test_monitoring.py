@@ -263,13 +263,13 @@ def test_pretrain__probe_leaves_validation_images_alone(
     read: list[Path] = []
     from lightly_mim.data import folder
 
-    original = folder.decode_image
+    original = folder.decode_unchecked
 
     def watched(path: Any, *arguments: Any) -> Any:
         read.append(Path(path))
         return original(path, *arguments)
 
-    monkeypatch.setattr(folder, "decode_image", watched)
+    monkeypatch.setattr(folder, "decode_unchecked", watched)
     run(tmp_path / "a", photos, epochs=1, probe="linear", validate=False)
     assert read
     assert not [path for path in read if "val" in path.parent.parent.name]

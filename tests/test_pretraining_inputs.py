@@ -400,9 +400,9 @@ def test_value_range__of_a_run_is_its_evaluations(tmp_path: Path, highest: int) 
 
 @pytest.mark.parametrize("value_range", [(0, 4095, 1), (9, 9), 4095, ("0", "9")])
 def test_value_range__out_of_range(tmp_path: Path, value_range: Any) -> None:
-    with pytest.raises(ValueError, match=r"whole number.*, got value_range="):
+    with pytest.raises(ValueError, match="two whole numbers within 0..65535, got va"):
         run(tmp_path / "run", tmp_path, value_range=value_range)
-    with pytest.raises(ValueError, match=r"whole number.*, got value_range="):
+    with pytest.raises(ValueError, match="two whole numbers within 0..65535, got va"):
         check_pretraining({"value_range": value_range})
     assert not (tmp_path / "run").exists()
 

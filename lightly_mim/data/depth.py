@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -14,9 +14,22 @@ from PIL.TiffImagePlugin import (
     SAMPLEFORMAT,
 )
 
+from lightly_mim.arguments import NonNegativeInt, PositiveInt, Rule, fits
 from lightly_mim.data.notes import is_first
 
-ValueRange = tuple[int, int]
+_RANGE = (
+    "the lowest and the highest value of 16-bit pictures, such as (0, 4095) for 12 "
+    "bits, two whole numbers within 0..65535"
+)
+
+
+def _is_range(values: Any) -> bool:
+    return fits(values, tuple[NonNegativeInt, PositiveInt]) and (
+        values[0] < values[1] <= 65535
+    )
+
+
+ValueRange = Annotated[tuple[int, int], Rule(_RANGE, _is_range, alone=True)]
 
 # Formats that hold at most 16 bits, of which some versions of PIL make 32.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")

@@ -17,8 +17,7 @@ from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.data.decode import (
     ARRAY_EXTENSIONS,
     PICTURE_EXTENSIONS,
-    check_value_range,
-    decode_image,
+    decode_unchecked,
 )
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.listing import ImageFiles, find_images
@@ -119,7 +118,6 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
         self.in_chans = in_chans
         self.on_error = on_error
         self.min_size = None if min_size is None else to_pair(min_size, "min_size")
-        check_value_range(value_range)
         self.value_range = value_range
         self.in_memory = in_memory
         self.filenames, self.targets, self.classes = files or find_images(
@@ -192,7 +190,7 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
     def _decode(self, index: int) -> Image | Tensor:
         if index in self._decoded:
             return self._decoded[index]
-        image = decode_image(
+        image = decode_unchecked(
             self.root / self.filenames[index],
             self.in_chans,
             self.min_size,

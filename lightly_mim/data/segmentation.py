@@ -17,7 +17,7 @@ from lightly_mim.data.decode import (
     ARRAY_EXTENSIONS,
     PICTURE_EXTENSIONS,
     TRANSPOSED,
-    decode_image,
+    decode_unchecked,
     load_picture,
     open_picture,
     picture_formats,
@@ -109,7 +109,7 @@ class SegmentationDataset(Dataset[tuple[list[Tensor], int, str]]):
         return len(self.files.stems)
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int, str]:
-        image = decode_image(
+        image = decode_unchecked(
             self.files.root / self.files.images[index],
             self.in_chans,
             decode_size=self.transform.decode_size,

@@ -42,7 +42,6 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
-from lightly_mim.data.decode import check_value_range
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.overlap import overlap_notes
@@ -212,7 +211,6 @@ def evaluate_dense(
             written then.
     """
     arguments = {name: to_json(value) for name, value in locals().items()}
-    check_value_range(value_range)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
     settings: dict[str, DenseProtocol] = {"knn": knn, "linear": linear}
     for name, setting in settings.items():
