@@ -131,8 +131,7 @@ def start_from(method: MaskedImageModel, source: Path | str) -> None:
     num_heads = getattr(heads[0].attn, "num_heads", None) if heads else None
     weights = find_weights(source, num_heads)
     encoder = build_saved(weights, source)
-    stages = getattr(target.vit, "layers", None)
-    window = tuple(stages[0].blocks[0].window_size) if stages else None
+    window = _window(target)
     same = encoder.img_size == target.img_size
     same = same and encoder.patch_size == target.patch_size
     if type(encoder.vit) is type(target.vit):
@@ -148,9 +147,13 @@ def start_from(method: MaskedImageModel, source: Path | str) -> None:
     _take(method, weights, encoder, source, [said])
 
 
-def _window(encoder: MaskedEncoder) -> tuple[int, ...] | None:
+def _window(encoder: MaskedEncoder) -> tuple[int, int] | None:
+    """Returns the size of a Swin's first windows in patches, None of others."""
     stages = getattr(encoder.vit, "layers", None)
-    return tuple(stages[0].blocks[0].window_size) if stages else None
+    if not stages:
+        return None
+    height, width = stages[0].blocks[0].window_size
+    return height, width
 
 
 def _method_of(
