@@ -17,7 +17,7 @@ demo: $(READY)  ## the main job: pretrain SimMIM on solar cells and evaluate it
 	$(BIN)/python benchmarks/solar_cells.py --out runs/demo --overwrite
 
 test: $(READY)  ## the tests, one process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not slurm"
 
 test-slow: $(READY)  ## the long tests
 	$(BIN)/python -m pytest -m "slow and not slurm"
