@@ -1,4 +1,4 @@
-"""Every code block of the README runs."""
+"""Every code block of the README and of the pages that it leads to runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from .checkpoints import official
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("lightly_mim/*/README.md")),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "slurm" / "README.md",
+]
 
 # A day's work as it stands in the README, an instant's here.
 SHORTENED = [
@@ -42,7 +47,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str) -> list[str]:
-    found = BLOCK.findall(README.read_text())
+    found = [block for page in PAGES for block in BLOCK.findall(page.read_text())]
     return [code for name, code in found if name == language]
 
 
@@ -108,15 +113,35 @@ def test_bash(code: str, folder: Path) -> None:
 def test_there_are_blocks() -> None:
     assert len(blocks("python")) >= 4
     assert len(blocks("bash")) >= 3
-    languages = {name for name, _ in BLOCK.findall(README.read_text())}
-    assert languages <= {"python", "bash", "text", "yaml"}
+    for page in PAGES:
+        languages = {name for name, _ in BLOCK.findall(page.read_text())}
+        assert languages <= {"python", "bash", "text", "yaml"}, page
 
 
-def test_nothing_is_left_to_fill_in() -> None:
-    assert "@@" not in README.read_text()
+def test_every_page_is_reached_from_the_readme() -> None:
+    front, *rest = PAGES
+    for page in rest:
+        assert f"({page.relative_to(ROOT)})" in front.read_text()
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+def test_the_readme_is_a_front_page() -> None:
+    assert len(PAGES[0].read_text().splitlines()) < 250
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in words}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_page(page: Path) -> None:
+    text = page.read_text()
+    assert "@@" not in text  # nothing is left to fill in
+    for target in re.findall(r"\]\(([^)]+)\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            file, _, anchor = target.partition("#")
+            led_to = page if not file else page.parent / file
+            assert led_to.exists(), target
+            assert not anchor or anchor in anchors(led_to), target
