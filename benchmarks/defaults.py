@@ -4,7 +4,9 @@
 and the same encoder with lightly's blocks, on data sets that come in packages, at equal
 images seen, and prints kNN and linear probes before and after. `--choice target` puts
 the alternatives of one choice side by side instead, scored on held-out training images.
-Each row is a file: what is there is not measured again.
+`--pictures 50 300 1968 --images 4000 16000 64000` pretrains on so many of the training
+images for so long, and `--plot FILE` draws what came of it. Each row is a file: what is
+there is not measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from lightly.models.modules.masked_vision_transformer_timm import (
     MaskedVisionTransformerTIMM,
 )
 from lightly.transforms.mae_transform import MAETransform
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from timm.models import VisionTransformer
@@ -542,6 +545,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(rows[-1]), flush=True)
     table = markdown_table(*tabulate(rows))
     print(f"\n{table}")
+    if arguments.plot is not None:
+        learning_curves(rows).savefig(arguments.plot, dpi=120)
 
 
 def _rows(choice: str | None) -> list[tuple[str, str, Change | None]]:
@@ -575,6 +580,40 @@ def tabulate(
     return header, lines
 
 
+def learning_curves(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Returns a figure of accuracy against images seen, a line per number of pictures.
+
+    Args:
+        rows:
+            What `measure` returned, of one data set. Means over seeds are drawn.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(4 * len(models), 6.4), layout="constrained")
+    panels = figure.subplots(
+        len(PROTOCOLS), len(models), sharex=True, sharey="row", squeeze=False
+    )
+    for (protocol, model), panel in zip(
+        itertools.product(PROTOCOLS, models), panels.flat, strict=True
+    ):
+        mine = [row for row in rows if row["model"] == model]
+        untrained = statistics.mean(row["before"][protocol] for row in mine)
+        panel.axhline(untrained, color="grey", linestyle="--", label="random")
+        for pictures in sorted({row["pictures"] for row in mine}):
+            scores: dict[int, list[float]] = {}
+            for row in mine:
+                if row["pictures"] == pictures:
+                    scores.setdefault(row["images"], []).append(row["after"][protocol])
+            images = sorted(scores)
+            means = [statistics.mean(scores[number]) for number in images]
+            panel.plot(images, means, marker="o", label=f"{pictures:,} pictures")
+        panel.set(title=f"{model}, {protocol}", xscale="log", ylabel="top-1 %")
+        panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("images seen in pretraining")
+    panels[0, 0].legend()
+    return figure
+
+
 def _mean_and_spread(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
@@ -604,6 +643,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="seen by each run",
     )
+    parser.add_argument("--plot", type=Path, help="draw learning curves into this file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
     return parser

@@ -107,3 +107,28 @@ def test_tabulate__means_and_deviations_over_seeds(defaults: Any) -> None:
     header, [line] = defaults.tabulate(rows)
     assert header[2] == "knn, before"
     assert line[2] == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+def test_learning_curves__a_line_per_number_of_pictures(defaults: Any) -> None:
+    rows = [
+        {
+            "model": model,
+            "pictures": pictures,
+            "images": images,
+            "before": {"knn": 60.0, "linear": 62.0},
+            "after": {"knn": images / 100 + seed, "linear": 70.0},
+        }
+        for model in ("SimMIM", "MAE")
+        for pictures in (300, 50)
+        for images in (8000, 4000)
+        for seed in (0, 2)
+    ]
+    figure = defaults.learning_curves(rows)
+    assert [axes.get_title() for axes in figure.axes] == [
+        *("SimMIM, knn", "MAE, knn", "SimMIM, linear", "MAE, linear")
+    ]
+    untrained, *lines = figure.axes[0].get_lines()
+    assert set(untrained.get_ydata()) == {60.0}
+    assert [line.get_label() for line in lines] == ["50 pictures", "300 pictures"]
+    assert list(lines[0].get_xdata()) == [4000, 8000]
+    assert list(lines[0].get_ydata()) == [41.0, 81.0]
