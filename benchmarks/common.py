@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, NoReturn, get_args
 
+import lightly_mim.methods  # isort: skip  # before PyTorch, whose threads it sets up
 import torch
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -37,7 +38,6 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
-import lightly_mim.methods
 from lightly_mim import heads, losses, masking, targets
 from lightly_mim.config import Recorded
 from lightly_mim.encoders import Pool

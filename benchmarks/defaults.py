@@ -28,10 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import markdown_table, spell  # isort: skip  # before PyTorch
 import numpy as np
 import timm
 import torch
-from common import markdown_table, spell
 from lightly.models import utils
 from lightly.models.modules.masked_autoencoder_timm import MAEDecoderTIMM
 from lightly.models.modules.masked_vision_transformer_timm import (

@@ -26,10 +26,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from common import markdown_table, run_script  # isort: skip  # before PyTorch
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from common import markdown_table, run_script
 from lightly.models import utils
 from lightly.utils.benchmarking.knn import knn_predict
 from lightly.utils.benchmarking.linear_classifier import LinearClassifier

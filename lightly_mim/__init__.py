@@ -1,7 +1,19 @@
-"""Masked image modelling for lightly."""
+"""Masked image modelling for lightly.
 
+Imported before PyTorch, it lets threads that wait for each other sleep soon, unless
+GOMP_SPINCOUNT or OMP_WAIT_POLICY say how they are to wait: beside a busy process, two
+threads which spin instead do a fraction of the work. OpenMP reads both while PyTorch is
+loaded; a program that imports PyTorch first sets GOMP_SPINCOUNT itself.
+"""
+
+import os
 import sys
 from pathlib import Path
+
+# GNU's OpenMP goes round 300,000 times by default, and 1,000 times where it knows that
+# there are fewer CPUs than threads: of CPUs that others are busy on it does not know.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # `python -m lightly_mim` looks first where one stands, beginning with what is imported
 # here: no file that lies there is taken for a package. It may be a clone of this one.
