@@ -6,9 +6,11 @@ threads which spin instead do a fraction of the work. OpenMP reads both while Py
 loaded; a program that imports PyTorch first sets GOMP_SPINCOUNT itself.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # GNU's OpenMP goes round 300,000 times by default, and 1,000 times where it knows that
 # there are fewer CPUs than threads: of CPUs that others are busy on it does not know.
@@ -23,13 +25,14 @@ if getattr(sys, "argv", [])[:1] == ["-m"] and sys.path[0] == str(Path.cwd()):
         sys.path.append(here)
     del here
 
-from lightly_mim.conversion import convert
-from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation import evaluate
-from lightly_mim.methods import MAE, MaskedImageModel, MIMOutput, SimMIM
-from lightly_mim.optim import Recipe
-from lightly_mim.pretraining import Pretraining, pretrain
-from lightly_mim.transforms import EvalTransform, MAETransform, SimMIMTransform
+if TYPE_CHECKING:
+    from lightly_mim.conversion import convert
+    from lightly_mim.encoders import MaskedEncoder, masked_encoder
+    from lightly_mim.evaluation import evaluate
+    from lightly_mim.methods import MAE, MaskedImageModel, MIMOutput, SimMIM
+    from lightly_mim.optim import Recipe
+    from lightly_mim.pretraining import Pretraining, pretrain
+    from lightly_mim.transforms import EvalTransform, MAETransform, SimMIMTransform
 
 __version__ = "0.1.0"
 
@@ -49,3 +52,37 @@ __all__ = [
     "masked_encoder",
     "pretrain",
 ]
+
+# Each is imported when it is first asked for: PyTorch and Lightning take seconds, which
+# `lightly-mim --help` does not need.
+_HOMES = {
+    "MAE": "methods",
+    "EvalTransform": "transforms",
+    "MAETransform": "transforms",
+    "MIMOutput": "methods",
+    "MaskedEncoder": "encoders",
+    "MaskedImageModel": "methods",
+    "Pretraining": "pretraining",
+    "Recipe": "optim",
+    "SimMIM": "methods",
+    "SimMIMTransform": "transforms",
+    "convert": "conversion",
+    "evaluate": "evaluation",
+    "masked_encoder": "encoders",
+    "pretrain": "pretraining",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lightly_mim.{_HOMES[name]}"), name)
+    try:
+        return importlib.import_module(f"lightly_mim.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"lightly_mim.{name}":
+            raise
+        raise AttributeError(f"module 'lightly_mim' has no {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -37,7 +37,7 @@ def spin_count(code: str, **variables: str) -> int:
 @pytest.mark.parametrize(
     "code",
     [
-        "import lightly_mim",
+        "import lightly_mim, torch",
         "import sys; sys.path.insert(0, '.'); import solar_cells",
         "import sys; sys.path.insert(0, '.'); import throughput",
     ],
@@ -47,7 +47,7 @@ def test_threads_sleep_soon(code: str) -> None:
 
 
 def test_threads_wait_as_the_user_says() -> None:
-    code = "import lightly_mim"
+    code = "import lightly_mim, torch"
     assert spin_count(code, GOMP_SPINCOUNT="77") == 77
     active = spin_count("import torch", OMP_WAIT_POLICY="active")
     assert active > 1_000_000
