@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from lightly_mim.arguments import checked, to_python
+from lightly_mim.files import check_regular
 
 Own = TypeVar("Own", bound="Recorded")
 
@@ -231,6 +232,10 @@ def read_yaml(path: Path | str, load: Callable[[str], Any] = yaml.safe_load) -> 
         ValueError: If it is no YAML, too large or too deep, or if it repeats parts by
             aliases (a few lines of which make gigabytes).
     """
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     with Path(path).open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
