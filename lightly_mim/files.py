@@ -55,6 +55,24 @@ def is_file(text: str) -> bool:
         return False
 
 
+def is_same_place(one: str | None, other: str | None) -> bool:
+    """Returns whether two words are the same or lead to the same file or folder.
+
+    Args:
+        one:
+            A path, from where one stands, or any other word.
+        other:
+            Another.
+    """
+    if one is None or other is None or one == other:
+        return one == other
+    paths = [Path(word).expanduser().absolute() for word in (one, other)]
+    try:
+        return paths[0] == paths[1] or paths[0].samefile(paths[1])
+    except (OSError, ValueError, RuntimeError):  # not there, or no paths
+        return False
+
+
 def check_regular(path: Path | str) -> None:
     """Raises a ValueError for what is no regular file: waiting may take for ever.
 

@@ -36,6 +36,7 @@ from lightly_mim.config import read_yaml
 from lightly_mim.files import (
     atomic_write,
     check_text,
+    is_same_place,
     read_sealed,
     sealed,
     sealed_text,
@@ -272,6 +273,8 @@ class RunDirectory:
             for name in sorted(was.keys() | now.keys())
             if name not in free and was.get(name) != now.get(name)
         }
+        if is_same_place(was.get("init"), now.get("init")):
+            changes.pop("init", None)
         if self.finished and {"epochs", "recipe.epochs"} & changes.keys():
             raise ValueError(
                 f"The run in {self.path} has finished its {was.get('recipe.epochs')} "
