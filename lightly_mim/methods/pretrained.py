@@ -94,6 +94,30 @@ def from_pretrained(
     """
     weights = find_weights(source, options.get("num_heads"))
     encoder = build_saved(weights, source)
+    return with_weights(weights, encoder, source, cls, **options)
+
+
+def with_weights(
+    weights: Weights,
+    encoder: MaskedEncoder,
+    source: Path | str,
+    cls: type[MaskedImageModel] | None = None,
+    **options: Any,
+) -> MaskedImageModel:
+    """Builds a method with weights that were read, see `from_pretrained`.
+
+    Args:
+        weights:
+            The weights.
+        encoder:
+            The encoder that was built of them.
+        source:
+            Where they were read, for what is printed.
+        cls:
+            See `from_pretrained`.
+        options:
+            See `from_pretrained`.
+    """
     method = cls or _method_of(weights, encoder, source)
     wanted = {name: options[name] for name in _FITTED if options.get(name) is not None}
     encoder, said = fit_encoder(encoder, **wanted)
