@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightly_mim.checkpoints import Weights
 from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.files import read_sealed
 from lightly_mim.runs import RunDirectory
 
 _MADE = "Converted by lightly_mim from "
@@ -103,16 +103,16 @@ def _results(run: RunDirectory) -> Iterator[str]:
     yield ""
     file = run.path / "results.json"
     try:
-        rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+        rows = read_sealed(file, "Evaluate again.")["rows"] if file.is_file() else []
         lines = [
             f"| {row['model']} | {row['protocol']} {row['variant']} | "
             f"{100 * row['top1']:.1f} [{100 * row['top1_low']:.1f}, "
             f"{100 * row['top1_high']:.1f}] | {row['num_test']} |"
             for row in rows
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is damaged or of another version: {error!r}. Evaluate again."
+            f"{file} is of another version: {error!r}. Evaluate again."
         ) from error
     if lines:
         yield "| Model | Protocol | Top-1 % [95 % interval] | Test images |"

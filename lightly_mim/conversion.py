@@ -20,10 +20,10 @@ from lightly_mim.checkpoints import encoder_spec, save_encoder, timm_model
 from lightly_mim.checkpoints import huggingface_writing as huggingface
 from lightly_mim.checkpoints import lightly_benchmark as lightly_layout
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.evaluation.loading import build_saved
+from lightly_mim.evaluation.loading import build_saved, origin_notes
 from lightly_mim.masking import RandomMasking
 from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
-from lightly_mim.methods.pretrained import find_weights, from_pretrained
+from lightly_mim.methods.pretrained import find_weights, with_weights
 from lightly_mim.targets import PatchNormalizedPixels
 
 Layout = Literal[
@@ -83,13 +83,13 @@ def convert(
     encoder = build_saved(weights, checkpoint)  # with all that is said of it
     method: MaskedImageModel | None = None
     if weights.parts and weights.method:
-        method = from_pretrained(checkpoint)
+        method = with_weights(weights, encoder, checkpoint)
         encoder.mask_token = method.encoder.mask_token
     encoder.eval()
     converted = _WRITERS[to](encoder, method)
-    card = model_card(
-        checkpoint, weights, encoder, converted.usage.format(out=out), converted.notes
-    )
+    notes = [*origin_notes(encoder), *converted.notes]
+    usage = converted.usage.format(out=out)
+    card = model_card(checkpoint, weights, encoder, usage, notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         made = Path(folder) / out.name
@@ -100,7 +100,7 @@ def convert(
         if out.exists():
             out.rename(Path(folder) / "replaced")  # removed once the new one is there
         made.rename(out)
-    print("\n".join([*converted.notes, f"{to}: written to {out}."]), flush=True)
+    print("\n".join([*notes, f"{to}: written to {out}."]), flush=True)
     return out
 
 

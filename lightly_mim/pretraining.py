@@ -73,6 +73,7 @@ from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import Survey, survey
 from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.evaluation.images import own_value_range
+from lightly_mim.files import is_same_place
 from lightly_mim.masking import Mask, UnitMasking
 from lightly_mim.methods.base import MaskedImageModel, MIMOutput
 from lightly_mim.methods.pretrained import from_pretrained, start_from
@@ -623,7 +624,8 @@ def pretrain(
             the name of a timm model with its weights, or OWNER/MODEL on the Hugging
             Face hub. Encoder, mask token, head and decoder are taken where they fit,
             and interpolated for another image size, patch size, window size or number
-            of channels, see `MaskedImageModel.from_pretrained`. Not `resume`, which
+            of channels, see `MaskedImageModel.from_pretrained`. They go into `method`
+            if it is passed, else into the method that they are of. Not `resume`, which
             goes on with the run in `out` where it stopped.
         val:
             Images for the validation loss: a folder or a Dataset. By default the
@@ -849,11 +851,11 @@ def pretrain(
     if _rank() == 0:
         changes = run.check(config, resume, overwrite, allow_changes)
     if run.finished and resume:
-        print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = AtomicCheckpointIO(run.check_owner).load_checkpoint(run.checkpoint)
         done = Pretraining(method)
         done.on_load_checkpoint(state)
         done.load_state_dict(state["state_dict"])
+        print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         return method
     method.check_masking()
 
@@ -1533,7 +1535,7 @@ def _check_init(
             "it stopped pass resume, without init; to begin another run with its "
             "weights pass another folder as out."
         )
-    if stored is not None and stored.get("init") != str(init):
+    if stored is not None and not is_same_place(stored.get("init"), str(init)):
         raise ValueError(
             f"resume goes on with the run in {run.path}, which began with "
             f"init={stored.get('init')!r}, and init={str(init)!r} begins a run with "

@@ -267,7 +267,14 @@ def test_lightly__there_and_back(tmp_path: Path) -> None:
     for name, tensor in written.items():
         if name != "backbone.mask_token":
             assert torch.equal(tensor, state[name]), name
-    equal(model, MAE.from_pretrained(out / "last.ckpt"))
+    for place in (out / "last.ckpt", out):  # the folder as well
+        equal(model, MAE.from_pretrained(place))
+    again = convert(out, "lightly", tmp_path / "again")
+    assert (again / "last.ckpt").read_bytes() == (out / "last.ckpt").read_bytes()
+    # One file of weights is what the folder is, several are a question.
+    (out / "other.pth").write_bytes(b"x")
+    with pytest.raises(ValueError, match="It is neither the directory of a run"):
+        MAE.from_pretrained(out)
 
 
 def test_lightly__ours_there_and_back(tmp_path: Path) -> None:
@@ -346,6 +353,36 @@ def test_onnx__not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # The card and the command.
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "huggingface", "lightly"])
+def test_convert__reads_once_and_says_what_is_unfinished(
+    to: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from lightly_mim.checkpoints import put_encoder
+
+    model, run = moved(MAE(**WIDE, **DECODER)), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    file = saved(model, run / "checkpoints" / "last.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    place: dict[str, int | None] = {"epoch": 1, "epochs": 5, "step": 3, "steps": None}
+    put_encoder(model.encoder, checkpoint, place)
+    torch.save(checkpoint, file)
+    count, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **k: (count.append(1), load(*a, **k))[1]
+    )
+    for number, source in enumerate((file, run)):
+        (run / "config.yaml").write_text("out: a\ndata: photos\nmethod: {}\n")
+        out = convert(source, to, tmp_path / f"{number}")
+        said = "a run that had not finished: epoch 1 of 5, after optimiser step 3."
+        assert said in capsys.readouterr().out
+        assert said in (out / "README.md").read_text()
+        assert len(count) == number + 1
+    put_encoder(model.encoder, checkpoint, None)
+    torch.save(checkpoint, file)
+    out = convert(file, to, tmp_path / "finished")
+    assert "had not finished" not in (out / "README.md").read_text()
 
 
 def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

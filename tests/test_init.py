@@ -92,7 +92,7 @@ def test_init__a_method_of_ones_own(
 
 
 def test_init__is_kept_by_a_run_that_goes_on(
-    first: Path, photos: Path, tmp_path: Path
+    first: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "second"
     done = pretrain(out, photos, init=first, **ONE)
@@ -100,6 +100,20 @@ def test_init__is_kept_by_a_run_that_goes_on(
     again = pretrain(out, photos, init=first, resume=True, **ONE)
     assert same(done, again)
     assert same(done, pretrain(out, resume=True))  # by out alone
+    # By another path, or a link, to the same run; not by one to another.
+    (tmp_path / "link").symlink_to(first)
+    monkeypatch.chdir(first.parent)
+    for word in (
+        "first",
+        "./first/",
+        f"../{first.parent.name}/first",
+        tmp_path / "link",
+    ):
+        assert same(done, pretrain(out, photos, init=word, resume=True, **ONE))
+    (first.parent / "other").mkdir(exist_ok=True)
+    for word in ("other", "first/encoder.safetensors", "nowhere"):
+        with pytest.raises(ValueError, match="Leave init out to go on"):
+            pretrain(out, photos, init=word, resume=True, **ONE)
     assert yaml.safe_load((out / "config.yaml").read_text())["init"] == str(first)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +176,25 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
         raise ValueError(
             f"{file} is damaged or not a safetensors file: {error}. {_REMEDY}"
         ) from error
+    return encoder_in_file(file, metadata, weights)
+
+
+def encoder_in_file(
+    file: Path, metadata: Mapping[str, str], weights: dict[str, Tensor]
+) -> EncoderCheckpoint:
+    """Returns the encoder in what was read of a file that `save_encoder` wrote.
+
+    Args:
+        file:
+            The file, for the error message.
+        metadata:
+            What it says beside its tensors.
+        weights:
+            Its tensors.
+
+    Raises:
+        ValueError: See `read_encoder`.
+    """
     if METADATA_KEY not in metadata:
         raise ValueError(
             f"{file} holds weights but does not say of which encoder: lightly_mim did "
@@ -189,6 +208,45 @@ def read_encoder(path: Path | str) -> EncoderCheckpoint:
     if checksum != hash_tensors(sorted(weights.items()), spec) + '"}':
         raise ValueError(f"{file} is damaged: its checksum is another. {_REMEDY}")
     return _checked(file, weights, spec)
+
+
+def encoder_in_checkpoint(
+    file: Path, said: str, state: Mapping[str, Any]
+) -> EncoderCheckpoint:
+    """Returns the encoder in what was read of a checkpoint of `Pretraining`.
+
+    Args:
+        file:
+            The file, for the error message.
+        said:
+            What it says of its encoder, under `ENCODER_KEY`.
+        state:
+            Its state dict.
+
+    Raises:
+        ValueError: See `read_encoder`.
+    """
+    weights = {
+        name.removeprefix(_WEIGHTS): tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and str(name).startswith(_WEIGHTS)
+    }
+    return _checked(file, weights, said)
+
+
+def checkpoint_remedy(file: Path) -> str:
+    """Returns what to do if a checkpoint of a run is damaged, one sentence.
+
+    Args:
+        file:
+            The checkpoint.
+    """
+    previous = RunDirectory(file.absolute().parent.parent).previous
+    return "Copy it again" + (
+        f", or take the one before it, {previous}."
+        if previous.exists() and previous != file.absolute()
+        else ", or evaluate encoder.safetensors, if the run has finished."
+    )
 
 
 _REMEDY = (
@@ -223,24 +281,14 @@ def _read_checkpoint(file: Path) -> EncoderCheckpoint:
         "itself. A run that an earlier version began says it once it has gone on with "
         "resume."
     )
-    previous = RunDirectory(file.absolute().parent.parent).previous
-    remedy = "Copy it again" + (
-        f", or take the one before it, {previous}."
-        if previous.exists() and previous != file.absolute()
-        else ", or evaluate encoder.safetensors, if the run has finished."
-    )
-    checkpoint = load_whole(file, remedy=remedy, foreign=foreign)
+    checkpoint = load_whole(file, remedy=checkpoint_remedy(file), foreign=foreign)
     known = isinstance(checkpoint, dict) and {ENCODER_KEY, "state_dict"} <= (
         checkpoint.keys()
     )
     if not known or not isinstance(checkpoint[ENCODER_KEY], str):
         raise ValueError(foreign)
-    weights = {
-        name.removeprefix(_WEIGHTS): tensor
-        for name, tensor in dict(checkpoint["state_dict"]).items()
-        if isinstance(tensor, Tensor) and str(name).startswith(_WEIGHTS)
-    }
-    return _checked(file, weights, checkpoint[ENCODER_KEY])
+    said, state = checkpoint[ENCODER_KEY], dict(checkpoint["state_dict"])
+    return encoder_in_checkpoint(file, said, state)
 
 
 def _find_encoder(path: Path) -> Path:

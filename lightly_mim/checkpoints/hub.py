@@ -9,7 +9,8 @@ from huggingface_hub import snapshot_download
 
 _WANTED = ["config.json", "preprocessor_config.json", "*.safetensors*"]
 
-_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+# Endings of files of weights.
+SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
 def is_hub_name(name: str) -> bool:
@@ -20,7 +21,7 @@ def is_hub_name(name: str) -> bool:
             What a user calls weights.
     """
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    is_path = Path(name).parent.exists() or Path(name).suffix in _SUFFIXES
+    is_path = Path(name).parent.exists() or Path(name).suffix in SUFFIXES
     return is_name is not None and not is_path
 
 

@@ -13,9 +13,11 @@ from lightly_mim.checkpoints import (
     simmim,
     timm_model,
 )
+from lightly_mim.checkpoints.hub import SUFFIXES
 from lightly_mim.checkpoints.reading import read_content
 from lightly_mim.checkpoints.spec import read_spec
 from lightly_mim.checkpoints.weights import Weights
+from lightly_mim.runs import RunDirectory
 
 # timm's comes last: others hold its names.
 _LAYOUTS = (ours, huggingface, lightly_benchmark, mae, simmim, timm_model)
@@ -51,7 +53,10 @@ def read_weights(
     if not path.exists():
         raise ValueError(f"{path} does not exist. Weights are read from {KNOWN}.")
     if path.is_dir() and not (path / "config.json").is_file():
-        return ours.read_run(path, parts)
+        file = _lone_file(path)
+        if file is None:
+            return ours.read_run(path, parts)
+        path = file
     if not (path.is_file() or path.is_dir()):  # a pipe, which nobody fills
         raise ValueError(f"{path} is neither a file nor a folder.")
     content = read_content(path)
@@ -72,6 +77,18 @@ def read_weights(
         f"{path} holds weights in a layout that is not known ({some}, ...). Known are "
         f"{KNOWN}. Otherwise build the model, load them, and pass the model itself."
     )
+
+
+def _lone_file(folder: Path) -> Path | None:
+    """Returns the one file of weights in a folder that is no run's.
+
+    `convert` writes such a folder in lightly's layout.
+    """
+    run = RunDirectory(folder)
+    if any(each.exists() for each in (run.config, run.encoder, run.checkpoint)):
+        return None
+    files = [each for each in folder.iterdir() if each.suffix in SUFFIXES]
+    return files[0] if len(files) == 1 and files[0].is_file() else None
 
 
 def _checked(weights: Weights, path: Path) -> Weights:

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lightly_mim.checkpoints.encoder import CHECKSUM, METADATA_KEY, read_encoder
+from lightly_mim.checkpoints.encoder import (
+    CHECKSUM,
+    ENCODER_KEY,
+    METADATA_KEY,
+    checkpoint_remedy,
+    encoder_in_checkpoint,
+    encoder_in_file,
+    read_encoder,
+)
 from lightly_mim.checkpoints.reading import Content, read_content
 from lightly_mim.checkpoints.weights import Weights
 from lightly_mim.runs import RunDirectory
@@ -36,12 +44,18 @@ def read_run(path: Path, parts: bool = True) -> Weights:
     state: Mapping[str, Tensor] = {}
     stored = run.stored_config() or {}
     described = stored.get("method")
-    # The encoder's file of a finished run says that it is; without it, the checkpoint.
-    encoder, spec = read_encoder(path)
-    if parts and run.checkpoint.is_file():
-        content = read_content(run.checkpoint)
+    if not (parts and run.checkpoint.is_file()):
+        encoder, spec = read_encoder(path)
+    else:
+        content = read_content(run.checkpoint, checkpoint_remedy(run.checkpoint))
         state = content.tensors
         described = _described(content) or described
+        said = content.beside.get(ENCODER_KEY)
+        # The encoder's file of a finished run says that it is.
+        if run.encoder.is_file() or not isinstance(said, str):
+            encoder, spec = read_encoder(path)
+        else:
+            encoder, spec = encoder_in_checkpoint(run.checkpoint, said, state)
     return _weights(f"the run {path}", spec, encoder, state, described)
 
 
@@ -58,11 +72,17 @@ def read(content: Content, num_heads: int | None = None) -> Weights | None:
     is_encoder = METADATA_KEY in content.metadata or any(
         CHECKSUM in said for said in content.metadata.values()
     )
-    is_checkpoint = isinstance(content.beside.get("encoder"), str)
+    said = content.beside.get(ENCODER_KEY)
+    is_checkpoint = isinstance(said, str)
     if not (is_encoder or is_checkpoint):
         return None
-    encoder, spec = read_encoder(content.path)
-    state = content.tensors if is_checkpoint else {}
+    path, tensors = content.path, content.tensors
+    encoder, spec = (
+        encoder_in_checkpoint(path, said, tensors)
+        if isinstance(said, str)
+        else encoder_in_file(path, content.metadata, tensors)
+    )
+    state = tensors if is_checkpoint else {}
     layout = f"lightly_mim's {'checkpoint' if is_checkpoint else 'encoder'}"
     return _weights(layout, spec, encoder, state, _described(content))
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZipFile, is_zipfile
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightly_mim.checkpoints.whole import check_zip
+from lightly_mim.checkpoints.whole import load_whole
 
 # Where a dictionary of weights lies in a file: Lightning and timm, and Meta's code.
 _HOLDERS = ("state_dict", "model")
+# A CfgNode is a dictionary with methods, and need not be more here.
+_HARMLESS: Any = (argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"))
+REMEDY = "Copy or download it again."
 # In a folder of the Hugging Face hub, the first that is there.
 _IN_FOLDER = (
     "model.safetensors",
@@ -59,20 +60,22 @@ class Content(NamedTuple):
     preprocessor: Mapping[str, Any] = {}
 
 
-def read_content(path: Path) -> Content:
+def read_content(path: Path, remedy: str = REMEDY) -> Content:
     """Reads a file of weights, or a folder with a config.json.
 
     Args:
         path:
             A safetensors file, a file of `torch.save`, or a folder as the Hugging Face
             hub has them.
+        remedy:
+            What to do if it is a file and damaged, one sentence.
 
     Raises:
         ValueError: If it is damaged, holds no weights, or asks for more than tensors
             and plain values.
     """
     if not path.is_dir():
-        return _read_file(path)
+        return _read_file(path, remedy)
     config = _read_json(path / "config.json")
     file = next((path / n for n in _IN_FOLDER if (path / n).is_file()), None)
     if file is None:
@@ -113,7 +116,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_file(file: Path) -> Content:
+def _read_file(file: Path, remedy: str = REMEDY) -> Content:
     with file.open("rb") as content:
         head = content.read(9)
     # A safetensors file begins with the length of its header, in eight bytes, and "{".
@@ -123,7 +126,7 @@ def _read_file(file: Path) -> Content:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}
                 return Content(file, tensors, metadata=content.metadata() or {})
         except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from error
+            raise ValueError(f"{file} is damaged: {error}. {remedy}") from error
     zipped = head.startswith(b"PK\x03\x04")
     if not (zipped or head.startswith(b"\x80")) or (zipped and _is_program(file)):
         raise ValueError(
@@ -131,7 +134,7 @@ def _read_file(file: Path) -> Content:
             "torch.save. Copy or download it again; of an encoder in ONNX or of "
             "torch.export, pass what it was converted from."
         )
-    return _content(file, _load_pytorch(file))
+    return _content(file, load_whole(file, remedy=remedy, harmless=_HARMLESS))
 
 
 def _is_program(file: Path) -> bool:
@@ -140,37 +143,6 @@ def _is_program(file: Path) -> bool:
         return False
     with ZipFile(file) as archive:
         return not any(Path(name).name == "data.pkl" for name in archive.namelist())
-
-
-def _load_pytorch(file: Path) -> Any:
-    """Returns what a file of `torch.save` holds."""
-    # A CfgNode is a dictionary with methods, and need not be more here.
-    harmless: Any = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-    try:
-        with file.open("rb") as content:
-            zipped = content.read(2) == b"PK"
-        if zipped:
-            check_zip(file)
-        with torch.serialization.safe_globals(harmless):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    # Whatever it is that an unpickler makes of a file that is cut or made up.
-    except Exception as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is None:
-            raise _damaged(file, error) from error
-        raise ValueError(
-            f"{file} is refused: it asks for {asked[1]}, and unpickling that may run "
-            "code. Weights need no more than tensors and plain values, besides "
-            "argparse.Namespace and yacs' CfgNode. Where you trust the file, load it "
-            "with torch.load(..., weights_only=False) and save its state dict alone."
-        ) from error
-
-
-def _damaged(file: Path, error: Exception) -> ValueError:
-    # PyTorch's own advice stands before its reason.
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    reason = (reason or type(error).__name__).splitlines()[0].rstrip(".")
-    return ValueError(f"{file} is damaged: {reason}. Copy or download it again.")
 
 
 def _content(file: Path, loaded: Any) -> Content:
