@@ -39,9 +39,9 @@ from lightly_mim.files import is_file, print_any_name
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
-from lightly_mim.preemption import Preempted
 from lightly_mim.pretraining import check_pretraining, pretrain
 from lightly_mim.settings import check_batch
+from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
 
 COMMANDS: dict[str, Any] = {

@@ -154,7 +154,7 @@ class Task(Checkpointable):
         if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
             _call(words, study)
             return
-        from lightly_mim.preemption import Preempted, listening
+        from lightly_mim.training.signals import Preempted, listening
 
         save = [signal.SIGTERM] if "SLURM_JOB_ID" in os.environ else []
         with listening(stop=[signal.SIGUSR2], save=save) as handlers:
@@ -318,8 +318,8 @@ def _call(words: list[str], study: Study) -> None:
     Raises:
         Exception: What made the command end, also behind an exit code.
     """
-    from lightly_mim.preemption import Preempted
     from lightly_mim.runs import TakenOverError
+    from lightly_mim.training.signals import Preempted
 
     argv, path = sys.argv, list(sys.path)
     run: Callable[[], Any]

@@ -14,7 +14,7 @@ import pytest
 import lightly_mim
 from lightly_mim import cli
 from lightly_mim.cli import main
-from lightly_mim.preemption import Preempted
+from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options
 
 VIT = [
@@ -86,7 +86,7 @@ def test_failed_runs_end_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
-        raise lightly_mim.pretraining.NonFiniteLossError("the loss became NaN")
+        raise lightly_mim.optim.NonFiniteLossError("the loss became NaN")
 
     monkeypatch.setattr(cli, "COMMANDS", {"pretrain": fail, "evaluate": fail})
     with pytest.raises(SystemExit) as error:

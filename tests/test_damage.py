@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from lightly_mim.callbacks import AtomicCheckpointIO, MetricsLogger
 from lightly_mim.checkpoints import load_whole, read_encoder
 from lightly_mim.evaluation import cache, evaluate, evaluate_dense, suite
 from lightly_mim.evaluation.keeper import Keeper
 from lightly_mim.files import read_sealed
 from lightly_mim.pretraining import Pretraining, pretrain
 from lightly_mim.runs import RunDirectory
+from lightly_mim.training.logs import MetricsLogger
+from lightly_mim.training.saving import AtomicCheckpointIO
 
 from .test_pretraining import Interrupt, assert_same, build, rows_of, run, weights
 

@@ -28,8 +28,8 @@ from lightly_mim.checkpoints import read_encoder
 from lightly_mim.data import BrokenImageError
 from lightly_mim.masking import Mask
 from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
+from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import (
-    NonFiniteLossError,
     Pretraining,
     check_pretraining,
     default_precision,

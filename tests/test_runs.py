@@ -17,16 +17,17 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import Callback
 
-from lightly_mim.callbacks import MetricsLogger
 from lightly_mim.checkpoints import read_encoder
 from lightly_mim.config import to_config
 from lightly_mim.data import ImageDataset
 from lightly_mim.evaluation import evaluate, load_encoder
 from lightly_mim.methods import MAE, CrossMAE, SimMIM
 from lightly_mim.optim import Recipe
-from lightly_mim.pretraining import Pretraining, _image_facts, pretrain
+from lightly_mim.pretraining import Pretraining, pretrain
+from lightly_mim.pretraining.images import image_facts
 from lightly_mim.runs import RunDirectory, TakenOverError
 from lightly_mim.targets import Pixels
+from lightly_mim.training.logs import MetricsLogger
 
 from .conftest import TINY_VIT
 from .test_pretraining import (
@@ -279,11 +280,11 @@ def test_check_facts__images_that_change_under_their_names(
         os.utime(path, (10**9, 10**9))
     directory = RunDirectory(tmp_path / "run")
     config = {"out": "x", "data": str(data), "method": {}}
-    directory.begin(config, overwrite=False, facts=_image_facts(ImageDataset(data)))
+    directory.begin(config, overwrite=False, facts=image_facts(ImageDataset(data)))
     directory.checkpoint.parent.mkdir()
     directory.checkpoint.write_bytes(b"")
     change(data)
-    facts = _image_facts(ImageDataset(data))
+    facts = image_facts(ImageDataset(data))
     if message is None:
         assert directory.check_facts(facts) == {}
         return

@@ -20,13 +20,14 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from lightly_mim import MAE, SimMIM, cli, defaults, pretraining
+from lightly_mim import MAE, SimMIM, cli, defaults
 from lightly_mim.config import to_config
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.masking import BlockMasking
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.pretraining import check_pretraining, pretrain
+from lightly_mim.pretraining.images import PretrainingImages
 from lightly_mim.settings import (
     as_published,
     channel_statistics,
@@ -336,7 +337,7 @@ def test_pretrain__resumed_run_keeps_what_was_chosen(
     # A later version chooses otherwise, and does not look at the images again.
     monkeypatch.setattr(defaults, "learning_rate", lambda batch_size: 0.5)
     monkeypatch.setattr(defaults, "images_per_step", lambda num_images: 4)
-    monkeypatch.delattr(pretraining._Images, "pixels")
+    monkeypatch.delattr(PretrainingImages, "pixels")
     begin(out, moved, callbacks=[Interrupt(9, 9)], resume=True)
     assert_same(weights(out), weights(whole))
     for name in ("recipe", "normalize"):

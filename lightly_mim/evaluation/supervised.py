@@ -39,7 +39,7 @@ from lightly_mim.evaluation.features import Precision, batch_images, normalize_i
 from lightly_mim.evaluation.preparation import check_label_range
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import NonFiniteLossError
-from lightly_mim.preemption import Request, deferred, listening, preempted, take
+from lightly_mim.training.signals import Request, deferred, listening, preempted, take
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -195,7 +195,7 @@ def train_and_score(
             not one of the classes.
         NonFiniteLossError: If the loss becomes NaN or infinite.
         Preempted: If a signal asked to stop, after what was reached was saved; see
-            `lightly_mim.preemption`.
+            `lightly_mim.training.signals`.
     """
     device = next(task.model.parameters()).device
     plan = task.plan

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.callbacks import undisturbed
 from lightly_mim.data import KeyedLoader, keyed_random_state
 from lightly_mim.data.notes import printable, some
 from lightly_mim.encoders.base import MaskedEncoder
@@ -19,6 +19,7 @@ from lightly_mim.evaluation.features import (
     Features,
     batch_images,
     collect_features,
+    evaluating,
 )
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
@@ -130,6 +131,30 @@ def encode_images(
         device=device,
         precision="bf16" if precision == "bf16-mixed" else "32",
     )["encoder"]
+
+
+def method_of(pl_module: pl.LightningModule) -> MaskedImageModel:
+    """Returns the method that a `Pretraining` trains."""
+    method = pl_module.method
+    assert isinstance(method, MaskedImageModel)
+    return method
+
+
+@contextmanager
+def undisturbed(method: MaskedImageModel) -> Iterator[torch.device]:
+    """Puts a method in evaluation mode, and leaves its random states alone.
+
+    Args:
+        method:
+            The method, which is back in its modes afterwards.
+
+    Yields:
+        The device that the method is on.
+    """
+    device = next(method.parameters()).device
+    gpus = [device] if device.type == "cuda" else []
+    with evaluating(method, device), torch.random.fork_rng(devices=gpus):
+        yield device
 
 
 @contextmanager

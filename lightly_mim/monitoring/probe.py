@@ -12,7 +12,6 @@ from pytorch_lightning.callbacks import Callback
 from torch import Generator
 from torch.utils.data import Dataset, Subset
 
-from lightly_mim.callbacks import is_due, log_now, method_of
 from lightly_mim.data import seed_from
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.attentive import Attentive
@@ -24,8 +23,10 @@ from lightly_mim.monitoring.images import (
     FixedImages,
     encode_images,
     looking_at,
+    method_of,
     read_images,
 )
+from lightly_mim.training.logs import is_due, log_now
 
 Probe = Literal["linear", "attentive"]
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
-from lightly_mim.callbacks import is_due, log_now, method_of
 from lightly_mim.data import ImageDataset, keyed_random_state, spread_out
 from lightly_mim.evaluation.features import EncoderFeatures
 from lightly_mim.evaluation.knn import knn_predict_grid
@@ -34,8 +33,10 @@ from lightly_mim.monitoring.images import (
     FixedImages,
     encode_images,
     looking_at,
+    method_of,
     read_images,
 )
+from lightly_mim.training.logs import is_due, log_now
 
 MAX_NEIGHBOURS = 20
 TEMPERATURE = 0.07  # of the neighbours' votes, see `lightly_mim.evaluation.knn`

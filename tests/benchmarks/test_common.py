@@ -15,7 +15,7 @@ import scipy.stats
 from rich.console import Console
 
 from lightly_mim.methods import SimMIM
-from lightly_mim.pretraining import NonFiniteLossError
+from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.runs import RunDirectory
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -23,7 +23,7 @@ from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.protocol import ImageProtocol, LabelledImages
 from lightly_mim.evaluation.supervised import plan_batches
 from lightly_mim.optim import NonFiniteLossError
-from lightly_mim.preemption import Preempted
+from lightly_mim.training.signals import Preempted
 
 OPTIONS: dict[str, Any] = {
     "patch_size": 8,

@@ -39,13 +39,13 @@ from lightly_mim import (
     losses,
     masking,
     methods,
-    pretraining,
     targets,
 )
 from lightly_mim.arguments import Workers, fits
 from lightly_mim.evaluation import dense, suite
 from lightly_mim.evaluation.dense import evaluate_dense
 from lightly_mim.evaluation.preparation import Standardizer
+from lightly_mim.pretraining import entry
 from lightly_mim.words import public_classes
 
 from ..conftest import SHORT_RUN, TINY_VIT
@@ -305,8 +305,8 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     for name in ("FineTune", "DenseKNN", "DenseLinear"):
         table[name] = (getattr(evaluation, name), {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "_fit", _reach)
-        patch.setattr(pretraining, "_epochs_in", _reach)
+        patch.setattr(entry, "fit", _reach)
+        patch.setattr(entry, "epochs_in", _reach)
         patch.setattr(suite._Runner, "encode", _reach)
         patch.setattr(dense, "_Study", _reach)
         patch.chdir(root)

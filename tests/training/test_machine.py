@@ -8,7 +8,7 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,
 )
 
-from lightly_mim.cluster import choose_layout
+from lightly_mim.training.machine import choose_layout
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "study"}
 

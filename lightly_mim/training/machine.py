@@ -1,14 +1,19 @@
-"""How many processes train together, where SLURM started them."""
+"""What the machine offers: processes, also those that SLURM started, and precision."""
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from lightly_mim.training import cuda
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 # With these names of a job Lightning does not look for SLURM's processes.
 _INTERACTIVE = ("bash", "interactive")
@@ -37,7 +42,7 @@ def choose_layout(devices: int | str | list[int], num_nodes: int | None) -> Layo
     Within `srun` there is one process per task, and `devices="auto"` and
     `num_nodes=None` are what SLURM started; a job step of a shell with one task, and a
     batch script without `srun`, are like any other machine. Lightning is told not to
-    queue the job again: whoever submitted it does (`lightly_mim.preemption`).
+    queue the job again: whoever submitted it does (`lightly_mim.training.signals`).
 
     Args:
         devices:
@@ -87,3 +92,23 @@ def _count(devices: int | str | list[int]) -> int | None:
     if isinstance(devices, list):
         return len(devices)
     return devices if devices >= 0 else None
+
+
+def default_precision(accelerator: str) -> Precision:
+    """Returns 'bf16-mixed' where the hardware computes in bfloat16, else '32-true'.
+
+    Args:
+        accelerator:
+            Lightning's name of the accelerator; 'auto' prefers a GPU.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        supported = cuda.computes_bf16()
+    elif accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
+        # Without these instructions a CPU emulates bfloat16, slower than float32.
+        supported = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    else:
+        supported = False
+    return "bf16-mixed" if supported else "32-true"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightly_mim.callbacks import AtomicCheckpointIO
+from lightly_mim.training.saving import AtomicCheckpointIO
 
 
 @contextmanager

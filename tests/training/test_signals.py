@@ -17,7 +17,9 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from lightly_mim.methods import SimMIM
-from lightly_mim.preemption import (
+from lightly_mim.pretraining import pretrain
+from lightly_mim.runs import RunDirectory, TakenOverError
+from lightly_mim.training.signals import (
     Preempted,
     Request,
     check,
@@ -26,10 +28,8 @@ from lightly_mim.preemption import (
     requested,
     take,
 )
-from lightly_mim.pretraining import pretrain
-from lightly_mim.runs import RunDirectory, TakenOverError
 
-from .conftest import SHORT_RUN, TINY_VIT
+from ..conftest import SHORT_RUN, TINY_VIT
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_listening__does_nothing_in_a_thread_and_in_a_forked_child() -> None:
     # A fresh process: this one has threads, which a fork would not like.
     code = (
         "import os, signal\n"
-        "from lightly_mim.preemption import listening, requested\n"
+        "from lightly_mim.training.signals import listening, requested\n"
         "with listening():\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"

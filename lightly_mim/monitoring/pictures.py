@@ -1,0 +1,109 @@
+"""What masking and reconstruction look like while a method trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from lightly_mim.masking import Mask, average_distance
+from lightly_mim.methods.base import MaskedImageModel
+from lightly_mim.monitoring.images import method_of, undisturbed
+from lightly_mim.reporting.figures import reconstruction_grid
+from lightly_mim.training.logs import is_due
+
+_GREY = 0.5
+
+
+class ReconstructionPictures(Callback):
+    """Writes a grid of original | masked | reconstruction | pasted pictures.
+
+    The images and their masks stay the same from epoch to epoch. The reconstruction
+    column shows what the model predicted alone, on grey; the pasted column shows it in
+    its surroundings. A target that was normalised per patch or window is turned back
+    into pixels with the true statistics of the image, which the model did not predict.
+
+    Attributes:
+        images:
+            Float tensor with shape (num_images, channels, height, width), normalised.
+        mask:
+            The mask of each image.
+        directory:
+            Where the pictures go, as `epoch_0010.png`.
+        every_n_epochs:
+            How often, besides the last epoch. 0 for the last epoch only.
+    """
+
+    def __init__(
+        self, images: Tensor, mask: Mask, directory: Path | str, every_n_epochs: int
+    ) -> None:
+        self.images = images
+        self.mask = mask
+        self.directory = Path(directory)
+        self.every_n_epochs = every_n_epochs
+
+    @rank_zero_only
+    def on_train_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Writes the pictures when it is time."""
+        if is_due(trainer, self.every_n_epochs):
+            path = self.directory / f"epoch_{trainer.current_epoch + 1:04d}.png"
+            write_reconstructions(method_of(pl_module), self.images, self.mask, path)
+
+
+def write_reconstructions(
+    method: MaskedImageModel, images: Tensor, mask: Mask, path: Path | str
+) -> None:
+    """Writes a grid of original | masked | reconstruction | pasted pictures.
+
+    Args:
+        method:
+            The method that predicts. Its mode, and the random numbers of the run, stay
+            as they were.
+        images:
+            Float tensor with shape (num_images, channels, height, width), normalised.
+        mask:
+            The mask of each image.
+        path:
+            The PNG file.
+    """
+    with undisturbed(method) as device:
+        images, mask = images.to(device), mask.to(device)
+        pasted = method.reconstruct(images, mask)
+    masked = mask.pixels((images.shape[-2], images.shape[-1]))
+    mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]
+    std = torch.tensor(method.encoder.std, device=device)[:, None, None]
+    original, pasted = (images * std + mean).cpu(), (pasted * std + mean).cpu()
+    masked = masked.cpu()
+    reconstruction_grid(
+        original,
+        original.masked_fill(masked, _GREY),
+        pasted.masked_fill(~masked, _GREY),
+        pasted,
+        path,
+    )
+
+
+class MaskDistance(Callback):
+    """Logs `avg_dist`, the mean distance from a masked pixel to a visible one."""
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Logs it when Lightning logs."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        part = (batch_idx + 1) % trainer.accumulate_grad_batches  # of a step
+        if every and part == 0 and trainer.global_step % every == 0:
+            distance = average_distance(outputs["mask"], outputs["image_size"]).mean()
+            pl_module.log("avg_dist", distance, sync_dist=trainer.world_size > 1)

@@ -1,0 +1,202 @@
+"""What a run tells while it trains: `metrics.csv`, a bar, lines in a log."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightly_mim.files import atomic_write
+
+
+def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
+    """Returns whether the epoch that ends is one of those, or the last one.
+
+    Args:
+        trainer:
+            The Trainer.
+        every_n_epochs:
+            How often, besides the last epoch. 0 for the last epoch only.
+    """
+    epoch = trainer.current_epoch + 1
+    last = epoch == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+    return last or bool(every_n_epochs and epoch % every_n_epochs == 0)
+
+
+def log_now(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Logs values at the step of the moment, also where `LightningModule.log` cannot.
+
+    Args:
+        trainer:
+            The Trainer.
+        metrics:
+            The values by name.
+    """
+    for logger in trainer.loggers:
+        row = {**metrics, "epoch": trainer.current_epoch}
+        logger.log_metrics(row, step=trainer.global_step)
+        logger.save()
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar with the loss of the last log.
+
+    A metric that is logged with `prog_bar=True` makes Lightning wait for the device in
+    every step.
+    """
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Returns what stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        if "train_loss_step" in trainer.logged_metrics:
+            loss = trainer.logged_metrics["train_loss_step"]
+            if loss is not getattr(self, "_shown", None):
+                self._shown, self._text = loss, f"{float(loss):.4f}"
+            metrics["train_loss"] = self._text
+        return metrics
+
+
+class EpochLines(Callback):
+    """Prints a line after every epoch: for logs, where a progress bar is noise.
+
+    Args:
+        *names:
+            The metrics in it, of which those are shown that the epoch has logged.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Takes the time, if the run goes on within an epoch."""
+        self._start = time.perf_counter()
+        # What another epoch logged stays there.
+        self._before = dict(trainer.callback_metrics)
+
+    def on_train_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Takes the time."""
+        self.on_train_start(trainer, pl_module)
+
+    @rank_zero_only
+    def on_train_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Prints the line."""
+        metrics = trainer.callback_metrics
+        values = "  ".join(
+            f"{name} {float(metrics[name]):.4g}"
+            for name in self.names
+            if name in metrics and metrics[name] is not self._before.get(name)
+        )
+        seconds = time.perf_counter() - self._start
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}  "
+            f"{seconds:.1f} s",
+            flush=True,
+        )
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's CSV logger, but a run that goes on keeps its `metrics.csv`.
+
+    Lightning's own deletes the file when a run is resumed.
+
+    Attributes:
+        may_write:
+            Called before rows are written; raises if they must not be.
+    """
+
+    def __init__(self, out: Path | str, may_write: Callable[[], None]) -> None:
+        super().__init__(save_dir=str(out), name="", version="")
+        self.may_write = may_write
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer of the file, made on rank zero when it is first needed."""
+        if self._experiment is None:
+            self._experiment = _MetricsFile(self.log_dir, self.may_write)
+        return self._experiment
+
+    @rank_zero_only
+    def drop_after(self, step: int) -> None:
+        """Drops the rows that a resumed run is going to write again.
+
+        Args:
+            step:
+                Number of optimiser steps in the checkpoint that the run resumes from.
+        """
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        if not path.exists():
+            return
+        header, rows = _read_rows(path, step)
+        _write_rows(path, header, rows)
+
+
+def _read_rows(
+    path: Path, step: float = math.inf
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the header of a `metrics.csv` and its whole rows, those before a step.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            # A killed run may leave half a row at the end.
+            return header, [row for row in reader if _step(row) < step]
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Delete it: the run goes on, and writes the "
+            "rest of it."
+        ) from error
+
+
+def _step(row: Mapping[str, str | None]) -> float:
+    whole = None not in row and all(value is not None for value in row.values())
+    return int(row["step"] or 0) if whole and row["step"] else math.inf
+
+
+class _MetricsFile(ExperimentWriter):
+    def __init__(self, log_dir: str, may_write: Callable[[], None]) -> None:
+        self.may_write = may_write
+        super().__init__(log_dir)
+
+    def save(self) -> None:
+        if self.metrics:
+            rows, self.metrics = self.metrics, []  # not tried again if it raises
+            self.may_write()
+            self.metrics = rows
+        super().save()
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.exists():
+            self.metrics_keys, _ = _read_rows(path)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        _write_rows(path, fieldnames, _read_rows(path)[1])
+
+
+def _write_rows(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=header)
+        writer.writeheader()
+        writer.writerows(rows)
