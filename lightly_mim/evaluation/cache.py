@@ -23,21 +23,17 @@ import itertools
 import json
 import zlib
 from collections.abc import (
-    Callable,
-    Collection,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -49,7 +45,7 @@ from lightly_mim.checkpoints import hash_tensors
 from lightly_mim.data import KeyedLoader
 from lightly_mim.data.loading import default_num_workers
 from lightly_mim.evaluation.features import (
-    FeatureFunction,
+    EncoderFeatures,
     Features,
     Key,
     Precision,
@@ -57,9 +53,8 @@ from lightly_mim.evaluation.features import (
     collect_features,
 )
 from lightly_mim.evaluation.fingerprints import hash_key
+from lightly_mim.evaluation.processes import World
 from lightly_mim.files import atomic_write, read_sealed, sealed
-
-_T = TypeVar("_T")
 
 # Counts up when the same weights and images give other features than before.
 FEATURES_VERSION = 1
@@ -68,75 +63,6 @@ SHARD_SIZE = 1024  # images; 3 MB of a ViT-B's pooled features, 600 MB of its to
 _TOLERANCE = 1 / 256  # rounding over spread; a probe does not see less than that
 _NO_SPREAD = 1e-6  # deviation over mean that is float32's own rounding
 _ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that share an evaluation. By default this one alone.
-
-    Attributes:
-        rank:
-            Number of this process.
-        size:
-            How many there are.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def distributed(cls) -> World:
-        """Returns the processes of `torch.distributed`.
-
-        Raises:
-            ValueError: If it has not been initialised.
-        """
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise ValueError(
-                "torch.distributed has not been initialised, so there are no processes "
-                "to share the images. Leave distributed out, or start with torchrun "
-                "and call torch.distributed.init_process_group."
-            )
-        return cls(distributed.get_rank(), distributed.get_world_size())
-
-    def from_first(self, make: Callable[[], _T]) -> _T:
-        """Returns what the first process makes, in every process."""
-        if self.size == 1:
-            return make()
-        box: list[Any] = [make() if self.rank == 0 else None]
-        distributed.broadcast_object_list(box, src=0)
-        made: _T = box[0]
-        return made
-
-    def from_all(self, value: _T) -> list[_T]:
-        """Returns what each process has."""
-        if self.size == 1:
-            return [value]
-        boxes: list[Any] = [None] * self.size
-        distributed.all_gather_object(boxes, value)
-        return boxes
-
-    def wait(self) -> None:
-        """Waits until all processes are here."""
-        if self.size > 1:
-            distributed.barrier()
-
-
-class KeyedFunction(Protocol):
-    """A feature function that tells its features beforehand.
-
-    Attributes:
-        keys:
-            The (layer, pooling) of each feature.
-    """
-
-    keys: list[Key]
-
-    def __call__(self, images: Tensor) -> Mapping[Key, Tensor]:
-        """Returns the features of normalised images."""
-
-    def only(self, keys: Collection[Key]) -> FeatureFunction:
-        """Returns a function that makes only the features of some keys."""
 
 
 @checked
@@ -381,11 +307,9 @@ class FeatureStore:
 
 @checked
 def cached_features(
-    functions: Mapping[str, KeyedFunction],
+    functions: Mapping[str, EncoderFeatures],
     stores: Mapping[str, FeatureStore],
     data: Dataset[Any],
-    mean: Sequence[float],
-    std: Sequence[float],
     *,
     batch_size: PositiveInt = 64,
     num_workers: Workers | None = None,
@@ -393,7 +317,7 @@ def cached_features(
     precision: Precision = "32",
     description: str = "Encoding images",
     progress: bool = False,
-    world: World = World(),
+    world: World = World(),  # noqa: B008, frozen
 ) -> dict[str, Features]:
     """Reads features from the disk, and makes those that are missing in one pass.
 
@@ -406,10 +330,6 @@ def cached_features(
             Where the features of each one lie.
         data:
             Data set of (image, label, filename).
-        mean:
-            See `collect_features`.
-        std:
-            See `collect_features`.
         batch_size:
             Number of images at a time.
         num_workers:
@@ -446,8 +366,6 @@ def cached_features(
             stores,
             plan.shards[world.rank :: world.size],
             data,
-            mean,
-            std,
             batch_size=batch_size,
             num_workers=num_workers,
             device=device,
@@ -479,7 +397,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    functions: Mapping[str, KeyedFunction], stores: Mapping[str, FeatureStore]
+    functions: Mapping[str, EncoderFeatures], stores: Mapping[str, FeatureStore]
 ) -> _Plan:
     missing = {
         name: keys
@@ -499,12 +417,10 @@ def _plan(
 
 
 def _make_shards(
-    functions: Mapping[str, KeyedFunction],
+    functions: Mapping[str, EncoderFeatures],
     stores: Mapping[str, FeatureStore],
     shards: Sequence[tuple[int, dict[str, list[Key]]]],
     data: Dataset[Any],
-    mean: Sequence[float],
-    std: Sequence[float],
     *,
     batch_size: int,
     num_workers: int | None,
@@ -528,10 +444,9 @@ def _make_shards(
     parts = _split(batches, [len(numbers) for numbers in images])
     for (number, wanted), part in zip(shards, parts, strict=True):
         made = collect_features(
-            {name: functions[name].only(keys) for name, keys in wanted.items()},
+            {name: functions[name] for name in wanted},
             _regroup(part, batch_size),
-            mean,
-            std,
+            keys=wanted,
             device=device,
             precision=precision,
         )

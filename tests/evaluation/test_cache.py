@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.evaluation import cache
-from lightly_mim.evaluation.cache import FeatureStore, World, cached_features
-from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.evaluation.cache import FeatureStore, cached_features
+from lightly_mim.evaluation.features import EncoderFeatures, Features, Key
 from lightly_mim.evaluation.fingerprints import (
     data_fingerprint,
     encoder_fingerprint,
     hash_key,
 )
+from lightly_mim.evaluation.foreign_encoders import RawPixels
+from lightly_mim.evaluation.processes import World
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 ALONE = World()
@@ -46,7 +48,7 @@ class Pictures(Dataset[Any]):
         return self.images[index], index % 3, f"{index}.png"
 
 
-class Function:
+class Function(EncoderFeatures):
     """Features that are easy to check, of any layers and poolings."""
 
     def __init__(
@@ -55,29 +57,25 @@ class Function:
         change: Callable[[Tensor], Tensor] = lambda values: values,
         fail_at: int = 1_000_000,
     ) -> None:
+        self.encoder = RawPixels(8)
+        self.encoder.mean, self.encoder.std = MEAN, STD
         self.keys = list(keys)
         self.change = change
         self.fail_at = fail_at  # number of images
         self.seen: dict[Key, int] = dict.fromkeys(keys, 0)
 
-    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
-        return self.only(self.keys)(images)
-
-    def only(self, keys: Any) -> Callable[[Tensor], dict[Key, Tensor]]:
-        def make(images: Tensor) -> dict[Key, Tensor]:
-            if max(self.seen.values()) + len(images) > self.fail_at:
-                raise KeyboardInterrupt
-            found = {}
-            for key in keys:
-                self.seen[key] += len(images)
-                layer, pool = key
-                values = images.flatten(2).transpose(1, 2) * ((layer or 0) + 1)
-                found[key] = self.change(
-                    values if pool == "tokens" else values.mean(dim=1)
-                )
-            return found
-
-        return make
+    def __call__(self, images: Tensor, keys: Any = None) -> dict[Key, Tensor]:
+        count = len(images) if images.any() else 0  # zeros tell the shapes
+        if max(self.seen.values()) + count > self.fail_at:
+            raise KeyboardInterrupt
+        found = {}
+        for key in self.keys if keys is None else keys:
+            self.seen[key] += count
+            layer, pool = key
+            values = images.flatten(2).transpose(1, 2) * ((layer or 0) + 1)
+            values = values if pool == "tokens" else values.mean(dim=1)
+            found[key] = self.change(values) if count else values
+        return found
 
 
 def stores(root: Path, num_images: int = 22, **names: Any) -> dict[str, FeatureStore]:
@@ -94,8 +92,6 @@ def run(
         functions,
         stores(root, len(data), **functions),
         data,
-        MEAN,
-        STD,
         batch_size=5,
         num_workers=0,
         world=world,
