@@ -14,7 +14,7 @@ import torch
 
 from lightly_mim.callbacks import AtomicCheckpointIO, MetricsLogger
 from lightly_mim.checkpoints import load_whole, read_encoder
-from lightly_mim.evaluation import cache, evaluate, evaluate_dense
+from lightly_mim.evaluation import FeatureStore, evaluate, evaluate_dense
 from lightly_mim.evaluation.resume import Kept
 from lightly_mim.files import read_sealed
 from lightly_mim.pretraining import Pretraining, pretrain
@@ -251,7 +251,7 @@ def test_files_of_an_evaluation__are_whole_or_made_again(
     for path in features:
         key = read_sealed(path.parent / "key.json", "Do.")
         number = len(read_sealed(path.parent / "images.json", "Do.")["labels"])
-        store = cache.FeatureStore(out / "features", key, number)
+        store = FeatureStore(out / "features", key, number)
         assert store.path == path.parent
         content, missed = path.read_bytes(), 0
         whole = [v.clone() for v in store.read(keys).values.values()]  # type: ignore[union-attr]

@@ -1,10 +1,11 @@
 """Evaluates an encoder on labelled images; takes any encoder, knows no method."""
 
-from lightly_mim.evaluation.cache import FeatureStore, cached_features
+from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.dense.protocols import DenseKNN, DenseLinear
 from lightly_mim.evaluation.dense.results import DenseResult, DenseResults
 from lightly_mim.evaluation.evaluate import PROTOCOLS, check_evaluation, evaluate
+from lightly_mim.evaluation.feature_files import FeatureStore
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,

@@ -1,6 +1,6 @@
 """What an evaluation keeps while it is under way, so that nothing is made twice.
 
-OUT/features/                one directory per encoder and set of images, see `cache`
+OUT/features/                a directory per encoder and set of images: `feature_files`
 OUT/rows/<key>.json          what one protocol found for one model
 OUT/checkpoints/<key>/       where a training goes on, until its row is there
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from lightly_mim.evaluation.cache import FEATURES_VERSION, FeatureStore
+from lightly_mim.evaluation.feature_files import FEATURES_VERSION, FeatureStore
 from lightly_mim.evaluation.fingerprints import (
     data_fingerprint,
     encoder_fingerprint,
