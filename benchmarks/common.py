@@ -717,9 +717,12 @@ def _evaluate(
             print(f"Evaluated before: {file}")
             return results
         print(f"Evaluating again: {file} was made with other settings.")
+    # `results.json` has settings under the names of their protocols.
+    protocols = [settings.pop(name, name) for name in settings.pop("protocols")]
     found = evaluate(
         directory.path,
         data,
+        protocols,
         out=directory.path,
         overwrite=True,
         seed=seed,

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightly_mim import MAE, masked_encoder
 from lightly_mim.evaluation import Features, Linear, fit_linear_grid, knn_predict_grid
-from lightly_mim.evaluation.linear import LEARNING_RATES
+from lightly_mim.evaluation.probes.linear import LEARNING_RATES
 from lightly_mim.masking import BlockMasking, RandomMasking
 from lightly_mim.methods import CrossMAE, MaskTokenMAE
 from lightly_mim.optim import build_optimizer

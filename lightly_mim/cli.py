@@ -15,10 +15,11 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import rich
 import yaml
@@ -29,11 +30,13 @@ from lightly_mim.config_files import ConfigFile
 from lightly_mim.conversion import convert
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
+    PROTOCOLS,
     DenseResults,
     Results,
     check_evaluation,
     evaluate,
     evaluate_dense,
+    load_encoder,
 )
 from lightly_mim.files import is_file, print_any_name
 from lightly_mim.methods import MaskedImageModel
@@ -44,9 +47,63 @@ from lightly_mim.settings import check_batch
 from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
 
+
+def settle(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `evaluate` for those of its command.
+
+    Args:
+        arguments:
+            Names of protocols, and the settings of each under its name.
+    """
+    named = list(arguments["protocols"])
+    for name, kind in PROTOCOLS.items():
+        if name not in named and arguments[name] != kind():
+            warnings.warn(
+                f"{name} does nothing here: protocols={named} does not name it.",
+                stacklevel=3,
+            )
+    given = {k: v for k, v in arguments.items() if k not in PROTOCOLS}
+    return given | {"protocols": [arguments[name] for name in named]}
+
+
+def _with_settings() -> Callable[..., Results]:
+    """Returns `evaluate` with the words of `load_encoder` and of every protocol."""
+
+    def command(**arguments: Any) -> Results:
+        return evaluate(**settle(arguments))
+
+    def taken(function: Callable[..., Any], *left_out: str) -> dict[str, Any]:
+        parameters = inspect.signature(function).parameters
+        return {k: v for k, v in parameters.items() if k not in left_out}
+
+    hints = get_type_hints(load_encoder) | get_type_hints(evaluate)
+    hints["protocols"] = Sequence[Literal[tuple(PROTOCOLS)]]  # type: ignore[misc]
+    hints |= PROTOCOLS
+    words = taken(evaluate, "loading") | taken(load_encoder, "encoder")
+    words |= {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=kind())
+        for name, kind in PROTOCOLS.items()
+    }
+    parameters = [
+        word.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, word in words.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {name: hints[name] for name in words} | {
+        "return": Results
+    }
+    command.__name__ = "evaluate"
+    told, loading = inspect.getdoc(evaluate) or "", inspect.getdoc(load_encoder) or ""
+    settings = "".join(f"    {name}:\n        Settings of it.\n" for name in PROTOCOLS)
+    loading = loading[loading.index("    img_size:") : loading.index("\nReturns:")]
+    start, end = told.index("    loading:"), told.index("\nReturns:")
+    command.__doc__ = told[:start] + loading + settings + told[end:]
+    return command
+
+
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
-    "evaluate": evaluate,
+    "evaluate": _with_settings(),
     "evaluate-dense": evaluate_dense,
     "convert": convert,
 }
@@ -160,7 +217,7 @@ def _check(
         check_batch(data, method, arguments)
         return method
     if found.subcommand == "evaluate":
-        check_evaluation(encoder, parser.instantiate(found).evaluate.as_dict())
+        check_evaluation(encoder, settle(parser.instantiate(found).evaluate.as_dict()))
     return None
 
 

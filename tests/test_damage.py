@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from lightly_mim.checkpoints import load_whole, read_encoder
-from lightly_mim.evaluation import cache, evaluate, evaluate_dense, suite
-from lightly_mim.evaluation.keeper import Keeper
+from lightly_mim.evaluation import FeatureStore, evaluate, evaluate_dense
+from lightly_mim.evaluation.resume import Kept
 from lightly_mim.files import read_sealed
 from lightly_mim.pretraining import Pretraining, pretrain
 from lightly_mim.runs import RunDirectory
@@ -21,6 +22,9 @@ from lightly_mim.training.logs import MetricsLogger
 from lightly_mim.training.saving import AtomicCheckpointIO
 
 from .test_pretraining import Interrupt, assert_same, build, rows_of, run, weights
+
+# The function `evaluate` hides the module of this name.
+ENTRY: Any = sys.modules["lightly_mim.evaluation.evaluate"]
 
 OTHER = [Interrupt(9, 9)]
 EVALUATION: dict[str, Any] = {"device": "cpu", "num_workers": 0, "batch_size": 8}
@@ -234,7 +238,7 @@ def evaluated(
     out = tmp_path_factory.mktemp("evaluations") / "cut"
     arguments = (runs / "whole", photos, ["knn", "linear"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "to_text", interrupt)
+        patch.setattr(ENTRY, "to_text", interrupt)
         with pytest.raises(InterruptedError):
             evaluate(*arguments, out=out, **EVALUATION)
     found = evaluate(*arguments, **EVALUATION)
@@ -252,20 +256,20 @@ def test_files_of_an_evaluation__are_whole_or_made_again(
     rows = sorted((out / "rows").iterdir())
     assert len(rows) == 2
     for path in rows:
-        keeper = Keeper({}, (), out, None, {})
-        content, expected = path.read_bytes(), keeper.read(path.stem)
+        kept = Kept({}, (), out, None, {})
+        content, expected = path.read_bytes(), kept.read(path.stem)
         assert expected is not None
         for mutation in mutations(content, 40):
             path.write_bytes(mutation)
-            assert keeper.read(path.stem) in (None, expected)
-        assert len(keeper.notes) > 100
+            assert kept.read(path.stem) in (None, expected)
+        assert len(kept.notes) > 100
         # Whole files in the place of others.
         swapped = [row for row in rows if row != path]
         swapped += [(out / "features").glob("**/key.json").__next__()]
         for other in swapped:
             path.write_bytes(other.read_bytes())
-            assert keeper.read(path.stem) is None
-            assert keeper.notes[-1] == f"{path} is another row. It is made again."
+            assert kept.read(path.stem) is None
+            assert kept.notes[-1] == f"{path} is another row. It is made again."
         path.write_bytes(content)
     features = [p for p in (out / "features").rglob("*") if p.is_file()]
     assert {p.suffix for p in features} == {".npy", ".json"}
@@ -273,7 +277,7 @@ def test_files_of_an_evaluation__are_whole_or_made_again(
     for path in features:
         key = read_sealed(path.parent / "key.json", "Do.")
         number = len(read_sealed(path.parent / "images.json", "Do.")["labels"])
-        store = cache.FeatureStore(out / "features", key, number)
+        store = FeatureStore(out / "features", key, number)
         assert store.path == path.parent
         content, missed = path.read_bytes(), 0
         whole = [v.clone() for v in store.read(keys).values.values()]  # type: ignore[union-attr]

@@ -1,50 +1,58 @@
 """Evaluates an encoder on labelled images; takes any encoder, knows no method."""
 
-from lightly_mim.evaluation.adaptors import AdaptedEncoder, FeatureEncoder
-from lightly_mim.evaluation.attentive import (
+from lightly_mim.evaluation.cache import cached_features
+from lightly_mim.evaluation.dense.evaluate import evaluate_dense
+from lightly_mim.evaluation.dense.protocols import DenseKNN, DenseLinear
+from lightly_mim.evaluation.dense.results import DenseResult, DenseResults
+from lightly_mim.evaluation.evaluate import PROTOCOLS, check_evaluation, evaluate
+from lightly_mim.evaluation.feature_files import FeatureStore
+from lightly_mim.evaluation.features import (
+    EncoderFeatures,
+    Features,
+    collect_features,
+    extract_features,
+)
+from lightly_mim.evaluation.finetune import FineTune, FineTuned
+from lightly_mim.evaluation.foreign_encoders import (
+    AdaptedEncoder,
+    AnyEncoder,
+    RawPixels,
+)
+from lightly_mim.evaluation.linear_mae import LinearMAE
+from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
+from lightly_mim.evaluation.probes.attentive import (
     Attentive,
     AttentiveProbes,
     choose_attentive,
     fit_attentive_grid,
 )
-from lightly_mim.evaluation.cache import FeatureStore, cached_features
-from lightly_mim.evaluation.dense import evaluate_dense
-from lightly_mim.evaluation.dense_protocols import DenseKNN, DenseLinear
-from lightly_mim.evaluation.dense_results import DenseResult, DenseResults
-from lightly_mim.evaluation.features import (
-    EncoderFeatures,
-    Features,
-    PixelFeatures,
-    collect_features,
-    extract_features,
-)
-from lightly_mim.evaluation.finetune import FineTune, FineTuned
-from lightly_mim.evaluation.knn import KNN, choose_knn, knn_predict_grid
-from lightly_mim.evaluation.linear import (
+from lightly_mim.evaluation.probes.knn import KNN, choose_knn, knn_predict_grid
+from lightly_mim.evaluation.probes.linear import (
     Linear,
     choose_linear,
     fit_and_score_linear,
     fit_linear_grid,
 )
-from lightly_mim.evaluation.linear_mae import LinearMAE
-from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
-from lightly_mim.evaluation.logistic import (
+from lightly_mim.evaluation.probes.logistic import (
     Logistic,
     choose_logistic,
     fit_and_score_logistic,
     fit_logistic_path,
 )
-from lightly_mim.evaluation.low_label import LowLabel, draw_per_class
+from lightly_mim.evaluation.probes.low_label import LowLabel
+from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol, Outcome
 from lightly_mim.evaluation.rank import alpha_req, label_free, rank_me, uniformity
 from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
 from lightly_mim.evaluation.scores import wilson_interval
-from lightly_mim.evaluation.suite import check_evaluation, evaluate
+from lightly_mim.evaluation.splits import draw_per_class
 
 __all__ = [
     "KNN",
     "PIXELS",
+    "PROTOCOLS",
     "RANDOM",
     "AdaptedEncoder",
+    "AnyEncoder",
     "Attentive",
     "AttentiveProbes",
     "DenseKNN",
@@ -52,16 +60,18 @@ __all__ = [
     "DenseResult",
     "DenseResults",
     "EncoderFeatures",
-    "FeatureEncoder",
+    "FeatureProtocol",
     "FeatureStore",
     "Features",
     "FineTune",
     "FineTuned",
+    "ImageProtocol",
     "Linear",
     "LinearMAE",
     "Logistic",
     "LowLabel",
-    "PixelFeatures",
+    "Outcome",
+    "RawPixels",
     "Result",
     "Results",
     "alpha_req",

@@ -1,9 +1,8 @@
 """Features of a data set: one pass over the images for all layers and poolings.
 
 What comes after, kNN and probes, reads features and labels and knows no encoder. What
-makes the features is any function from a batch of normalised images to a dictionary of
-features. `EncoderFeatures` and `PixelFeatures` are two of them; several share one pass,
-so that no image is decoded twice.
+makes the features is `EncoderFeatures`, for any encoder; several share one pass, so
+that no image is decoded twice.
 
 Shapes: N images, D features, B images in a batch, C channels, (H, W) pixels.
 """
@@ -15,7 +14,6 @@ import itertools
 import reprlib
 import time
 from collections.abc import (
-    Callable,
     Collection,
     Iterable,
     Iterator,
@@ -28,18 +26,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from lightly_mim.arguments import Device, NonEmpty, PositiveInt, Workers, checked
 from lightly_mim.data.loading import KeyedLoader
 from lightly_mim.encoders.base import AnyPool
-from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
-from lightly_mim.patches import Size, to_pair
+from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 
 Precision = Literal["32", "bf16"]
 Key = tuple[int | None, str]  # layer and pooling; raw pixels have no layer
-FeatureFunction = Callable[[Tensor], Mapping[Key, Tensor]]
 TOKENS = "tokens"  # in place of a pooling: all patch tokens
 
 
@@ -82,7 +77,7 @@ class Features:
 
 @checked
 class EncoderFeatures:
-    """Pools the tokens of several layers of an encoder, see `embed_layers` there.
+    """Makes features of images: pools the tokens of several layers of an encoder.
 
     Attributes:
         encoder:
@@ -91,8 +86,6 @@ class EncoderFeatures:
             Blocks of a ViT or stages of a Swin, from 0, each one once.
         pools:
             Names of poolings, see `lightly_mim.encoders.pool_tokens`.
-        keys:
-            The (layer, pooling) of each feature: all combinations.
 
     Raises:
         ValueError: If no layer or no pooling is given, or if there is no such layer.
@@ -102,7 +95,7 @@ class EncoderFeatures:
 
     def __init__(
         self,
-        encoder: FeatureEncoder,
+        encoder: AnyEncoder,
         layers: NonEmpty[int] = (-1,),
         pools: NonEmpty[AnyPool] = ("mean",),
     ) -> None:
@@ -115,90 +108,47 @@ class EncoderFeatures:
         self.encoder = encoder
         self.layers = list(dict.fromkeys(layer % count for layer in layers))
         self.pools = list(dict.fromkeys(pools))
-        self.keys: list[Key] = [(n, pool) for n in self.layers for pool in self.pools]
-
-    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
-        """Returns features with shape (batch_size, dim) of normalised images."""
-        features = self.encoder.embed_layers(images, self.layers, self.pools)
-        return dict(features.items())
-
-    def only(self, keys: Collection[Key]) -> FeatureFunction:
-        """Returns a function that makes only the features of some keys."""
-        layers = [n for n in self.layers if any(n == layer for layer, _ in keys)]
-        pools = [p for p in self.pools if any(p == pool for _, pool in keys)]
-        function = EncoderFeatures(self.encoder, layers, pools)
-        return lambda images: {
-            key: value for key, value in function(images).items() if key in keys
-        }
-
-
-@checked
-class PixelFeatures:
-    """Takes the pixels themselves as features: the baseline without an encoder.
-
-    Attributes:
-        size:
-            (height, width) that images are resized to, bilinear with antialiasing.
-        keys:
-            The one (layer, pooling): (None, "pixels").
-    """
-
-    def __init__(self, size: Size = 32) -> None:
-        self.size = to_pair(size, "size")
-        self.keys: list[Key] = [(None, "pixels")]
-
-    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
-        """Returns features with shape (batch_size, channels * height * width)."""
-        small = functional.interpolate(
-            images, self.size, mode="bilinear", antialias=True
-        )
-        return {(None, "pixels"): small.flatten(1)}
-
-    def only(self, keys: Collection[Key]) -> FeatureFunction:
-        """Returns itself: there is but one feature."""
-        return self
-
-
-class FunctionFeatures:
-    """The features of a module with a feature function.
-
-    Attributes:
-        keys:
-            The (None, name) of each feature. Images of zeros tell them, when they
-            are asked for: the module must be in evaluation mode by then.
-
-    Args:
-        encoder:
-            The module and its function.
-        device:
-            Where it computes.
-    """
-
-    def __init__(self, encoder: FunctionEncoder, device: torch.device) -> None:
-        self.encoder = encoder
-        self.device = device
 
     @functools.cached_property
     def keys(self) -> list[Key]:
-        """See the class."""
-        shape = (2, self.encoder.in_chans, *self.encoder.img_size)
+        """The (layer, pooling) of each feature: all combinations.
+
+        Of an encoder that names its features, images of zeros tell them: it must be in
+        evaluation mode by then.
+        """
+        if not getattr(self.encoder, "names_features", False):
+            return [(n, pool) for n in self.layers for pool in self.pools]
+        return list(self.shapes())
+
+    def shapes(self) -> dict[Key, tuple[int, ...]]:
+        """Returns the shape of one image's features, by encoding images of zeros."""
+        size = (2, self.encoder.in_chans, *self.encoder.img_size)
         with torch.no_grad():
-            return list(self.encoder.features(torch.zeros(shape, device=self.device)))
+            zeros = torch.zeros(size, device=_device_of(self.encoder))
+            return {key: tuple(v.shape[1:]) for key, v in self(zeros).items()}
 
-    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
-        """Returns the features of normalised images."""
-        return self.encoder.features(images)
+    def __call__(
+        self, images: Tensor, keys: Collection[Key] | None = None
+    ) -> dict[Key, Tensor]:
+        """Returns features with shape (batch_size, dim) of normalised images.
 
-    def only(self, keys: Collection[Key]) -> FeatureFunction:
-        """Returns a function that returns only the features of some keys."""
-        return lambda images: {
-            key: value for key, value in self(images).items() if key in keys
-        }
+        Args:
+            images:
+                Tensor with shape (batch_size, channels, height, width).
+            keys:
+                Which features to make. None for all of them.
+        """
+        layers, pools = self.layers, self.pools
+        if keys is not None:
+            layers = [n for n in layers if any(n == layer for layer, _ in keys)]
+            pools = [p for p in pools if any(p == pool for _, pool in keys)]
+        found: Mapping[Any, Tensor] = self.encoder.embed_layers(images, layers, pools)
+        return {k: value for k, value in found.items() if keys is None or k in keys}
 
 
 @checked
 def extract_features(
-    encoder: FeatureEncoder,
+    encoder: AnyEncoder,
     data: Dataset[Any] | DataLoader[Any],
     layers: NonEmpty[int] = (-1,),
     pools: NonEmpty[AnyPool] = ("mean",),
@@ -252,39 +202,32 @@ def extract_features(
         data = KeyedLoader(data, batch_size, training=False, num_workers=num_workers)
     device = _device_of(encoder) if device is None else torch.device(device)
     with evaluating(encoder, device):
-        return collect_features(
-            {"encoder": function},
-            data,
-            encoder.mean,
-            encoder.std,
-            device=device,
-            precision=precision,
-        )["encoder"]
+        made = collect_features(
+            {"encoder": function}, data, device=device, precision=precision
+        )
+    return made["encoder"]
 
 
 @checked
 def collect_features(
-    functions: Mapping[str, FeatureFunction],
+    functions: Mapping[str, EncoderFeatures],
     batches: Iterable[Any],
-    mean: Sequence[float],
-    std: Sequence[float],
     *,
+    keys: Mapping[str, Sequence[Key]] | None = None,
     device: Device = "cpu",
     precision: Precision = "32",
 ) -> dict[str, Features]:
-    """Passes over the images once and applies feature functions to every batch.
+    """Passes over the images once and makes all features of every batch.
 
     Args:
         functions:
-            Functions from normalised float images with shape (batch_size, channels,
-            height, width) on the device to features with shape (batch_size, dim).
+            What makes features, by name; the encoders are on the device.
         batches:
             Tuples (images or list of views, labels, filenames). Of the views the first
-            one is taken; the filenames may be missing.
-        mean:
-            Per channel, what is subtracted from uint8 images, scaled to [0, 1].
-        std:
-            Per channel, what they are divided by afterwards.
+            one is taken; the filenames may be missing. uint8 images are normalised as
+            each encoder asks for.
+        keys:
+            Which features of each function. None for all of them.
         device:
             Where to compute.
         precision:
@@ -310,8 +253,11 @@ def collect_features(
         filenames.extend(batch[2] if len(batch) > 2 else ())
         for name, function in functions.items():
             start = time.perf_counter()
+            pixels = normalize_images(
+                images, function.encoder.mean, function.encoder.std
+            )
             with torch.no_grad(), bf16 if precision == "bf16" else nullcontext():
-                features = function(normalize_images(images, mean, std))
+                features = function(pixels, None if keys is None else keys[name])
             for key, value in features.items():
                 parts[name].setdefault(key, []).append(value.float().cpu())
             seconds[name] += time.perf_counter() - start

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -297,6 +297,9 @@ class FineTune:
         pool:
             "mean" as in [0] and [1]; "cls" and "cls+mean" keep the encoder's own norm.
     """
+
+    name: ClassVar[str] = "finetune"
+    reads: ClassVar[str] = "images"
 
     recipe: RecipeName | None = None
     epochs: PositiveInt | None = None

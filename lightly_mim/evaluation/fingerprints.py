@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightly_mim.checkpoints import hash_tensors
 from lightly_mim.data import ImageDataset, TransformedDataset
-from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
+from lightly_mim.evaluation.foreign_encoders import AnyEncoder, FunctionEncoder
 from lightly_mim.evaluation.loading import describe_encoder
 
 
@@ -80,7 +80,7 @@ def _files(data: ImageDataset) -> dict[str, Any]:
     return found
 
 
-def encoder_fingerprint(encoder: FeatureEncoder) -> dict[str, Any] | None:
+def encoder_fingerprint(encoder: AnyEncoder) -> dict[str, Any] | None:
     """Returns what tells an encoder from others: what it is, and its weights' hash.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from lightly.transforms.torchvision_v2_compatibility import (
     torchvision_transforms as T,
 )
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.arguments import InnerShare, checked
@@ -31,13 +31,13 @@ from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
 from lightly_mim.encoders.base import imagenet_statistics
-from lightly_mim.evaluation.adaptors import FeatureEncoder
 from lightly_mim.evaluation.broken import Part, find_readable
-from lightly_mim.evaluation.cache import World
 from lightly_mim.evaluation.features import check_labels
-from lightly_mim.evaluation.preparation import spread_over_classes
+from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.processes import World
 from lightly_mim.evaluation.protocol import LabelledImages
-from lightly_mim.evaluation.record import describe_data
+from lightly_mim.evaluation.provenance import describe_data
+from lightly_mim.evaluation.splits import hold_out
 from lightly_mim.transforms import EvalTransform
 
 _IMAGES_TO_LOOK_AT = 32
@@ -145,7 +145,7 @@ class EvaluationImages:
         if holdout is not None:
             labels = read_labels(train, num_workers)
             draw = seed_from(seed, "evaluation", "holdout")
-            held_out = _hold_out(labels, holdout, draw)
+            held_out = hold_out(labels, holdout, draw)
             self.train, self.test = (
                 train.take(part.nonzero().flatten().tolist())
                 for part in (~held_out, held_out)
@@ -174,7 +174,7 @@ class EvaluationImages:
 
 
 def image_notes(
-    images: Dataset[Any], transform: EvalTransform, encoder: FeatureEncoder
+    images: Dataset[Any], transform: EvalTransform, encoder: AnyEncoder
 ) -> list[str]:
     """Returns what a reader should know of how images reach the encoder.
 
@@ -211,7 +211,7 @@ def image_notes(
 
 
 def own_value_range(
-    encoder: FeatureEncoder, data: Data, val: Data | None
+    encoder: AnyEncoder, data: Data, val: Data | None
 ) -> ValueRange | None:
     """Returns the value range that a run was pretrained with, for folders of images.
 
@@ -272,32 +272,6 @@ def _check_classes(images: Dataset[Any], source: Data) -> None:
             f"The images of {describe_data(source)} have no labels: an evaluation "
             "needs one folder per class."
         )
-
-
-def _hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Returns a boolean tensor: which images are held out, evenly from each class.
-
-    Where a class has a fraction of an image to give, the seed decides. Its last image
-    is kept for training.
-    """
-    generator = Generator().manual_seed(seed)
-    # Every so many images of the classes in random order, from a random one on.
-    shuffled = torch.randperm(int(labels.max()) + 1, generator=generator)[labels]
-    order = spread_over_classes(shuffled, generator)
-    first = torch.rand((), generator=generator, dtype=torch.float64)
-    steps = (torch.arange(len(labels) + 1).double() * share + first).floor()
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    held_out[order] = steps.diff() > 0
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().flatten()
-        if len(members) and held_out[members].all():
-            held_out[members[0]] = False
-    if not held_out.any() or held_out.all():
-        raise ValueError(
-            f"holdout={share} of {len(labels)} training image(s) leaves none on one "
-            "side. Give more images, or another share."
-        )
-    return held_out
 
 
 def read_labels(images: Dataset[Any], num_workers: int | None) -> Tensor:

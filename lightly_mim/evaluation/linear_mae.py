@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from timm.optim.lars import Lars
@@ -89,6 +90,9 @@ class LinearMAE:
         layer:
             Block of a ViT or stage of a Swin, from 0, or from the end if negative.
     """
+
+    name: ClassVar[str] = "linear_mae"
+    reads: ClassVar[str] = "images"
 
     epochs: PositiveInt | None = None
     batch_size: AtLeastTwo = 16_384

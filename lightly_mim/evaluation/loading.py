@@ -29,15 +29,16 @@ from lightly_mim.encoders import (
     resize_encoder,
 )
 from lightly_mim.encoders.tables import Tables
-from lightly_mim.evaluation.adaptors import (
+from lightly_mim.evaluation.features import evaluating
+from lightly_mim.evaluation.foreign_encoders import (
     AdaptedEncoder,
-    FeatureEncoder,
+    AnyEncoder,
+    FeatureFunction,
     FunctionEncoder,
-    ModuleFunction,
+    RawPixels,
     TimmEncoder,
     TorchvisionEncoder,
 )
-from lightly_mim.evaluation.features import evaluating
 from lightly_mim.patches import Size
 
 
@@ -49,8 +50,8 @@ def load_encoder(
     tables: Tables | None = None,
     in_chans: PositiveInt = 3,
     pretrained: bool = True,
-    feature_function: ModuleFunction | None = None,
-) -> FeatureEncoder:
+    feature_function: FeatureFunction | None = None,
+) -> AnyEncoder:
     """Finds or builds an encoder.
 
     Args:
@@ -127,7 +128,7 @@ def load_encoder(
 
 
 @checked
-def at_random(encoder: FeatureEncoder, seed: Seed) -> FeatureEncoder:
+def at_random(encoder: AnyEncoder, seed: Seed) -> AnyEncoder:
     """Builds the same encoder once more, at random initialisation.
 
     Args:
@@ -148,7 +149,7 @@ def at_random(encoder: FeatureEncoder, seed: Seed) -> FeatureEncoder:
             "name, and this one was passed by hand. Leave the baseline out, or "
             "evaluate a second module with random weights."
         )
-    other: FeatureEncoder
+    other: AnyEncoder
     with keyed_random_state(seed, "evaluation", "random"):
         if isinstance(encoder, MaskedEncoder):
             other = _build(
@@ -168,7 +169,7 @@ def at_random(encoder: FeatureEncoder, seed: Seed) -> FeatureEncoder:
     return other
 
 
-def origin_notes(encoder: FeatureEncoder, resized: bool = False) -> list[str]:
+def origin_notes(encoder: AnyEncoder, resized: bool = False) -> list[str]:
     """Returns what a reader of results must know of where the weights come from.
 
     Args:
@@ -198,7 +199,7 @@ def origin_notes(encoder: FeatureEncoder, resized: bool = False) -> list[str]:
 
 
 @checked
-def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
+def describe_encoder(encoder: AnyEncoder) -> dict[str, Any]:
     """Returns what a record says of an encoder.
 
     Args:
@@ -218,7 +219,7 @@ def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
         "model": type(encoder.model).__name__,
         "img_size": list(encoder.img_size),
         "in_chans": encoder.in_chans,
-        "options": {},
+        "options": {"size": encoder.size} if isinstance(encoder, RawPixels) else {},
         "pos_embed": None,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
@@ -228,7 +229,7 @@ def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
 
 def _with_function(
     encoder: Encoder | Path,
-    function: ModuleFunction,
+    function: FeatureFunction,
     img_size: Size | None,
     in_chans: int,
 ) -> FunctionEncoder:
@@ -245,7 +246,7 @@ def _with_function(
     return FunctionEncoder(encoder, function, img_size, in_chans)
 
 
-def _adapt(module: nn.Module, img_size: Size | None, in_chans: int) -> FeatureEncoder:
+def _adapt(module: nn.Module, img_size: Size | None, in_chans: int) -> AnyEncoder:
     """Wraps a module; an img_size or in_chans that does not fit is an error."""
     if isinstance(module, AdaptedEncoder):
         return module
@@ -261,7 +262,7 @@ def _adapt(module: nn.Module, img_size: Size | None, in_chans: int) -> FeatureEn
 
 def _build_timm(
     name: str, img_size: Size | None, in_chans: int, pretrained: bool
-) -> FeatureEncoder:
+) -> AnyEncoder:
     try:
         return masked_encoder(
             name, img_size=img_size, in_chans=in_chans, pretrained=pretrained

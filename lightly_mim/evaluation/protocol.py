@@ -1,16 +1,18 @@
-"""What every evaluation protocol is: settings, a check before, and one call.
+"""What every evaluation protocol is: a name, settings, a check before, and one call.
 
 There are two kinds. A `FeatureProtocol` needs nothing but features and labels, so that
 all of them share one pass over the images. An `ImageProtocol` trains on augmented
-images and takes the encoder.
+images and takes the encoder. Both are structural: any class that has the attributes
+and methods is one, and one that derives from `FeatureProtocol` need not write `check`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,14 +67,14 @@ class Choice(Protocol):
 
 
 def merit(choice: Choice) -> tuple[float, float]:
-    """Returns what choices are compared by: accuracy, of equals the lower loss."""
+    """Returns what choices are compared by: accuracy; ties go to the lower loss."""
     loss = getattr(choice, "loss", 0.0)
     # A probe that diverged has no loss, and NaN would win over whatever comes after it.
     return choice.accuracy, -math.inf if math.isnan(loss) else -loss
 
 
 def best_key(choices: Mapping[Key, Choice]) -> Key:
-    """Returns the layer and pooling with the best choice, of equals the first one."""
+    """Returns the layer and pooling with the best choice; ties go to the first one."""
     return max(choices, key=lambda key: merit(choices[key]))
 
 
@@ -88,11 +90,15 @@ class FeatureProtocol(Protocol):
     """A protocol that needs nothing but features and labels.
 
     Attributes:
-        tokens:
-            Whether it reads all patch tokens of an image instead of pooled features.
+        name:
+            What `evaluate`, the command line, tables and `results.json` call it.
+        reads:
+            "pooled" for one feature per image and pooling, or "tokens" for all patch
+            tokens of an image.
     """
 
-    tokens: ClassVar[bool]
+    name: ClassVar[str]
+    reads: ClassVar[str]
 
     def check(self, num_train: int) -> list[str]:
         """Checks the settings before any image is read.
@@ -107,7 +113,9 @@ class FeatureProtocol(Protocol):
         Raises:
             ValueError: If a setting is out of range.
         """
+        return []
 
+    @abstractmethod
     def __call__(
         self,
         train: Features,
@@ -136,6 +144,24 @@ class FeatureProtocol(Protocol):
         """
 
 
+@runtime_checkable
+class ChecksLabels(Protocol):
+    """A protocol that looks at the labels before any protocol has run."""
+
+    def check_labels(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Checks that the training set is fit for the settings.
+
+        Args:
+            labels:
+                int64 tensor with shape (num_train,) with values in [0, num_classes).
+            classes:
+                Names of the classes.
+
+        Raises:
+            ValueError: If it is not.
+        """
+
+
 class LabelledImages(NamedTuple):
     """Training and test images that an `ImageProtocol` reads with its own transform.
 
@@ -154,7 +180,17 @@ class LabelledImages(NamedTuple):
 
 
 class ImageProtocol(Protocol):
-    """A protocol that trains on augmented images through the encoder."""
+    """A protocol that trains on augmented images through the encoder.
+
+    Attributes:
+        name:
+            See `FeatureProtocol`.
+        reads:
+            "images".
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[str]
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
@@ -211,7 +247,7 @@ class ImageProtocol(Protocol):
 
 
 def rank_classes(scores: Tensor, num_ranks: int | None = None) -> Tensor:
-    """Returns the classes with the highest scores, of equals the lowest number first.
+    """Returns the classes with the highest scores; ties go to the lowest number.
 
     Args:
         scores:
@@ -225,7 +261,7 @@ def rank_classes(scores: Tensor, num_ranks: int | None = None) -> Tensor:
     if num_ranks is None:
         num_ranks = min(NUM_RANKS, scores.shape[1])
     ranked = []
-    for _ in range(num_ranks):  # argmax returns the first of equals, topk any of them
+    for _ in range(num_ranks):  # of ties, argmax returns the first, topk any
         best = scores.argmax(dim=1, keepdim=True)
         scores = scores.scatter(1, best, -torch.inf)
         ranked.append(best)

@@ -1,14 +1,18 @@
-"""`results.json`: its schema, and how it is shown."""
+"""`results.json`: its schema, how it is written and how it is shown."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from lightly_mim.files import sealed
 from lightly_mim.reporting import measures_table, results_table, results_text
 
 RESULTS_FILE = "results.json"
@@ -162,3 +166,41 @@ class Results:
     def __str__(self) -> str:
         table = results_text([asdict(row) for row in self.rows])
         return "\n".join([table.rstrip(), *self.notes])
+
+
+def results_file(out: Path, overwrite: bool, name: str) -> Path:
+    """Returns where results are written.
+
+    Raises:
+        ValueError: If they are there already and shall not be replaced.
+    """
+    file = out / name
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: pass a directory as out.")
+    if file.exists() and not overwrite:
+        raise ValueError(
+            f"{file} is there already: pass overwrite, or another directory as out."
+        )
+    return file
+
+
+def to_text(record: Any) -> str:
+    """Returns sealed JSON of a record, with null for numbers that are not finite.
+
+    It is read by `lightly_mim.files.read_sealed`, or by any other reader. Python would
+    write NaN, which is not JSON and which other readers refuse. A probe whose learning
+    rate was too high has such a loss.
+
+    Args:
+        record:
+            Dictionaries, lists, numbers and strings.
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(sealed(finite(record)), indent=2, allow_nan=False) + "\n"

@@ -36,7 +36,7 @@ from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.features import Precision, batch_images, normalize_images
-from lightly_mim.evaluation.preparation import check_label_range
+from lightly_mim.evaluation.probes.standardize import check_label_range
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.training.signals import Request, deferred, listening, preempted, take

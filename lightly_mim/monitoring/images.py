@@ -126,8 +126,6 @@ def encode_images(
     return collect_features(
         {"encoder": function},
         batches,
-        encoder.mean,
-        encoder.std,
         device=device,
         precision="bf16" if precision == "bf16-mixed" else "32",
     )["encoder"]

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset, Subset
 
 from lightly_mim.data import seed_from
 from lightly_mim.encoders.base import AnyPool
-from lightly_mim.evaluation.attentive import Attentive
 from lightly_mim.evaluation.features import EncoderFeatures
-from lightly_mim.evaluation.linear import Linear
+from lightly_mim.evaluation.probes.attentive import Attentive
+from lightly_mim.evaluation.probes.linear import Linear
 from lightly_mim.evaluation.protocol import FeatureProtocol
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.monitoring.images import (
@@ -109,7 +109,7 @@ class OnlineProbe(Callback):
         self.test = test
         self.every_n_epochs = every_n_epochs
         self.layers = layers
-        by_tokens = self.protocol.tokens
+        by_tokens = self.protocol.reads == "tokens"
         pool: AnyPool = "tokens" if by_tokens else "mean"
         self.pools = pools or (pool,)
         limit = MAX_IMAGES_BY_TOKENS if by_tokens else MAX_IMAGES

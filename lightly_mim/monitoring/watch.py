@@ -25,8 +25,8 @@ from torch.utils.data import Dataset, Subset
 
 from lightly_mim.data import ImageDataset, keyed_random_state, spread_out
 from lightly_mim.evaluation.features import EncoderFeatures
-from lightly_mim.evaluation.knn import knn_predict_grid
-from lightly_mim.evaluation.preparation import Standardizer
+from lightly_mim.evaluation.probes.knn import knn_predict_grid
+from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.evaluation.rank import rank_me, uniformity
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.monitoring.images import (
@@ -39,7 +39,7 @@ from lightly_mim.monitoring.images import (
 from lightly_mim.training.logs import is_due, log_now
 
 MAX_NEIGHBOURS = 20
-TEMPERATURE = 0.07  # of the neighbours' votes, see `lightly_mim.evaluation.knn`
+TEMPERATURE = 0.07  # of the neighbours' votes, see `lightly_mim.evaluation.probes.knn`
 PER_CLASS = 10  # images of a class, where the classes are many
 VIEW_SCALE = (0.6, 1.0)  # share of the image that a view covers
 SIGNIFICANCE = 0.05

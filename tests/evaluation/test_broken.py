@@ -33,24 +33,27 @@ from lightly_mim.evaluation import (
     evaluate,
     evaluate_dense,
 )
-from lightly_mim.evaluation.attentive import Attentive
-from lightly_mim.evaluation.dense_results import DenseResult
+from lightly_mim.evaluation.dense.results import DenseResult
 from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.linear_mae import LinearMAE
+from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.monitoring import check_finite_images
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.reporting import results_markdown
 
-from .test_dense import draw
+from .dense.test_dense import draw
 
 FAST: dict[str, Any] = {
     "num_workers": 0,
     "device": "cpu",
-    "attentive": Attentive(epochs=2, learning_rates=[1e-3], weight_decays=[0.0]),
-    "finetune": FineTune(epochs=1, batch_size=4, micro_batch_size=4),
-    "linear_mae": LinearMAE(epochs=1, batch_size=4, micro_batch_size=4),
 }
-PROTOCOLS = ["knn", "attentive", "finetune", "linear_mae"]
+FINETUNE = FineTune(epochs=1, batch_size=4, micro_batch_size=4)
+PROTOCOLS: list[Any] = [
+    "knn",
+    Attentive(epochs=2, learning_rates=[1e-3], weight_decays=[0.0]),
+    FINETUNE,
+    LinearMAE(epochs=1, batch_size=4, micro_batch_size=4),
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_skip__is_as_if_they_had_never_been_there(
     capsys: pytest.CaptureFixture[str],
     num_workers: int,
 ) -> None:
-    protocols: Any = PROTOCOLS if num_workers == 0 else ["knn", "finetune"]
+    protocols: Any = PROTOCOLS if num_workers == 0 else ["knn", FINETUNE]
     options = FAST | {"num_workers": num_workers}
     found = evaluate(encoder, broken, protocols, on_error="skip", **options)
     expected = evaluate(encoder, without(broken, tmp_path), protocols, **options)
@@ -276,7 +279,7 @@ def test_classes_that_test_images_lack(
     (tmp_path / "train" / "z").mkdir()  # empty: no class
     (tmp_path / "val" / "b").mkdir(exist_ok=True)
     (tmp_path / "val" / "y" / "deeper").mkdir(parents=True)
-    found = evaluate(encoder, tmp_path, ["knn", "finetune"], **FAST)
+    found = evaluate(encoder, tmp_path, ["knn", FINETUNE], **FAST)
     for row in found.rows:
         assert len(row.per_class) == 3
         missing = [share is None for share in row.per_class]
@@ -441,7 +444,7 @@ def test_names__of_classes_files_and_folders(
     (root / "train" / NAMES[0] / f"{NAMES[0]}.png").write_bytes(b"")
     out = tmp_path / "out\n"
     results = evaluate(
-        encoder, root, ["knn", "finetune"], out=out, on_error="skip", **FAST
+        encoder, root, ["knn", FINETUNE], out=out, on_error="skip", **FAST
     )
     stored = json.loads((out / "results.json").read_text())
     assert stored["data"]["classes"] == sorted(NAMES)

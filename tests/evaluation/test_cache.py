@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,14 +17,16 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.evaluation import cache
-from lightly_mim.evaluation.cache import FeatureStore, World, cached_features
-from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.evaluation.cache import cached_features
+from lightly_mim.evaluation.feature_files import FeatureStore, check_room, key_name
+from lightly_mim.evaluation.features import EncoderFeatures, Features, Key
 from lightly_mim.evaluation.fingerprints import (
     data_fingerprint,
     encoder_fingerprint,
     hash_key,
 )
+from lightly_mim.evaluation.foreign_encoders import RawPixels
+from lightly_mim.evaluation.processes import World
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 ALONE = World()
@@ -46,7 +50,7 @@ class Pictures(Dataset[Any]):
         return self.images[index], index % 3, f"{index}.png"
 
 
-class Function:
+class Function(EncoderFeatures):
     """Features that are easy to check, of any layers and poolings."""
 
     def __init__(
@@ -55,29 +59,25 @@ class Function:
         change: Callable[[Tensor], Tensor] = lambda values: values,
         fail_at: int = 1_000_000,
     ) -> None:
+        self.encoder = RawPixels(8)
+        self.encoder.mean, self.encoder.std = MEAN, STD
         self.keys = list(keys)
         self.change = change
         self.fail_at = fail_at  # number of images
         self.seen: dict[Key, int] = dict.fromkeys(keys, 0)
 
-    def __call__(self, images: Tensor) -> dict[Key, Tensor]:
-        return self.only(self.keys)(images)
-
-    def only(self, keys: Any) -> Callable[[Tensor], dict[Key, Tensor]]:
-        def make(images: Tensor) -> dict[Key, Tensor]:
-            if max(self.seen.values()) + len(images) > self.fail_at:
-                raise KeyboardInterrupt
-            found = {}
-            for key in keys:
-                self.seen[key] += len(images)
-                layer, pool = key
-                values = images.flatten(2).transpose(1, 2) * ((layer or 0) + 1)
-                found[key] = self.change(
-                    values if pool == "tokens" else values.mean(dim=1)
-                )
-            return found
-
-        return make
+    def __call__(self, images: Tensor, keys: Any = None) -> dict[Key, Tensor]:
+        count = len(images) if images.any() else 0  # zeros tell the shapes
+        if max(self.seen.values()) + count > self.fail_at:
+            raise KeyboardInterrupt
+        found = {}
+        for key in self.keys if keys is None else keys:
+            self.seen[key] += count
+            layer, pool = key
+            values = images.flatten(2).transpose(1, 2) * ((layer or 0) + 1)
+            values = values if pool == "tokens" else values.mean(dim=1)
+            found[key] = self.change(values) if count else values
+        return found
 
 
 def stores(root: Path, num_images: int = 22, **names: Any) -> dict[str, FeatureStore]:
@@ -94,8 +94,6 @@ def run(
         functions,
         stores(root, len(data), **functions),
         data,
-        MEAN,
-        STD,
         batch_size=5,
         num_workers=0,
         world=world,
@@ -154,12 +152,12 @@ def test_cached_features__goes_on_where_it_was_cut(
     data = Pictures()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, data, a=Function(fail_at=fail_at))
-    whole_shards = fail_at // 8
+    written = [n for part in range(3) for n in range(part, 22, 3)]  # 8, 7 and 7 images
+    written = written[: max(n for n in (0, 8, 15, 22) if n <= fail_at)]
     rest = Function()
     found = run(tmp_path, data, a=rest)["a"]
-    assert rest.seen == dict.fromkeys(KEYS, 22 - 8 * whole_shards)
-    expected_once = 8 * whole_shards
-    assert data.reads[:expected_once] == [1] * expected_once
+    assert rest.seen == dict.fromkeys(KEYS, 22 - len(written))
+    assert [data.reads[n] for n in written] == [1] * len(written)
     whole = run(tmp_path / "whole", Pictures(), a=Function())["a"]
     for key in KEYS:
         assert torch.equal(found.values[key], whole.values[key])
@@ -167,18 +165,109 @@ def test_cached_features__goes_on_where_it_was_cut(
     assert found.filenames == whole.filenames
 
 
-def test_cached_features__cut_between_the_joined_files(
+def test_cached_features__are_written_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, joined = Pictures(), FeatureStore._merge_key
+    """No second copy, not even while a pass is under way."""
+    store = FeatureStore(tmp_path, {"name": "a", "n": 1}, 22, 8)
+    sizes = []
+    finish = FeatureStore.finish
 
-    def cut(store: FeatureStore, key: Key, files: Any) -> None:
+    def look(each: FeatureStore, keys: Any) -> None:
+        sizes.append(sum(p.stat().st_size for p in each.path.rglob("*.npy")))
+        assert {p.suffix for p in each.path.rglob("*") if p.is_file()} <= {
+            ".npy",
+            ".json",
+        }
+        finish(each, keys)
+
+    monkeypatch.setattr(FeatureStore, "finish", look)
+    run(tmp_path, Pictures(), a=Function())
+    after = sum(p.stat().st_size for p in store.path.rglob("*.npy"))
+    assert sizes == [after]
+    assert after == 22 * (3 + 3 + 64 * 3) * 2 + 3 * 128  # half precision and headers
+
+
+def test_cached_features__a_look_reads_no_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, Pictures(), a=Function())
+    store = FeatureStore(tmp_path, {"name": "a", "n": 1}, 22, 8)
+    checks = []
+    is_whole = FeatureStore._is_whole
+
+    def counted(each: FeatureStore, *given: Any) -> bool:
+        checks.append(given)
+        return is_whole(each, *given)
+
+    monkeypatch.setattr(FeatureStore, "_is_whole", counted)
+    assert store.missing(KEYS) == []
+    assert not checks
+    run(tmp_path, Pictures(), a=Function())
+    assert len(checks) == len(KEYS)  # once, when they are read
+    # A copy has another time: its checksums are compared once, and noted.
+    store.file(KEYS[0]).touch()
+    assert store.missing(KEYS) == store.missing(KEYS) == []
+    assert len(checks) == len(KEYS) + 1
+
+
+def test_cached_features__damage_that_keeps_size_and_time(tmp_path: Path) -> None:
+    before = run(tmp_path, Pictures(), a=Function())["a"].values[1, "mean"].clone()
+    file = FeatureStore(tmp_path, {"name": "a", "n": 1}, 22).file((1, "mean"))
+    stat = file.stat()
+    spoil(file, 0.9, b"\xaa")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    function = Function()
+    after = run(tmp_path, Pictures(), a=function)["a"].values[1, "mean"]
+    assert torch.equal(before, after)
+    assert list(function.seen.values()) == [0, 22, 0]
+
+
+def test_cached_features__no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 22 * (3 + 3 + 64 * 3) * 2
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    data = Pictures()
+    with pytest.raises(OSError, match=r"take .* GB in .* are free"):
+        run(tmp_path, data, a=Function())
+    assert sum(data.reads) == 0 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    run(tmp_path, data, a=Function())
+    with pytest.raises(OSError, match="as cache, fewer layers"):
+        check_room(tmp_path / "not" / "there", needed + 1)
+
+
+def test_cached_features__later_values_out_of_range(tmp_path: Path) -> None:
+    """The second shard has values that half precision has not."""
+
+    def far(values: Tensor) -> Tensor:
+        return values * (1e7 if len(values) == 2 else 1)  # not in the first shard
+
+    data, function = Pictures(), Function(KEYS[:1], far)
+    found = run(tmp_path, data, a=function)["a"].values[0, "mean"]
+    whole = run(tmp_path / "b", Pictures(), a=Function(KEYS[:1]))["a"]
+    assert found.dtype == torch.float32 and bool(found.isfinite().all())
+    near = found.abs() < 100
+    exact = expected(data, (0, "mean"))
+    assert bool(near.any(dim=0).all()) and not bool(near.all())
+    assert torch.equal(found[near], exact[near])
+    assert whole.values[0, "mean"].dtype == torch.float16
+
+
+def test_cached_features__cut_between_the_finished_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, finish = Pictures(), FeatureStore._finish_key
+
+    def cut(store: FeatureStore, key: Key, journals: Any) -> None:
         if key == KEYS[1]:
             raise KeyboardInterrupt
-        joined(store, key, files)
+        finish(store, key, journals)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FeatureStore, "_merge_key", cut)
+        patch.setattr(FeatureStore, "_finish_key", cut)
         run(tmp_path, data, a=Function())
     rest = Function()
     assert list(run(tmp_path, data, a=rest)["a"].values) == KEYS
@@ -195,12 +284,12 @@ def test_cached_features__batches_begin_with_the_shard(tmp_path: Path) -> None:
 
     data, keys = Pictures(), KEYS[:1]
     run(tmp_path / "whole", data, a=Function(keys, change=note))
-    assert sizes == [5, 3, 5, 3, 5, 1]  # shards of 8 in batches of 5
+    assert sizes == [5, 3, 5, 2, 5, 2]  # shards of 8, 7 and 7 in batches of 5
     sizes.clear()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, data, a=Function(keys, fail_at=9))
     run(tmp_path, data, a=Function(keys, change=note))
-    assert sizes == [5, 3, 5, 1]
+    assert sizes == [5, 2, 5, 2]
 
 
 def test_cached_features__leaves_the_shards_of_other_layers(tmp_path: Path) -> None:
@@ -210,7 +299,7 @@ def test_cached_features__leaves_the_shards_of_other_layers(tmp_path: Path) -> N
     run(tmp_path, data, a=Function(KEYS[1:2]))
     rest = Function(KEYS[:1])
     run(tmp_path, data, a=rest)
-    assert list(rest.seen.values()) == [22 - 16]
+    assert list(rest.seen.values()) == [22 - 15]
     (folder,) = tmp_path.iterdir()
     assert not (folder / "shards").exists()
 
@@ -252,7 +341,7 @@ def test_cached_features__damaged_shards_and_labels(
     spoil(shards[0], 0.95, value)
     function = Function()
     found = run(tmp_path, data, a=function)["a"]
-    assert set(function.seen.values()) == {14}  # shards 0 and 2
+    assert set(function.seen.values()) == {15}  # shards 0 and 2
     torch.testing.assert_close(
         found.values[1, "mean"].float(), expected(data, (1, "mean")), rtol=1e-3, atol=0
     )
@@ -293,7 +382,7 @@ def test_cached_features__checksum_is_that_of_the_values(tmp_path: Path) -> None
     (folder,) = tmp_path.iterdir()
     said = json.loads((folder / "layer01-tokens.json").read_text())
     array = np.load(folder / "layer01-tokens.npy")
-    assert said["crc32"] == zlib.crc32(array.tobytes())
+    assert said["crc32"] == [zlib.crc32(array[n::3].tobytes()) for n in range(3)]
     assert (said["shape"], said["dtype"]) == ([22, 64, 3], "float16")
 
 
@@ -326,13 +415,14 @@ def test_cached_features__shared_by_processes(tmp_path: Path) -> None:
         values, read = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(values, whole)
         reads.append(read)
-    assert reads == [[*range(8), *range(16, 22)], list(range(8, 16))]
+    shards = [list(range(number, 22, 3)) for number in range(3)]
+    assert reads == [sorted(shards[0] + shards[1]), shards[2]]
 
 
 def test_cached_features__files_that_vanish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FeatureStore, "read", lambda store, keys: None)
+    monkeypatch.setattr(FeatureStore, "read", lambda store, keys, verify: None)
     with pytest.raises(OSError, match="vanish while they are read"):
         run(tmp_path, Pictures(3), a=Function())
 
@@ -343,8 +433,8 @@ def test_world__without_processes() -> None:
 
 
 def test_key_name() -> None:
-    assert cache.key_name((3, "cls+mean")) == "layer03-cls+mean"
-    assert cache.key_name((None, "pixels")) == "pixels"
+    assert key_name((3, "cls+mean")) == "layer03-cls+mean"
+    assert key_name((None, "pixels")) == "pixels"
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from torchvision.transforms.v2 import functional as vision
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
-    PixelFeatures,
     collect_features,
     extract_features,
     normalize_images,
 )
+from lightly_mim.evaluation.foreign_encoders import RawPixels
 
 
 class Pictures(Dataset[Any]):
@@ -198,12 +198,13 @@ def test_collect_features__one_pass_for_several_functions() -> None:
             reads.append(len(batch[0]))
             yield batch
 
+    pixels = RawPixels((32, 48), size=(4, 6))
+    pixels.mean, pixels.std = encoder.mean, encoder.std
     features = collect_features(
-        {"encoder": EncoderFeatures(encoder), "pixels": PixelFeatures((4, 6))},
+        {"encoder": EncoderFeatures(encoder), "pixels": EncoderFeatures(pixels)},
         batches(),
-        encoder.mean,
-        encoder.std,
     )
+    assert EncoderFeatures(pixels).keys == [(None, "pixels")]
     assert reads == [4, 3]
     alone = extract_features(encoder, data, batch_size=4, num_workers=0)
     torch.testing.assert_close(
@@ -262,12 +263,12 @@ def test_extract_features__no_class_token() -> None:
 def test_collect_features__bad_labels(labels: Any) -> None:
     batch = (torch.zeros(1, 3, 8, 8), labels, ["a.png"])
     with pytest.raises(ValueError, match="one class per image"):
-        collect_features({"pixels": PixelFeatures()}, [batch], [0.5] * 3, [0.5] * 3)
+        collect_features({"pixels": EncoderFeatures(RawPixels(8))}, [batch])
 
 
 def test_collect_features__no_images() -> None:
     with pytest.raises(ValueError, match="no images"):
-        collect_features({"pixels": PixelFeatures()}, [], [0.5], [0.5])
+        collect_features({"pixels": EncoderFeatures(RawPixels(8))}, [])
 
 
 def test_extract_features__broken_weights() -> None:

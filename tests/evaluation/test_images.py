@@ -14,7 +14,8 @@ from lightly_mim import EvalTransform, masked_encoder
 from lightly_mim.data import ImageDataset, TransformedDataset
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.evaluation.fingerprints import data_fingerprint
-from lightly_mim.evaluation.images import EvaluationImages, _hold_out, image_notes
+from lightly_mim.evaluation.images import EvaluationImages, image_notes
+from lightly_mim.evaluation.splits import hold_out
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,11 @@ def test_holdout__cuts_the_training_images_in_two(folder: Path, share: float) ->
 
 def test_holdout__small_classes_take_turns() -> None:
     labels = torch.arange(100) % 20  # 5 images each, of which a tenth is half an image
-    drawn = [set(labels[_hold_out(labels, 0.1, seed)].tolist()) for seed in range(40)]
+    drawn = [set(labels[hold_out(labels, 0.1, seed)].tolist()) for seed in range(40)]
     assert all(len(classes) == 10 for classes in drawn)
     assert set.union(*drawn) == set(range(20))
     alone = torch.tensor([0] * 9 + [1])
-    held_out = [_hold_out(alone, 0.2, seed) for seed in range(20)]
+    held_out = [hold_out(alone, 0.2, seed) for seed in range(20)]
     assert not any(each[9] for each in held_out)
     assert {int(each.sum()) for each in held_out} <= {1, 2}
 

@@ -65,15 +65,13 @@ def evaluation(photos: Path, out: Path, run: Path) -> None:
     evaluate(
         run,
         photos,
-        ("knn", "linear", "logistic"),
+        (KNN(ks=[1, 3]), Linear(epochs=3, num_folds=2), "logistic"),
         baselines=["random"],
         out=out,
         overwrite=True,
         num_workers=0,
         device="cpu",
         batch_size=4,
-        knn=KNN(ks=[1, 3]),
-        linear=Linear(epochs=3, num_folds=2),
     )
 
 
@@ -81,12 +79,11 @@ def finetuning(photos: Path, out: Path, run: Path) -> None:
     evaluate(
         run,
         photos,
-        ["finetune"],
+        [FineTune(epochs=3, batch_size=8)],
         out=out,
         overwrite=True,
         num_workers=0,
         device="cpu",
-        finetune=FineTune(epochs=3, batch_size=8),
     )
 
 

@@ -12,6 +12,7 @@ import inspect
 import io
 import random
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,13 +43,16 @@ from lightly_mim import (
     targets,
 )
 from lightly_mim.arguments import Workers, fits
-from lightly_mim.evaluation import dense, suite
-from lightly_mim.evaluation.dense import evaluate_dense
-from lightly_mim.evaluation.preparation import Standardizer
+from lightly_mim.evaluation.dense import evaluate as dense
+from lightly_mim.evaluation.dense.evaluate import evaluate_dense
+from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.pretraining import entry
 from lightly_mim.words import public_classes
 
 from ..conftest import SHORT_RUN, TINY_VIT
+
+# The function `evaluate` hides the module of this name.
+ENTRY: Any = sys.modules["lightly_mim.evaluation.evaluate"]
 
 ODD: list[Any] = [
     *(None, "", "false", "no such thing", b"x", True, False),
@@ -96,6 +100,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     }
     collected = evaluation.Features({(0, "mean"): features}, labels, [], 0.0)
     dataset = data.ImageDataset(photos / "train")
+    pixels = evaluation.EncoderFeatures(evaluation.RawPixels(32, size=4))
     loose = TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     opened, validation = data.open_data(photos, transform=EvalTransform(32))
     keyed = data.KeyedLoader(opened, 4, num_workers=0)
@@ -158,7 +163,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
             {"encoder": encoder, "num_classes": 3, "pool": "mean", "head_std": 0.1},
         ),
         "EncoderFeatures": (evaluation.EncoderFeatures, {"encoder": encoder}),
-        "PixelFeatures": (evaluation.PixelFeatures, {"size": 4}),
+        "RawPixels": (evaluation.RawPixels, {"img_size": 8, "size": 4}),
         "alpha_req": (
             evaluation.alpha_req,
             {"features": features, "first": 1, "last": 5},
@@ -254,21 +259,17 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         "collect_features": (
             evaluation.collect_features,
             {
-                "functions": {"a": evaluation.PixelFeatures(4)},
+                "functions": {"a": pixels},
                 "batches": list(keyed)[:1],
-                "mean": [0.5] * 3,
-                "std": [0.5] * 3,
             },
         ),
         "cached_features": (
             evaluation.cached_features,
             {
-                "functions": {"a": evaluation.PixelFeatures(4)},
+                "functions": {"a": pixels},
                 "stores": {"a": evaluation.FeatureStore(root / "shards", {}, 12)},
                 "data": validation,
                 "num_workers": 0,
-                "mean": [0.5] * 3,
-                "std": [0.5] * 3,
             },
         ),
         "decode_image": (
@@ -307,7 +308,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry, "fit", _reach)
         patch.setattr(entry, "epochs_in", _reach)
-        patch.setattr(suite._Runner, "encode", _reach)
+        patch.setattr(ENTRY._Runner, "encode", _reach)
         patch.setattr(dense, "_Study", _reach)
         patch.chdir(root)
         yield table

@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from lightly_mim.evaluation.protocol import merit
-from lightly_mim.evaluation.record import to_text
+from lightly_mim.evaluation.results import to_text
 
 
 def refuse(word: str) -> None:

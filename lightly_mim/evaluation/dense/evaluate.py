@@ -55,7 +55,7 @@ from lightly_mim.data.segmentation import (
 from lightly_mim.encoders import Encoder, MaskedEncoder
 from lightly_mim.encoders.tables import Tables
 from lightly_mim.evaluation.broken import Part, find_readable
-from lightly_mim.evaluation.dense_protocols import (
+from lightly_mim.evaluation.dense.protocols import (
     DenseKNN,
     DenseLinear,
     DenseProtocol,
@@ -63,7 +63,7 @@ from lightly_mim.evaluation.dense_protocols import (
     Predictor,
     patch_labels,
 )
-from lightly_mim.evaluation.dense_results import (
+from lightly_mim.evaluation.dense.results import (
     RESULTS_FILE,
     DenseResult,
     DenseResults,
@@ -78,15 +78,13 @@ from lightly_mim.evaluation.loading import (
     load_encoder,
     origin_notes,
 )
-from lightly_mim.evaluation.record import (
+from lightly_mim.evaluation.provenance import (
     choose_device,
     model_name,
     package_versions,
-    results_file,
     to_json,
-    to_text,
 )
-from lightly_mim.evaluation.results import RANDOM
+from lightly_mim.evaluation.results import RANDOM, results_file, to_text
 from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
 from lightly_mim.transforms import EvalTransform

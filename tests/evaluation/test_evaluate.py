@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import timm
 import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
-from jsonargparse import auto_cli
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.checkpoints import save_encoder
+from lightly_mim.cli import main
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import (
     KNN,
@@ -32,16 +33,20 @@ from lightly_mim.evaluation import (
     check_evaluation,
     evaluate,
 )
-from lightly_mim.evaluation.attentive import Attentive
 from lightly_mim.evaluation.finetune import FineTune
-from lightly_mim.evaluation.keeper import Keeper
 from lightly_mim.evaluation.linear_mae import LinearMAE
-from lightly_mim.evaluation.low_label import LowLabel
+from lightly_mim.evaluation.probes.attentive import Attentive
+from lightly_mim.evaluation.probes.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
+from lightly_mim.evaluation.resume import Kept
 from lightly_mim.files import sealed
 
+# The function `evaluate` hides the module of this name.
+module: Any = sys.modules["lightly_mim.evaluation.evaluate"]
+
 OPTIONS = {"depth": 2, "embed_dim": 24, "num_heads": 2}
-FAST = {"num_workers": 0, "device": "cpu", "linear": Linear(epochs=5)}
+FAST: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
+QUICK: dict[str, Any] = {"protocols": ["knn", Linear(epochs=5)], **FAST}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,7 @@ def test_evaluate__rows(folder: Path, encoder: MaskedEncoder, tmp_path: Path) ->
         layers=[0, -1],
         baselines=["random", "pixels"],
         out=tmp_path / "new" / "out",
-        **FAST,
+        **QUICK,
     )
     assert [(row.model, row.protocol) for row in results.rows] == [
         ("vit_tiny_patch16_224", "knn"),
@@ -167,7 +172,7 @@ def test_evaluate__is_a_function_of_the_seed(tmp_path: Path) -> None:
             baselines=["random"],
             seed=seed,
             batch_size=batch_size,
-            **FAST,
+            **QUICK,
         )
         table = results.to_dict()["rows"]
         for row in table:
@@ -183,8 +188,8 @@ def test_evaluate__is_a_function_of_the_seed(tmp_path: Path) -> None:
 
 def test_evaluate__chooses_without_test_images(encoder: MaskedEncoder) -> None:
     train = noise(40, 4)
-    first = evaluate(encoder, train, val=noise(10, 4, seed=1), layers=[0, 1], **FAST)
-    other = evaluate(encoder, train, val=noise(16, 4, seed=2), layers=[0, 1], **FAST)
+    first = evaluate(encoder, train, val=noise(10, 4, seed=1), layers=[0, 1], **QUICK)
+    other = evaluate(encoder, train, val=noise(16, 4, seed=2), layers=[0, 1], **QUICK)
     for a, b in zip(first.rows, other.rows, strict=True):
         assert a.selection == b.selection
         assert (a.layer, a.pooling, a.hyperparameters) == (
@@ -198,10 +203,10 @@ def test_evaluate__data_sets_and_top5(encoder: MaskedEncoder) -> None:
     results = evaluate(
         encoder,
         noise(60, 6),
+        [KNN(ks=[3, 7], temperatures=[0.1]), Linear(epochs=5)],
         val=noise(18, 6, seed=1),
         baselines=["pixels"],
         pixel_size=4,
-        knn=KNN(ks=[3, 7], temperatures=[0.1]),
         **FAST,
     )
     for row in results.rows:
@@ -231,12 +236,9 @@ def test_evaluate__notes(folder: Path) -> None:
         assert "no class token" in text
     with pytest.raises(ValueError, match="this encoder has none"):
         evaluate(plain, folder, ["knn"], pools=["cls"], **FAST)
-    for name, settings in {
-        "linear_mae": LinearMAE(pool="cls"),
-        "finetune": FineTune(pool="cls+mean"),
-    }.items():
+    for protocol in (LinearMAE(pool="cls"), FineTune(pool="cls+mean")):
         with pytest.raises(ValueError, match="this encoder has none"):
-            evaluate(plain, folder, [name], **{name: settings}, **FAST)  # type: ignore[list-item, arg-type]
+            evaluate(plain, folder, [protocol], **FAST)
 
 
 def printed(results: Results) -> str:
@@ -249,9 +251,9 @@ def printed(results: Results) -> str:
 def test_evaluate__one_class(encoder: MaskedEncoder) -> None:
     train, test = noise(10, 1), noise(4, 1, seed=1)
     with pytest.raises(ValueError, match="names no classes"):
-        evaluate(encoder, train, val=test, **FAST)
+        evaluate(encoder, train, val=test, **QUICK)
     train.classes = test.classes = ["cell"]  # type: ignore[attr-defined]
-    results = evaluate(encoder, train, val=test, **FAST)
+    results = evaluate(encoder, train, val=test, **QUICK)
     assert [row.top1 for row in results.rows] == [1, 1]
     assert "one class" in results.notes[-1]
 
@@ -287,8 +289,7 @@ def test_evaluate__holdout(
     folder: Path, encoder: MaskedEncoder, tmp_path: Path
 ) -> None:
     arguments: dict[str, Any] = {
-        "protocols": ["knn", "finetune"],
-        "finetune": FineTune(epochs=1, batch_size=8),
+        "protocols": ["knn", FineTune(epochs=1, batch_size=8)],
         "out": tmp_path,
         **FAST,
     }
@@ -320,13 +321,14 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
         ({"pools": ["max"]}, "pools of evaluate is"),
         ({"precision": "16"}, "precision of evaluate is one of"),
         ({"crop_ratio": 0.0}, "crop_ratio"),
-        ({"knn": KNN(ks=[24])}, "23 training image"),
-        ({"knn": Linear()}, "knn of evaluate is a KNN"),
+        ({"protocols": [KNN(ks=[24])]}, "23 training image"),
+        ({"protocols": [KNN]}, r"has the class KNN. Make an object of it: KNN\("),
+        ({"protocols": ["knn", KNN(ks=[2])]}, "Two protocols are called 'knn'"),
         ({"overwrite": "false"}, "overwrite of evaluate is True or False"),
-        ({"linear": Linear(num_folds=25)}, "num_folds=25 for 24"),
+        ({"protocols": [Linear(num_folds=25)]}, "num_folds=25 for 24"),
         ({"img_size": 64}, "img_size"),
         (
-            {"protocols": ["knn", "linear_mae"], "linear_mae": LinearMAE(layer=2)},
+            {"protocols": ["knn", LinearMAE(layer=2)]},
             "layers 0 to 1",
         ),
         ({"distributed": True}, "has not been initialised"),
@@ -347,9 +349,7 @@ def test_evaluate__bad_arguments(
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
-        ({"protocols": ["knn"], "finetune": FineTune(epochs=5)}, ["finetune"]),
-        ({"protocols": ["linear"], "knn": KNN(ks=[3])}, ["knn"]),
-        ({"protocols": ["knn"], "linear": Linear()}, []),  # the default
+        ({"protocols": ["knn", KNN()]}, []),
         ({"protocols": ["finetune"], "layers": [0], "pools": ["cls"]},
          ["layers", "pools"]),
         ({"protocols": ["linear_mae"], "layers": [0], "label_free": True}, []),
@@ -370,11 +370,26 @@ def test_evaluate__says_what_does_nothing(
     assert [text.partition(" does nothing here: ")[0] for text in found] == unused
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "linear",
+            r"no argument 'linear'. Settings .*: protocols=\[Linear\(\.\.\.\)\]",
+        ),
+        ("img_sise", "evaluate.. has no argument 'img_sise'.$"),
+    ],
+)
+def test_evaluate__no_such_argument(folder: Path, name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        evaluate("vit_tiny_patch16_224", folder, **{name: Linear()})
+
+
 def test_evaluate__labels_beyond_the_classes(encoder: MaskedEncoder) -> None:
     train, test = noise(12, 3), noise(8, 4)
     train.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"labels go up to 3.*names 3"):
-        evaluate(encoder, train, val=test, **FAST)
+        evaluate(encoder, train, val=test, **QUICK)
 
 
 def test_evaluate__settings_matter() -> None:
@@ -399,10 +414,9 @@ def test_evaluate__command_line(folder: Path, tmp_path: Path) -> None:
         masked_encoder("vit_tiny_patch16_224", img_size=32, **OPTIONS),
         tmp_path / "encoder.safetensors",
     )
-    results = auto_cli(
-        evaluate,
-        as_positional=False,
-        args=[
+    main(
+        [
+            "evaluate",
             f"--encoder={tmp_path}",
             f"--data={folder}",
             "--protocols=[linear,knn]",
@@ -410,15 +424,15 @@ def test_evaluate__command_line(folder: Path, tmp_path: Path) -> None:
             "--pools=[mean]",
             "--baselines=[pixels]",
             "--linear.epochs=3",
-            "--attentive.epochs=3",
             "--knn.ks=[2,3]",
             "--num_workers=0",
             f"--out={tmp_path}",
-        ],
+        ]
     )
-    assert [row.protocol for row in results.rows] == ["linear", "knn"] * 2
-    assert results.rows[1].hyperparameters["k"] in (2, 3)
     written = json.loads((tmp_path / "results.json").read_text())
+    assert [row["protocol"] for row in written["rows"]] == ["linear", "knn"] * 2
+    assert written["rows"][1]["hyperparameters"]["k"] in (2, 3)
+    assert written["arguments"]["protocols"] == ["linear", "knn"]
     assert written["arguments"]["linear"]["epochs"] == 3
     assert written["arguments"]["encoder"] == str(tmp_path)
 
@@ -453,12 +467,11 @@ class Counter:
 
 
 ALL: dict[str, Any] = {
-    "protocols": ["knn", "linear"],
     "baselines": ["pixels"],
     "layers": [0, 1],
     "label_free": True,
     "batch_size": 5,
-    **FAST,
+    **QUICK,
 }
 
 
@@ -492,15 +505,13 @@ def test_evaluate__goes_on_where_it_was_cut(
         return call
 
     def patch(patches: pytest.MonkeyPatch, cut: str) -> None:
-        from lightly_mim.evaluation import suite
-
         for name, protocol in (("knn", KNN), ("linear", Linear)):
             call = counted(name, protocol.__call__, cut == name)
             patches.setattr(protocol, "__call__", call)
-        call = counted("label_free", suite.measure_features, cut == "label_free")
-        patches.setattr(suite, "measure_features", call)
+        call = counted("label_free", module.measure_features, cut == "label_free")
+        patches.setattr(module, "measure_features", call)
         if cut == "results":
-            patches.setattr(suite.shlex, "join", counted("", None, True))
+            patches.setattr(module.shlex, "join", counted("", None, True))
 
     with monkeypatch.context() as patches, pytest.raises(Cut):
         patch(patches, place)
@@ -532,18 +543,18 @@ def test_evaluate__other_settings_are_not_taken_for_the_same(
 ) -> None:
     (tmp_path / "rows").mkdir()
     keys = set()
-    rows = Keeper.write
+    rows = Kept.write
 
-    def write(keeper: Keeper, key: str | None, row: Any) -> None:
+    def write(kept: Kept, key: str | None, row: Any) -> None:
         assert key not in keys
         keys.add(key)
-        rows(keeper, key, row)
+        rows(kept, key, row)
 
     changes: list[dict[str, Any]] = [
         {},
-        {"knn": KNN(ks=[1])},
-        {"knn": KNN(ks=range(1, 3))},
-        {"knn": KNN(ks=range(1, 4))},
+        {"protocols": [KNN(ks=[1])]},
+        {"protocols": [KNN(ks=range(1, 3))]},
+        {"protocols": [KNN(ks=range(1, 4))]},
         {"seed": 1},
         {"crop_ratio": 1.0},
         {"layers": [0]},
@@ -551,7 +562,7 @@ def test_evaluate__other_settings_are_not_taken_for_the_same(
         {"precision": "bf16"},
     ]
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(Keeper, "write", write)
+        patches.setattr(Kept, "write", write)
         for change in changes:
             evaluate(
                 encoder,
@@ -619,8 +630,7 @@ def evaluate_in_a_process(rank: int, folder: Path, out: Path) -> None:
         evaluate(
             encoder,
             folder,
-            ["finetune"],
-            finetune=FineTune(batch_size=8),
+            [FineTune(batch_size=8)],
             distributed=True,
             **FAST,
         )
@@ -643,10 +653,12 @@ def test_evaluate__shared_by_processes(
 # Protocols of other kinds.
 
 
-class Draws(KNN):
+@dataclass(frozen=True)
+class Draws(FeatureProtocol):
     """A protocol with several variants and draws, whose classes are made up."""
 
-    tokens = False
+    name = "my draws"
+    reads = "pooled"
 
     def check(self, num_train: int) -> list[str]:
         return [f"{num_train} images."]
@@ -666,15 +678,7 @@ class Draws(KNN):
 def test_evaluate__variants_and_draws(
     folder: Path, encoder: MaskedEncoder, tmp_path: Path
 ) -> None:
-    protocol: FeatureProtocol = Draws()
-    results = evaluate(
-        encoder,
-        folder,
-        ["knn"],
-        knn=protocol,
-        out=tmp_path,
-        **FAST,  # type: ignore[arg-type]
-    )
+    results = evaluate(encoder, folder, [Draws()], out=tmp_path, **FAST)
     assert [row.variant for row in results.rows] == ["1 per class", "5 per class"]
     assert [row.draws for row in results.rows] == [[1.0, 0.5], [0.5, 1.0]]
     assert results.rows[0].top1 == 0.75
@@ -682,12 +686,13 @@ def test_evaluate__variants_and_draws(
     assert results.notes[0] == "24 images."
     assert "standard deviation over draws" in results.notes[-1]
     text = str(results)
-    assert "knn 5 per class" in text
+    assert "my draws 5 per class" in text
     assert "75.0 ± 35.4" in text
 
 
-class Tokens(Draws, Linear):
-    tokens = True
+class Tokens(Draws):
+    name = "my tokens"
+    reads = "tokens"
 
     def __call__(
         self, train: Features, test: Features, num_classes: int, **options: Any
@@ -732,9 +737,7 @@ def test_evaluate__tokens_and_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments: dict[str, Any] = FAST | {
-        "protocols": ["knn", "linear", "finetune"],
-        "linear": Tokens(),
-        "finetune": Training(),
+        "protocols": ["knn", Tokens(), Training()],
         "baselines": ["pixels", "random"],
         "out": tmp_path,
     }
@@ -747,13 +750,13 @@ def test_evaluate__tokens_and_training(
     assert [(row.model, row.protocol) for row in results.rows[2:]] == [
         ("vit_tiny_patch16_224", "finetune"),
         (RANDOM, "knn"),
-        (RANDOM, "linear"),
+        (RANDOM, "my tokens"),
         (RANDOM, "finetune"),
         (PIXELS, "knn"),
     ]
     assert results.rows[2].top1 == 1
     assert results.rows[2].feature_seconds == 0
-    assert "No raw pixels for linear, finetune, made for encoders." in results.notes
+    assert "No raw pixels for my tokens, finetune, made for encoders." in results.notes
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -762,10 +765,9 @@ def test_evaluate__training_reads_images_of_its_own(encoder: MaskedEncoder) -> N
         evaluate(
             encoder,
             noise(40, 4),
-            ["finetune"],
+            [FineTune(epochs=1)],
             val=noise(8, 4),
             **FAST,
-            finetune=FineTune(epochs=1),
         )
 
 
@@ -775,9 +777,11 @@ def test_evaluate__every_protocol_on_features(
     results = evaluate(
         encoder,
         folder,
-        ["logistic", "attentive", "low_label"],
-        attentive=Attentive(epochs=2, learning_rates=[1e-3], weight_decays=[0.0]),
-        low_label=LowLabel(shots=[1, 2], draws=2),
+        [
+            "logistic",
+            Attentive(epochs=2, learning_rates=[1e-3], weight_decays=[0.0]),
+            LowLabel(shots=[1, 2], draws=2),
+        ],
         label_free=True,
         num_workers=0,
         device="cpu",
@@ -818,7 +822,7 @@ def test_check_evaluation__without_weights(
         ({"baselines": ["noise"]}, "baselines"),
         ({"holdout": 0.0}, "holdout of evaluate is"),
         ({"img_size": 50}, "does not divide"),
-        ({"protocols": ["linear"], "linear": KNN()}, "linear of evaluate is a Linear"),
+        ({"protocols": [KNN]}, "has the class KNN"),
         ({"seed": -1}, "seed of evaluate"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional
 
-from lightly_mim.evaluation import knn
+from lightly_mim.evaluation.probes import knn
 
 
 def clusters(

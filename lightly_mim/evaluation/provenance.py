@@ -1,37 +1,18 @@
-"""What evaluations share: arguments that are checked, and what it takes to rerun."""
+"""What it takes to run an evaluation again: its arguments, versions and device."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import math
 import os
 import platform
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from lightly_mim.files import printable, sealed
-
-
-def results_file(out: Path, overwrite: bool, name: str) -> Path:
-    """Returns where results are written.
-
-    Raises:
-        ValueError: If they are there already and shall not be replaced.
-    """
-    file = out / name
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: pass a directory as out.")
-    if file.exists() and not overwrite:
-        raise ValueError(
-            f"{file} is there already: pass overwrite, or another directory as out."
-        )
-    return file
+from lightly_mim.files import printable
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -81,28 +62,6 @@ def to_json(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return str(value)
     return getattr(value, "__qualname__", None) or describe_data(value)
-
-
-def to_text(record: Any) -> str:
-    """Returns sealed JSON of a record, with null for numbers that are not finite.
-
-    It is read by `lightly_mim.files.read_sealed`, or by any other reader. Python would
-    write NaN, which is not JSON and which other readers refuse. A probe whose learning
-    rate was too high has such a loss.
-
-    Args:
-        record:
-            Dictionaries, lists, numbers and strings.
-    """
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: finite(entry) for name, entry in value.items()}
-        if isinstance(value, list):
-            return [finite(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(sealed(finite(record)), indent=2, allow_nan=False) + "\n"
 
 
 def describe_data(data: Any) -> str:

@@ -7,15 +7,17 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightly_mim.evaluation import linear
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import GridChoice, assign_folds
+from lightly_mim.evaluation.probes import linear
+from lightly_mim.evaluation.probes.linear import GridChoice
+from lightly_mim.evaluation.splits import assign_folds
 
 
 def random_problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -244,3 +246,21 @@ def test_fit_linear_grid__bad_input(change: dict[str, object], message: str) -> 
     }
     with pytest.raises(ValueError, match=message):
         linear.fit_linear_grid(**(arguments | change))
+
+
+def test_score_linear__equals_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 4, generator=generator)
+    labels = torch.randint(3, (20,), generator=generator)
+    weight = torch.randn(2, 3, 4, generator=generator)
+    bias = torch.randn(2, 3, generator=generator)
+    for max_numbers in (1, 40, 2**26):
+        correct, loss = linear.score_linear(
+            weight, bias, features, labels, max_numbers=max_numbers
+        )
+        for i in range(2):
+            logits = features @ weight[i].T + bias[i]
+            assert int(correct[i]) == int((logits.argmax(dim=1) == labels).sum())
+            probability = logits.double().softmax(dim=1).numpy()
+            expected = log_loss(labels, probability, normalize=False, labels=range(3))
+            assert float(loss[i]) == pytest.approx(expected, rel=1e-5)

@@ -50,14 +50,8 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import (
-    MAX_NUMBERS,
-    GridChoice,
-    Standardizer,
-    assign_folds,
-    check_folds,
-    check_label_range,
-)
+from lightly_mim.evaluation.probes.linear import MAX_NUMBERS, GridChoice
+from lightly_mim.evaluation.probes.standardize import Standardizer, check_label_range
 from lightly_mim.evaluation.protocol import (
     Outcome,
     best_key,
@@ -65,6 +59,7 @@ from lightly_mim.evaluation.protocol import (
     merit,
     rank_classes,
 )
+from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 Kind = Literal["single", "efficient"]
 
@@ -103,7 +98,9 @@ class Attentive:
             Bounds the memory, see `fit_attentive_grid`.
     """
 
-    tokens: ClassVar[bool] = True
+    name: ClassVar[str] = "attentive"
+    reads: ClassVar[str] = "tokens"
+
     kind: Kind = "single"
     queries: PositiveInt = 32
     learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES

@@ -17,13 +17,13 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation import DenseKNN, DenseLinear, evaluate_dense
-from lightly_mim.evaluation.dense import _grid
-from lightly_mim.evaluation.dense_protocols import (
+from lightly_mim.evaluation.dense.evaluate import _grid
+from lightly_mim.evaluation.dense.protocols import (
     DenseProtocol,
     PatchBank,
     patch_labels,
 )
-from lightly_mim.evaluation.dense_results import (
+from lightly_mim.evaluation.dense.results import (
     class_iou,
     count_pixels,
     miou_interval,

@@ -23,32 +23,30 @@ from typing import Any, ClassVar
 
 import torch
 from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional
 
 from lightly_mim.arguments import (
     AtLeastTwo,
     NonEmpty,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Seed,
     checked,
 )
-from lightly_mim.data.notes import printable
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features, Key
-from lightly_mim.evaluation.logistic import (
+from lightly_mim.evaluation.probes.logistic import (
     choose_logistic,
     fit_logistic_path,
 )
-from lightly_mim.evaluation.preparation import Standardizer
+from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.evaluation.protocol import (
     Outcome,
     best_key,
     describe_choices,
     rank_classes,
 )
+from lightly_mim.evaluation.splits import check_counts, draw_per_class
 
 
 @checked
@@ -71,12 +69,14 @@ class LowLabel:
             C where there is one image per class. Default from scikit-learn. Layer and
             pooling are then the last layer and the first pooling that are given.
         tolerance:
-            See `lightly_mim.evaluation.logistic.fit_logistic_path`.
+            See `lightly_mim.evaluation.probes.logistic.fit_logistic_path`.
         max_iterations:
-            See `lightly_mim.evaluation.logistic.fit_logistic_path`.
+            See `lightly_mim.evaluation.probes.logistic.fit_logistic_path`.
     """
 
-    tokens: ClassVar[bool] = False
+    name: ClassVar[str] = "low_label"
+    reads: ClassVar[str] = "pooled"
+
     shots: NonEmpty[PositiveInt] = (1, 5, 10)
     draws: PositiveInt = 5
     cs: NonEmpty[PositiveFloat] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -106,7 +106,7 @@ class LowLabel:
         Raises:
             ValueError: If a class has too few training images.
         """
-        _check_counts(labels, classes, max(self.shots))
+        check_counts(labels, classes, max(self.shots))
 
     def __call__(
         self,
@@ -214,54 +214,6 @@ class LowLabel:
         (key, c), _ = Counter(chosen).most_common(1)[0]
         variant = f"{shots} per class"
         return Outcome(key, {"c": c}, selection, torch.stack(ranked), variant)
-
-
-@checked
-def draw_per_class(
-    labels: Tensor,
-    num_classes: PositiveInt,
-    count: NonNegativeInt,
-    seed: Seed,
-) -> Tensor:
-    """Draws as many images of each class, without replacement.
-
-    Args:
-        labels:
-            int64 tensor with shape (num_images,) with values in [0, num_classes).
-        num_classes:
-            Number of classes.
-        count:
-            Number of images per class.
-        seed:
-            Decides which images. The first columns are the draw of a smaller count.
-
-    Returns:
-        int64 tensor with shape (num_classes, count) with the numbers of the images.
-
-    Raises:
-        ValueError: If a class has fewer images.
-    """
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise ValueError(
-            "labels has shape (num_images,) and whole numbers, got "
-            f"{tuple(labels.shape)} of {labels.dtype}."
-        )
-    _check_counts(labels, [str(label) for label in range(num_classes)], count)
-    generator = Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    classes = labels[shuffled]
-    drawn = [shuffled[classes == label][:count] for label in range(num_classes)]
-    return torch.stack(drawn)
-
-
-def _check_counts(labels: Tensor, classes: Sequence[str], count: int) -> None:
-    present = labels.bincount(minlength=len(classes))
-    rarest = int(present.argmin())
-    if int(present[rarest]) < count:
-        raise ValueError(
-            f"Class {printable(classes[rarest])} has {int(present[rarest])} training "
-            f"image(s), too few to draw {count} per class. Use smaller shots."
-        )
 
 
 def _first_pool_of_last_layer(keys: Sequence[Key]) -> Key:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import at_random, evaluate, extract_features, load_encoder
-from lightly_mim.evaluation.adaptors import (
+from lightly_mim.evaluation.foreign_encoders import (
     FunctionEncoder,
     TimmEncoder,
     TorchvisionEncoder,

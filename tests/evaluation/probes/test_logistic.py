@@ -11,9 +11,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
-from lightly_mim.evaluation import logistic
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import assign_folds
+from lightly_mim.evaluation.probes import logistic
+from lightly_mim.evaluation.splits import assign_folds
 
 
 def digits(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

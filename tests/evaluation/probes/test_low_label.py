@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightly_mim.data.notes import printable
-from lightly_mim.evaluation import KNN, evaluate, low_label
+from lightly_mim.evaluation import KNN, evaluate
 from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.probes import low_label
 
 
 def digits() -> tuple[Features, Features]:
@@ -163,12 +164,10 @@ def test_evaluate__too_few_images_of_a_class_is_refused_early(photos: Path) -> N
         evaluate(
             nn.Identity(),
             data,
-            ["knn", "low_label"],
+            [Never(), low_label.LowLabel(shots=[1, shots])],
             val=None if isinstance(data, Path) else data,
             feature_function=lambda images: read.append(images) or images[:, :, 0, 0],
             img_size=16,
-            knn=Never(),
-            low_label=low_label.LowLabel(shots=[1, shots]),
             num_workers=0,
             device="cpu",
         )

@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked
 from lightly_mim.data.segmentation import IGNORED
-from lightly_mim.evaluation.knn import knn_predict_grid
-from lightly_mim.evaluation.linear import fit_linear_grid
-from lightly_mim.evaluation.preparation import Standardizer
+from lightly_mim.evaluation.probes.knn import knn_predict_grid
+from lightly_mim.evaluation.probes.linear import fit_linear_grid
+from lightly_mim.evaluation.probes.standardize import Standardizer
 
 
 class PatchBank(NamedTuple):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightly_mim.data.seeding import seed_from
-from lightly_mim.evaluation import attentive
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import Standardizer, assign_folds
+from lightly_mim.evaluation.probes import attentive
+from lightly_mim.evaluation.probes.standardize import Standardizer
+from lightly_mim.evaluation.splits import assign_folds
 
 RATES, DECAYS = [1e-3, 0.03], [0.0, 0.5]
 KINDS = ["single", "efficient"]
@@ -208,7 +209,7 @@ def test_attentive__finds_the_token_that_tells(kind: attentive.Kind) -> None:
     protocol = attentive.Attentive(
         kind, queries=2, learning_rates=[1e-4, 0.03], weight_decays=[0.01], epochs=20
     )
-    assert protocol.tokens
+    assert protocol.reads == "tokens"
     assert protocol.check(400) == []
     state = torch.get_rng_state()
     [outcome] = protocol(train, test, 2, seed=1)

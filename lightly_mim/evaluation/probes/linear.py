@@ -25,7 +25,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -43,15 +43,7 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import (
-    MAX_NUMBERS,
-    GridChoice,
-    Standardizer,
-    assign_folds,
-    check_fit,
-    check_folds,
-    score_linear,
-)
+from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
 from lightly_mim.evaluation.protocol import (
     Outcome,
     best_key,
@@ -59,6 +51,10 @@ from lightly_mim.evaluation.protocol import (
     merit,
     rank_classes,
 )
+from lightly_mim.evaluation.splits import assign_folds, check_folds
+
+# Numbers that are held at a time, a quarter of a gigabyte in float32.
+MAX_NUMBERS = 2**26
 
 # [0] has 1e-5 to 0.1 in the same steps, for features that are not standardised and
 # 12,500 iterations. With standardised features and about 1,000 iterations this range
@@ -69,6 +65,26 @@ LEARNING_RATES = (
 
 
 T = TypeVar("T")
+
+
+class GridChoice(NamedTuple):
+    """What held-out training images have chosen from a grid of probes.
+
+    Attributes:
+        learning_rate:
+            The best learning rate.
+        weight_decay:
+            The best weight decay.
+        accuracy:
+            Their top-1 accuracy on the held-out images, in [0, 1].
+        loss:
+            Their cross-entropy there, which decides between equal accuracies.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    accuracy: float
+    loss: float
 
 
 @checked
@@ -91,7 +107,9 @@ class Linear:
             Bounds the memory, see `choose_linear`.
     """
 
-    tokens: ClassVar[bool] = False
+    name: ClassVar[str] = "linear"
+    reads: ClassVar[str] = "pooled"
+
     learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES
     weight_decays: NonEmpty[NonNegativeFloat] = (0.0,)
     epochs: PositiveInt = 100
@@ -376,6 +394,47 @@ def fit_and_score_linear(
         seed=seed,
     )
     return functional.linear(standardize(test_features), weight[0], bias[0])
+
+
+def score_linear(
+    weight: Tensor,
+    bias: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    max_numbers: int = MAX_NUMBERS,
+) -> tuple[Tensor, Tensor]:
+    """Scores many linear classifiers at once.
+
+    Args:
+        weight:
+            Tensor with shape (num_probes, num_classes, dim).
+        bias:
+            Tensor with shape (num_probes, num_classes).
+        features:
+            Standardised features with shape (num_images, dim).
+        labels:
+            int64 tensor with shape (num_images,).
+        max_numbers:
+            Largest number of logits at a time.
+
+    Returns:
+        (correct, loss), int64 and float64 tensors with shape (num_probes,) on the CPU:
+        how many images each of them gets right, and the sum of its cross-entropies.
+    """
+    num_probes = len(weight)
+    correct = torch.zeros(num_probes, dtype=torch.int64)
+    loss = torch.zeros(num_probes, dtype=torch.float64)
+    size = max(1, max_numbers // bias.numel())
+    for start in range(0, len(features), size):
+        batch, target = features[start : start + size], labels[start : start + size]
+        logits = torch.addmm(bias.view(-1, 1), weight.flatten(0, 1), batch.T)
+        logits = logits.view(*bias.shape, len(batch))
+        targets = target.expand(num_probes, -1)
+        correct += (logits.argmax(dim=1) == targets).sum(dim=1).cpu()
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        loss += losses.sum(dim=1, dtype=torch.float64).cpu()
+    return correct, loss
 
 
 def _train(

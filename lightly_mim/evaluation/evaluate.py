@@ -14,11 +14,11 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.progress import track
@@ -29,6 +29,7 @@ from lightly_mim.arguments import (
     InnerShare,
     NonEmpty,
     PositiveInt,
+    Rule,
     Seed,
     Share,
     Workers,
@@ -53,24 +54,16 @@ from lightly_mim.encoders import (
     resize_encoder,
 )
 from lightly_mim.encoders.base import AnyPool
-from lightly_mim.encoders.tables import Tables
-from lightly_mim.evaluation.adaptors import (
-    FeatureEncoder,
-    FunctionEncoder,
-    ModuleFunction,
-)
-from lightly_mim.evaluation.attentive import Attentive
-from lightly_mim.evaluation.cache import World, cached_features
+from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
-    FunctionFeatures,
-    PixelFeatures,
     Precision,
     collect_features,
     evaluating,
 )
 from lightly_mim.evaluation.finetune import FineTune
+from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
 from lightly_mim.evaluation.images import (
     EvaluationImages,
     class_names,
@@ -79,9 +72,6 @@ from lightly_mim.evaluation.images import (
     read_labels,
     shared_notes,
 )
-from lightly_mim.evaluation.keeper import Keeper, Task
-from lightly_mim.evaluation.knn import KNN
-from lightly_mim.evaluation.linear import Linear
 from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.loading import (
     at_random,
@@ -89,36 +79,55 @@ from lightly_mim.evaluation.loading import (
     load_encoder,
     origin_notes,
 )
-from lightly_mim.evaluation.logistic import Logistic
-from lightly_mim.evaluation.low_label import LowLabel
-from lightly_mim.evaluation.protocol import LabelledImages, Outcome
-from lightly_mim.evaluation.rank import label_free as measure_features
-from lightly_mim.evaluation.record import (
+from lightly_mim.evaluation.probes.attentive import Attentive
+from lightly_mim.evaluation.probes.knn import KNN
+from lightly_mim.evaluation.probes.linear import Linear
+from lightly_mim.evaluation.probes.logistic import Logistic
+from lightly_mim.evaluation.probes.low_label import LowLabel
+from lightly_mim.evaluation.processes import World
+from lightly_mim.evaluation.protocol import (
+    ChecksLabels,
+    FeatureProtocol,
+    ImageProtocol,
+    LabelledImages,
+    Outcome,
+)
+from lightly_mim.evaluation.provenance import (
     choose_device,
     model_name,
     package_versions,
-    results_file,
     to_json,
-    to_text,
 )
+from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.results import (
     PIXELS,
     RANDOM,
     RESULTS_FILE,
     Result,
     Results,
+    results_file,
+    to_text,
 )
+from lightly_mim.evaluation.resume import Kept, Task
 from lightly_mim.evaluation.scores import score
 from lightly_mim.files import atomic_write
-from lightly_mim.patches import Size
 from lightly_mim.transforms import EvalTransform
 
-ProtocolName = Literal[
-    "knn", "linear", "logistic", "attentive", "low_label", "linear_mae", "finetune"
+# A protocol of this package is one file, and one name here.
+PROTOCOLS: dict[str, type[Any]] = {
+    each.name: each
+    for each in (KNN, Linear, Logistic, Attentive, LowLabel, LinearMAE, FineTune)
+}
+ProtocolName = Annotated[
+    str,
+    Rule(
+        f"one of {', '.join(map(repr, PROTOCOLS))}",
+        lambda name: isinstance(name, str) and name in PROTOCOLS,
+        alone=True,
+    ),
 ]
 Baseline = Literal["random", "pixels"]
 
-IMAGE_PROTOCOLS = ("linear_mae", "finetune")
 LABEL_FREE = "label_free"
 
 
@@ -130,7 +139,10 @@ _MANY = 1_000_000
 def evaluate(
     encoder: Encoder | Path,
     data: Data,
-    protocols: NonEmpty[ProtocolName] = ("knn", "linear"),
+    protocols: NonEmpty[ProtocolName | FeatureProtocol | ImageProtocol] = (
+        "knn",
+        "linear",
+    ),
     *,
     val: Data | None = None,
     holdout: InnerShare | None = None,
@@ -150,20 +162,9 @@ def evaluate(
     value_range: ValueRange | None = None,
     crop_ratio: Share = 224 / 256,
     pixel_size: PositiveInt = 32,
-    img_size: Size | None = None,
-    tables: Tables | None = None,
-    in_chans: PositiveInt = 3,
-    pretrained: bool = True,
-    feature_function: ModuleFunction | None = None,
-    knn: KNN = KNN(),  # noqa: B008, frozen
-    linear: Linear = Linear(),  # noqa: B008, frozen
-    logistic: Logistic = Logistic(),  # noqa: B008, frozen
-    attentive: Attentive = Attentive(),  # noqa: B008, frozen
-    low_label: LowLabel = LowLabel(),  # noqa: B008, frozen
-    linear_mae: LinearMAE = LinearMAE(),  # noqa: B008, frozen
-    finetune: FineTune = FineTune(),  # noqa: B008, frozen
     distributed: bool = False,
     progress: bool | None = None,
+    **loading: Any,
 ) -> Results:
     """Evaluates an encoder on labelled images.
 
@@ -189,11 +190,14 @@ def evaluate(
             a data set; or a data set of (image, label, filename). See
             `lightly_mim.data.open_data`.
         protocols:
-            Any of these. On features: "knn" (weighted k nearest neighbours), "linear"
-            (linear probe, a grid trained at once), "logistic" (logistic regression),
-            "low_label" (logistic regression on few images per class). On patch tokens:
-            "attentive" (attentive probe). Through the encoder, with augmented images:
-            "linear_mae" (MAE's linear probe), "finetune".
+            Names, for a protocol with its default settings, or protocols with yours:
+            `["knn", Linear(epochs=30)]`. On features: "knn" (weighted k nearest
+            neighbours), "linear" (linear probe, a grid trained at once), "logistic"
+            (logistic regression), "low_label" (logistic regression on few images per
+            class). On patch tokens: "attentive" (attentive probe). Through the encoder,
+            with augmented images: "linear_mae" (MAE's linear probe), "finetune". One of
+            your own is an object with a `name`, see
+            `lightly_mim.evaluation.FeatureProtocol`.
         val:
             The test images, if they do not come with `data`.
         holdout:
@@ -249,39 +253,6 @@ def evaluate(
             whose margin counts.
         pixel_size:
             Side that images are resized to for the baseline "pixels".
-        img_size:
-            For a run, the name of a timm model and a module with `feature_function`:
-            size of the images in pixels, one number or height and width. By default the
-            size that the model was made for. The encoder of a run is resized, as for
-            fine-tuning at a higher resolution than pretraining.
-        tables:
-            For a Swin of a run and `img_size`: how its tables of relative positions are
-            resampled, "timm" (linearly) or "simmim" (by the cubic spline of SimMIM's
-            code). By default "simmim" if it was pretrained by a recipe of that code.
-        in_chans:
-            For the name of a timm model and a module with `feature_function`: number of
-            image channels.
-        pretrained:
-            For the name of a timm model: load timm's pretrained weights.
-        feature_function:
-            For a module: function from normalised images to features with shape
-            (batch_size, dim), or to a dictionary of them. `layers` and `pools` do not
-            apply then. See `load_encoder`. Features and rows are kept on disk if it has
-            a `fingerprint`, a string or number that changes with what it does.
-        knn:
-            Settings of kNN.
-        linear:
-            Settings of the linear probe.
-        logistic:
-            Settings of the logistic regression.
-        attentive:
-            Settings of the attentive probe.
-        low_label:
-            Settings of the evaluation with few labels.
-        linear_mae:
-            Settings of MAE's linear probe.
-        finetune:
-            Settings of fine-tuning.
         distributed:
             Share the images out over the processes of `torch.distributed`, which has
             been initialised (by torchrun and `init_process_group`) and whose processes
@@ -290,6 +261,10 @@ def evaluate(
             itself, and the first one writes.
         progress:
             Show progress bars. By default on a terminal.
+        loading:
+            Other arguments of `load_encoder`, such as `img_size=224`. Features and rows
+            of a module with a `feature_function` are kept on disk if that has a
+            `fingerprint`, a string or number that changes with what it does.
 
     Returns:
         One row per model, protocol and variant, notes, and what it takes to run it
@@ -301,30 +276,14 @@ def evaluate(
         OSError: If `out` or `cache` cannot be written.
     """
     given = dict(locals())
-    arguments = {name: to_json(value) for name, value in given.items()}
+    chosen = resolve_protocols(protocols)
     world = World.distributed() if distributed else World()
-    for unused in _unused(given):
+    for unused in _unused(given, chosen):
         warnings.warn(unused, stacklevel=3)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
-    settings: dict[str, Any] = {
-        "knn": knn,
-        "linear": linear,
-        "logistic": logistic,
-        "attentive": attentive,
-        "low_label": low_label,
-        "linear_mae": linear_mae,
-        "finetune": finetune,
-    }
-    protocols = list(dict.fromkeys(protocols))
+    loading = _check_loading(loading)
     with keyed_random_state(seed, "evaluation", "encoder"):
-        model = load_encoder(
-            encoder,
-            img_size=img_size,
-            tables=tables,
-            in_chans=in_chans,
-            pretrained=pretrained,
-            feature_function=feature_function,
-        )
+        model = load_encoder(encoder, **loading)
     transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
     show = sys.stdout.isatty() if progress is None else progress
     images = EvaluationImages(
@@ -341,10 +300,11 @@ def evaluate(
         show,
     )
     train, test = images.train, images.test
-    notes = [*origin_notes(model, resized=img_size is not None), *images.notes]
-    notes += [note for name in protocols for note in settings[name].check(_len(train))]
-    if "low_label" in protocols and isinstance(train, ImageDataset):
-        low_label.check_labels(torch.tensor(train.targets), train.classes)
+    resized = loading.get("img_size") is not None
+    notes = [*origin_notes(model, resized=resized), *images.notes]
+    notes += [note for each in chosen.values() for note in each.check(_len(train))]
+    if isinstance(train, ImageDataset):
+        _check_labels(chosen.values(), torch.tensor(train.targets), train.classes)
     if holdout is not None:
         notes.append(
             f"Scored are {_len(test)} held-out training images, not the test images."
@@ -352,24 +312,28 @@ def evaluate(
     notes += image_notes(test, transform, model)
     notes += shared_notes(train, test)
     taken = _pools(model, layers, pools, notes)
-    _check_protocols(protocols, settings, model, world)
+    _check_encoder(chosen, model, world)
 
-    models: dict[str, FeatureEncoder | None] = {model_name(encoder, model): model}
+    models: dict[str, AnyEncoder] = {model_name(encoder, model): model}
     if "random" in baselines:
         models[RANDOM] = at_random(model, seed)
     if "pixels" in baselines:
-        models[PIXELS] = None
-        skipped = [name for name in protocols if not _takes_pixels(name, settings)]
+        pixels = RawPixels(model.img_size, model.in_chans, pixel_size)
+        pixels.mean, pixels.std = model.mean, model.std
+        models[PIXELS] = pixels
+        skipped = [name for name, each in chosen.items() if each.reads != "pooled"]
         if skipped:
             notes.append(f"No raw pixels for {', '.join(skipped)}, made for encoders.")
     tasks = [
         Task(name, protocol)
         for name, each in models.items()
-        for protocol in [*protocols, *([LABEL_FREE] if label_free else [])]
-        if each is not None or _takes_pixels(protocol, settings)
+        for protocol in [*chosen, *([LABEL_FREE] if label_free else [])]
+        if not isinstance(each, RawPixels)
+        or protocol == LABEL_FREE
+        or chosen[protocol].reads == "pooled"
     ]
     place = choose_device(device)
-    keeper = Keeper(
+    kept = Kept(
         models,
         (train, test),
         None if out is None else Path(out),
@@ -377,43 +341,37 @@ def evaluate(
         {
             "transform": vars(transform),
             "normalize": [list(model.mean), list(model.std)],
-            "pixel_size": pixel_size,
             "precision": precision,
             "device": place.type,
             "versions": package_versions(),
         },
     )
-    if world.size > 1 and keeper.cache is None:
+    if world.size > 1 and kept.cache is None:
         raise ValueError(
             "Processes share features through a directory on a disk: pass out or "
             "cache, and images in a folder, behind a name, or with a `fingerprint`."
         )
     keys = {
-        task: keeper.row_key(
+        task: kept.row_key(
             task,
-            {
-                "settings": to_json(settings.get(task.protocol)),
-                "layers": list(layers),
-                "pools": list(taken),
-                "seed": seed,
-            },
+            chosen.get(task.protocol),
+            {"layers": list(layers), "pools": list(taken), "seed": seed},
         )
         for task in tasks
     }
     # One process reads the rows, so that all have the same ones.
     found: dict[Task, dict[str, Any]] = world.from_first(
-        lambda: {task: row for task in tasks if (row := keeper.read(keys[task]))}
+        lambda: {task: row for task in tasks if (row := kept.read(keys[task]))}
     )
     runner = _Runner(
         models,
-        settings,
+        chosen,
         images.labelled(),
         train,
-        keeper,
+        kept,
         world,
         layers=layers,
         pools=taken,
-        pixel_size=pixel_size,
         seed=seed,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -427,7 +385,7 @@ def evaluate(
     for task in pending:
         found[task] = runner.run(task, keys[task])
         if world.rank == 0:
-            keeper.write(keys[task], found[task])
+            kept.write(keys[task], found[task])
 
     rows = [Result(**row) for task in tasks for row in found[task]["rows"]]
     measures = [row for task in tasks for row in found[task]["measures"]]
@@ -448,17 +406,17 @@ def evaluate(
         notes.append("± is the standard deviation over draws of the training images.")
     record = {
         "command": shlex.join(sys.orig_argv),
-        "arguments": arguments,
+        "arguments": _record(given, chosen),
         "encoder": describe_encoder(model),
         "data": {"classes": classes, "num_train": _len(train), "num_test": _len(test)},
         "versions": package_versions(),
     }
-    results = Results(rows, [*notes, *keeper.notes], record, measures)
+    results = Results(rows, [*notes, *kept.notes], record, measures)
     world.wait()  # all have seen that there were no results
     if file is not None and world.rank == 0:
         with atomic_write(file) as temporary:
             temporary.write_text(to_text(results.to_dict()))
-        keeper.clear(list(keys.values()))
+        kept.clear(list(keys.values()))
     return results
 
 
@@ -473,40 +431,75 @@ def check_evaluation(
             What stands for the encoder, for example on PyTorch's device "meta". An
             `img_size` among the arguments changes it. None checks the arguments alone.
         arguments:
-            Arguments of `evaluate` by their names. Of those that are missing, the
-            defaults are taken. `encoder` and `data` are not looked at.
+            Arguments of `evaluate`, those of `load_encoder` included, by their names.
+            Of those that are missing, the defaults are taken. `encoder` and `data` are
+            not looked at.
 
     Raises:
         ValueError: If protocols, layers, poolings, image size or settings are out of
             range or do not fit the encoder.
     """
-    parameters = inspect.signature(evaluate).parameters.values()
-    given = {p.name: p.default for p in parameters} | dict(arguments)
-    settled = {k: v for k, v in given.items() if k not in ("encoder", "data")}
-    check_arguments(evaluate, settled)
-    for name in given["protocols"]:
-        given[name].check(_MANY)
+    parameters = inspect.signature(evaluate).parameters
+    loading = {k: v for k, v in arguments.items() if k not in parameters}
+    given = {p.name: p.default for p in parameters.values()} | dict(arguments)
+    settled = parameters.keys() - {"encoder", "data", "loading"}
+    check_arguments(evaluate, {name: given[name] for name in settled})
+    loading = _check_loading(loading)
+    chosen = resolve_protocols(given["protocols"])
+    for each in chosen.values():
+        each.check(_MANY)
     if encoder is None:
         return
     _pools(encoder, given["layers"], given["pools"], [])
-    _check_protocols(given["protocols"], given, encoder, World())
-    if given["img_size"] is not None:
-        resize_encoder(encoder, given["img_size"], given["tables"])
+    _check_encoder(chosen, encoder, World())
+    if (img_size := loading.get("img_size")) is not None:
+        resize_encoder(encoder, img_size, loading.get("tables"))
+
+
+def resolve_protocols(
+    protocols: Sequence[str | FeatureProtocol | ImageProtocol],
+) -> dict[str, Any]:
+    """Returns protocols by their names.
+
+    Args:
+        protocols:
+            Names of `PROTOCOLS`, and protocols.
+
+    Raises:
+        ValueError: If one is a class, if a name cannot be one, or if two protocols
+            with different settings have the same name.
+    """
+    found: dict[str, Any] = {}
+    for each in protocols:
+        protocol = PROTOCOLS[each]() if isinstance(each, str) else each
+        if isinstance(protocol, type):
+            raise ValueError(
+                f"protocols has the class {protocol.__name__}. Make an object of it: "
+                f"{protocol.__name__}(...)."
+            )
+        name = protocol.name
+        if not (isinstance(name, str) and name.isprintable() and name.strip()):
+            raise ValueError(f"The name of a protocol is text, got {name!r}.")
+        if name == LABEL_FREE or found.setdefault(name, protocol) != protocol:
+            raise ValueError(
+                f"Two protocols are called {name!r}, with different settings. Evaluate "
+                "one after the other, or give one another name."
+            )
+    return found
 
 
 @dataclass
 class _Runner:
     """Makes the features that tasks need, and runs them."""
 
-    models: Mapping[str, FeatureEncoder | None]
-    settings: Mapping[str, Any]
+    models: Mapping[str, AnyEncoder]
+    protocols: Mapping[str, Any]
     images: LabelledImages
     train: Dataset[Any]
-    keeper: Keeper
+    kept: Kept
     world: World
     layers: Sequence[int]
     pools: Sequence[Pool]
-    pixel_size: int
     seed: int
     batch_size: int
     num_workers: int | None
@@ -519,24 +512,21 @@ class _Runner:
 
     def encode(self, tasks: Sequence[Task]) -> None:
         """Passes over training and test images, or reads what was found before."""
-        functions: dict[str, Any] = {}
+        functions: dict[str, EncoderFeatures] = {}
         for name, encoder in self.models.items():
-            needed = {
-                self.settings[task.protocol].tokens
-                if task.protocol in self.settings
-                else False
-                for task in tasks
-                if task.model == name and task.protocol not in IMAGE_PROTOCOLS
-            }
-            if needed:
-                functions[name] = self._function(encoder, needed)
-        used = [
-            each for name, each in self.models.items() if name in functions and each
-        ]
+            read = {self._reads(task.protocol) for task in tasks if task.model == name}
+            if needed := read - {"images"}:
+                pools: list[AnyPool] = [*self.pools] if "pooled" in needed else []
+                pools += ["tokens"] if "tokens" in needed else []
+                if getattr(encoder, "names_features", False):
+                    functions[name] = EncoderFeatures(encoder)
+                else:
+                    functions[name] = EncoderFeatures(encoder, self.layers, pools)
         with ExitStack() as stack:
-            for each in used:
-                choose_attention(each, self.device, self.precision == "bf16")
-                stack.enter_context(evaluating(each, self.device))
+            for function in functions.values():
+                encoder = function.encoder
+                choose_attention(encoder, self.device, self.precision == "bf16")
+                stack.enter_context(evaluating(encoder, self.device))
             for part, images in enumerate((self.train, self.images.test)):
                 found = self._collect(functions, images, part) if functions else {}
                 self.features.append(found)
@@ -546,38 +536,24 @@ class _Runner:
                     else read_labels(images, self.num_workers)
                 )
         self.classes = class_names(self.train, self.labels)
-        if any(task.protocol == "low_label" for task in tasks):
-            # Before a protocol has run: only folders tell their labels at once.
-            self.settings["low_label"].check_labels(self.labels[0], self.classes)
+        # Before a protocol has run: only folders tell their labels at once.
+        wanted = {task.protocol for task in tasks} & self.protocols.keys()
+        _check_labels(
+            [self.protocols[name] for name in wanted], self.labels[0], self.classes
+        )
 
-    def _function(self, encoder: FeatureEncoder | None, tokens: set[bool]) -> Any:
-        if encoder is None:
-            return PixelFeatures(self.pixel_size)
-        if isinstance(encoder, FunctionEncoder):
-            return FunctionFeatures(encoder, self.device)
-        pools: list[AnyPool] = [*self.pools] if False in tokens else []
-        if True in tokens:
-            pools.append("tokens")
-        return EncoderFeatures(encoder, self.layers, pools)
+    def _reads(self, protocol: str) -> str:
+        return "pooled" if protocol == LABEL_FREE else self.protocols[protocol].reads
 
     def _collect(
-        self, functions: Mapping[str, Any], images: Dataset[Any], part: int
+        self, functions: Mapping[str, EncoderFeatures], images: Dataset[Any], part: int
     ) -> dict[str, Features]:
-        mean, std = next(
-            (each.mean, each.std) for each in self.models.values() if each is not None
-        )
         description = f"Encoding {('training', 'test')[part]} images"
-        stores = {
-            name: self.keeper.store(name, part, _len(images)) for name in functions
-        }
-        kept = {name: store for name, store in stores.items() if store is not None}
-        if kept:
+        if self.kept.cache is not None:
             return cached_features(
                 functions,
-                kept,
+                {name: self.kept.store(name, part, _len(images)) for name in functions},
                 images,
-                mean,
-                std,
                 batch_size=self.batch_size,
                 num_workers=self.num_workers,
                 device=self.device,
@@ -592,8 +568,6 @@ class _Runner:
         return collect_features(
             functions,
             track(loader, description, disable=not self.progress),
-            mean,
-            std,
             device=self.device,
             precision=self.precision,
         )
@@ -609,15 +583,15 @@ class _Runner:
         }
         start = time.perf_counter()
         if task.protocol == LABEL_FREE:
-            measured = measure_features(self._features(task, tokens=False)[0])
+            measured = measure_features(self._features(task, "pooled")[0])
             made["measures"] = [{"model": task.model, **row} for row in measured]
             return made
         seed = seed_from(self.seed, "evaluation", task.protocol)
-        protocol = self.settings[task.protocol]
+        protocol = self.protocols[task.protocol]
         outcomes: list[Outcome]
         feature_seconds = 0.0
-        if task.protocol in IMAGE_PROTOCOLS:
-            with self.keeper.checkpoints(key) as folder:
+        if protocol.reads == "images":
+            with self.kept.checkpoints(key) as folder:
                 outcomes = protocol(
                     self.models[task.model],
                     self.images,
@@ -630,7 +604,7 @@ class _Runner:
                     progress=self.progress,
                 )
         else:
-            train, test = self._features(task, protocol.tokens)
+            train, test = self._features(task, protocol.reads)
             feature_seconds = train.seconds + test.seconds
             # Probes compute in float64 in places, which Apple's accelerator does not.
             place = self.device if self.device.type == "cuda" else torch.device("cpu")
@@ -642,7 +616,8 @@ class _Runner:
         ]
         return made
 
-    def _features(self, task: Task, tokens: bool) -> list[Features]:
+    def _features(self, task: Task, reads: str) -> list[Features]:
+        tokens = reads == "tokens"
         found = [part[task.model].select(tokens) for part in self.features]
         if not found[0].values:
             what = "'tokens'" if tokens else "pooled features"
@@ -699,27 +674,34 @@ def _alone(classes: Sequence[str], labels: Tensor, others: Tensor) -> list[str]:
     return [classes[number] for number in missing.tolist()]
 
 
-def _takes_pixels(protocol: str, settings: Mapping[str, Any]) -> bool:
-    if protocol == LABEL_FREE:
-        return True
-    return protocol not in IMAGE_PROTOCOLS and not settings[protocol].tokens
+def _check_loading(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks the arguments that are handed on to `load_encoder`."""
+    known = inspect.signature(load_encoder).parameters.keys() - {"encoder"}
+    for name in loading.keys() - known:
+        hint = ""
+        if name in PROTOCOLS:
+            kind = PROTOCOLS[name].__name__
+            hint = f" Settings go with their protocol: protocols=[{kind}(...)]."
+        raise TypeError(f"evaluate() has no argument {name!r}.{hint}")
+    return check_arguments(load_encoder, loading, "evaluate")
 
 
-def _unused(given: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what to say of arguments of `evaluate` that nothing would read.
+def _record(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments as `results.json` has them: settings by their protocol."""
+    record = {name: to_json(given[name]) for name in given if name != "loading"}
+    record["protocols"] = list(chosen)
+    record |= {name: to_json(each) for name, each in chosen.items()}
+    return record | {name: to_json(v) for name, v in given["loading"].items()}
 
-    A warning, since settings in Python are often shared by several evaluations; the
-    command line refuses such words.
-    """
-    protocols, baselines = list(given["protocols"]), list(given["baselines"])
-    unused = {
-        name: f"protocols={protocols} does not name it"
-        for name in get_args(ProtocolName)
-        if name not in protocols
-    }
-    if set(protocols) <= set(IMAGE_PROTOCOLS) and not given["label_free"]:
-        why = f"protocols={protocols} has none on features"
-        unused |= {"layers": why, "pools": why}
+
+def _unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what to say of arguments of `evaluate` that nothing would read."""
+    baselines = list(given["baselines"])
+    unused = {}
+    if all(each.reads == "images" for each in chosen.values()):
+        if not given["label_free"]:
+            why = f"protocols={list(chosen)} has none on features"
+            unused = {"layers": why, "pools": why}
     if "pixels" not in baselines:
         unused["pixel_size"] = f"baselines={baselines} does not name 'pixels'"
     parameters = inspect.signature(evaluate).parameters
@@ -728,14 +710,19 @@ def _unused(given: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} does nothing here: {why}."
 
 
-def _check_protocols(
-    protocols: Sequence[str],
-    settings: Mapping[str, Any],
-    model: FeatureEncoder,
-    world: World,
+def _check_labels(
+    protocols: Iterable[Any], labels: Tensor, classes: Sequence[str]
+) -> None:
+    for each in protocols:
+        if isinstance(each, ChecksLabels):
+            each.check_labels(labels, classes)
+
+
+def _check_encoder(
+    protocols: Mapping[str, Any], model: AnyEncoder, world: World
 ) -> None:
     """Refuses what cannot train through the encoder."""
-    training = [name for name in protocols if name in IMAGE_PROTOCOLS]
+    training = [name for name, each in protocols.items() if each.reads == "images"]
     if training and not isinstance(model, MaskedEncoder):
         raise ValueError(
             f"{' and '.join(training)} (training through the encoder) needs one of our "
@@ -748,17 +735,17 @@ def _check_protocols(
             "them out, or evaluate them by themselves."
         )
     for name in training:
-        settings[name].check_encoder(model)
+        protocols[name].check_encoder(model)
 
 
 def _pools(
-    model: FeatureEncoder,
+    model: AnyEncoder,
     layers: Sequence[int],
     pools: Sequence[Pool] | None,
     notes: list[str],
 ) -> Sequence[Pool]:
     """Returns the poolings to choose from, and refuses layers and poolings early."""
-    if isinstance(model, FunctionEncoder):
+    if getattr(model, "names_features", False):
         if pools is not None or list(layers) != [-1]:
             raise ValueError(
                 "feature_function decides what the features are: leave layers and "

@@ -1,6 +1,6 @@
 """What an evaluation keeps while it is under way, so that nothing is made twice.
 
-OUT/features/                one directory per encoder and set of images, see `cache`
+OUT/features/                a directory per encoder and set of images: `feature_files`
 OUT/rows/<key>.json          what one protocol found for one model
 OUT/checkpoints/<key>/       where a training goes on, until its row is there
 
@@ -11,28 +11,32 @@ its own.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from lightly_mim.evaluation.adaptors import FeatureEncoder
-from lightly_mim.evaluation.cache import FEATURES_VERSION, FeatureStore
+from lightly_mim.evaluation.feature_files import FEATURES_VERSION, FeatureStore
 from lightly_mim.evaluation.fingerprints import (
     data_fingerprint,
     encoder_fingerprint,
     hash_key,
 )
+from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.provenance import to_json
 from lightly_mim.evaluation.results import SCHEMA_VERSION
 from lightly_mim.files import atomic_write, printable, read_sealed, sealed
 
 # Of what a kept row holds, and of protocols whose numbers changed.
-_ROWS_VERSION = 3
+_ROWS_VERSION = 4
 
 
 class Task(NamedTuple):
@@ -49,7 +53,7 @@ class Task(NamedTuple):
     protocol: str
 
 
-class Keeper:
+class Kept:
     """Keeps features, rows and checkpoints of one evaluation.
 
     Attributes:
@@ -62,7 +66,7 @@ class Keeper:
 
     Args:
         models:
-            The encoders by name, None for raw pixels.
+            The encoders by name.
         images:
             Training and test images.
         out:
@@ -78,7 +82,7 @@ class Keeper:
 
     def __init__(
         self,
-        models: Mapping[str, FeatureEncoder | None],
+        models: Mapping[str, AnyEncoder],
         images: Sequence[Dataset[Any]],
         out: Path | None,
         cache: Path | None,
@@ -100,7 +104,7 @@ class Keeper:
                 "the name is not UTF-8. Give another folder as out or as cache."
             ) from error
         for name, each in models.items():
-            self._models[name] = "pixels" if each is None else encoder_fingerprint(each)
+            self._models[name] = encoder_fingerprint(each)
         self._images = [data_fingerprint(part) for part in images]
         unknown = []
         if None in self._images:
@@ -114,8 +118,8 @@ class Keeper:
             )
             self.out = self.cache = None
 
-    def store(self, model: str, part: int, num_images: int) -> FeatureStore | None:
-        """Returns where the features of a model lie, None for the memory.
+    def store(self, model: str, part: int, num_images: int) -> FeatureStore:
+        """Returns where the features of a model lie, if they are kept on disk.
 
         Args:
             model:
@@ -125,8 +129,7 @@ class Keeper:
             num_images:
                 Number of images.
         """
-        if self.cache is None:
-            return None
+        assert self.cache is not None
         key = {
             "features_version": FEATURES_VERSION,
             "encoder": self._models[model],
@@ -135,17 +138,24 @@ class Keeper:
         }
         return FeatureStore(self.cache, key, num_images)
 
-    def row_key(self, task: Task, settings: Mapping[str, Any]) -> str | None:
+    def row_key(
+        self, task: Task, protocol: Any, settings: Mapping[str, Any]
+    ) -> str | None:
         """Returns the name under which a row is kept, None if it is not kept.
 
         Args:
             task:
                 The protocol and the model.
+            protocol:
+                The protocol with its settings. One from elsewhere is told from others
+                by its source; where that, or a setting, cannot be written down, its
+                rows are not kept.
             settings:
                 Everything that the row depends on beside features and labels. Can be
                 written as JSON.
         """
-        if self.out is None:
+        code = _code(protocol)
+        if self.out is None or code is None:
             return None
         key = {
             "rows_version": _ROWS_VERSION,
@@ -155,10 +165,13 @@ class Keeper:
             "protocol": task.protocol,
             "encoder": self._models[task.model],
             "images": self._images,
+            "code": code,
+            "settings": to_json(protocol),
             **self._shared,
             **settings,
         }
-        return f"{task.protocol}-{hash_key(key)}"
+        name = "".join(c if c.isalnum() else "_" for c in task.protocol)
+        return f"{name}-{hash_key(key)}"
 
     def read(self, key: str | None) -> dict[str, Any] | None:
         """Returns what is kept under a key, None if there is nothing whole.
@@ -237,3 +250,16 @@ class Keeper:
     def _checkpoints(self, key: str) -> Path:
         assert self.out is not None
         return self.out / "checkpoints" / key
+
+
+def _code(protocol: Any) -> str | None:
+    """Returns what tells the code of a protocol from others', None if nothing does."""
+    kind = type(protocol)
+    if protocol is None or kind.__module__.startswith("lightly_mim."):
+        return ""  # see _ROWS_VERSION
+    if not is_dataclass(kind):
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
+    except (OSError, TypeError):  # written at a prompt
+        return None

@@ -41,14 +41,8 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.preparation import (
-    MAX_NUMBERS,
-    Standardizer,
-    assign_folds,
-    check_fit,
-    check_folds,
-    score_linear,
-)
+from lightly_mim.evaluation.probes.linear import MAX_NUMBERS, score_linear
+from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
 from lightly_mim.evaluation.protocol import (
     Outcome,
     best_key,
@@ -56,6 +50,7 @@ from lightly_mim.evaluation.protocol import (
     merit,
     rank_classes,
 )
+from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 # [0]'s range up to 30, in steps of half a decade where [0] has a quarter. On the
 # standardised features of the solar cells the best value was between 1 and 10 for every
@@ -81,7 +76,9 @@ class Logistic:
             Bounds the memory, see `fit_logistic_path`.
     """
 
-    tokens: ClassVar[bool] = False
+    name: ClassVar[str] = "logistic"
+    reads: ClassVar[str] = "pooled"
+
     cs: NonEmpty[PositiveFloat] = CS
     num_folds: AtLeastTwo = 5
     tolerance: PositiveFloat = 1e-4

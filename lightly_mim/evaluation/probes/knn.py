@@ -56,7 +56,8 @@ class KNN:
             Number of queries at a time; bounds the memory, see `knn_predict_grid`.
     """
 
-    tokens: ClassVar[bool] = False
+    name: ClassVar[str] = "knn"
+    reads: ClassVar[str] = "pooled"
 
     ks: NonEmpty[PositiveInt] | None = None
     temperatures: NonEmpty[PositiveFloat] = TEMPERATURES

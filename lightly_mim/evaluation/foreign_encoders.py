@@ -1,7 +1,8 @@
-"""Encoders from elsewhere, behind the few names that an evaluation needs.
+"""Encoders that are not ours, behind the few names that an evaluation needs.
 
-`MaskedEncoder` has all of them. What is not one of ours gets an adaptor: other families
-of timm models, lightly's torchvision wrapper, and modules with a feature function.
+`MaskedEncoder` has all of them. The others are wrapped: other families of timm models,
+lightly's torchvision wrapper, modules with a feature function, and raw pixels, which
+are the baseline without an encoder.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
     MaskedVisionTransformerTorchvision,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.encoders import MaskedEncoder, pool_tokens
@@ -20,7 +22,7 @@ from lightly_mim.encoders.base import AnyPool, Statistics, pretrained_statistics
 from lightly_mim.encoders.pooling import timm_pooling
 from lightly_mim.patches import Size, to_pair
 
-ModuleFunction = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+FeatureFunction = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 
 
 @checked
@@ -40,6 +42,9 @@ class AdaptedEncoder(nn.Module):
             Number of layers that features can be taken from.
         has_class_token:
             Whether there is the pooling "cls".
+        names_features:
+            Whether its features have names of their own, in place of layers and
+            poolings.
         mean:
             Per channel, what is subtracted from images with values in [0, 1].
         std:
@@ -60,12 +65,15 @@ class AdaptedEncoder(nn.Module):
         self.in_chans = in_chans
         self.num_layers = num_layers
         self.has_class_token = False
+        self.names_features = False
         self.mean, self.std = _statistics(model, in_chans)
 
     def embed_layers(
         self, images: Tensor, layers: Sequence[int], pools: Sequence[AnyPool]
-    ) -> dict[tuple[int, AnyPool], Tensor]:
+    ) -> Mapping[Any, Tensor]:
         """Returns features of several layers, as `MaskedEncoder.embed_layers` does.
+
+        An encoder that names its features returns all of them, whatever is asked for.
 
         Args:
             images:
@@ -77,8 +85,8 @@ class AdaptedEncoder(nn.Module):
                 Poolings, see `lightly_mim.encoders.pool_tokens`, or "tokens".
 
         Returns:
-            For each layer and pooling a tensor with shape (batch_size, dim), or
-            (batch_size, num_patches, dim) for "tokens".
+            For each (layer, pooling), or (None, name), a tensor with shape
+            (batch_size, dim), or (batch_size, num_patches, dim) for "tokens".
 
         Raises:
             ValueError: If there is no such layer or pooling.
@@ -86,7 +94,7 @@ class AdaptedEncoder(nn.Module):
         raise NotImplementedError
 
 
-FeatureEncoder = MaskedEncoder | AdaptedEncoder
+AnyEncoder = MaskedEncoder | AdaptedEncoder
 
 
 class TimmEncoder(AdaptedEncoder):
@@ -213,13 +221,16 @@ class FunctionEncoder(AdaptedEncoder):
     """
 
     def __init__(
-        self, model: nn.Module, function: ModuleFunction, img_size: Size, in_chans: int
+        self, model: nn.Module, function: FeatureFunction, img_size: Size, in_chans: int
     ) -> None:
         super().__init__(model, img_size, in_chans)
         self.function = function
+        self.names_features = True
 
-    def features(self, images: Tensor) -> dict[tuple[int | None, str], Tensor]:
-        """Returns the features of normalised images.
+    def embed_layers(
+        self, images: Tensor, layers: Sequence[int] = (), pools: Sequence[AnyPool] = ()
+    ) -> dict[tuple[None, str], Tensor]:
+        """Returns the features of normalised images by the function's own names.
 
         Raises:
             ValueError: If the function returns something else.
@@ -243,6 +254,32 @@ class FunctionEncoder(AdaptedEncoder):
         if not named:
             raise ValueError("feature_function returned an empty dictionary.")
         return {(None, name): value for name, value in named.items()}
+
+
+@checked
+class RawPixels(AdaptedEncoder):
+    """The pixels themselves as features: the baseline without an encoder.
+
+    Attributes:
+        size:
+            (height, width) that images are resized to, bilinear with antialiasing.
+    """
+
+    def __init__(
+        self, img_size: Size, in_chans: PositiveInt = 3, size: Size = 32
+    ) -> None:
+        super().__init__(nn.Identity(), img_size, in_chans)
+        self.size = to_pair(size, "size")
+        self.names_features = True
+
+    def embed_layers(
+        self, images: Tensor, layers: Sequence[int] = (), pools: Sequence[AnyPool] = ()
+    ) -> dict[tuple[None, str], Tensor]:
+        """Returns features with shape (batch_size, channels * height * width)."""
+        small = functional.interpolate(
+            images, self.size, mode="bilinear", antialias=True
+        )
+        return {(None, "pixels"): small.flatten(1)}
 
 
 def _statistics(model: nn.Module, in_chans: int) -> Statistics:

@@ -1,0 +1,1 @@
+"""Segmentation with frozen patch tokens."""

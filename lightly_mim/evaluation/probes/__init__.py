@@ -1,0 +1,1 @@
+"""Probes: features of training and test images in, predictions out."""

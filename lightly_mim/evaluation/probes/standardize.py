@@ -1,0 +1,106 @@
+"""What probes do to features first: they check them, and bring them to variance 1."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Standardizer(NamedTuple):
+    """Brings features to mean 0 and variance 1, as the training set has them.
+
+    Attributes:
+        mean:
+            Tensor with shape (dim,).
+        scale:
+            Tensor with shape (dim,), the standard deviation, and 1 where a feature is
+            constant.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor, rows: Tensor | None = None) -> Standardizer:
+        """Takes the statistics of features.
+
+        They are computed in float64, some rows at a time.
+
+        Args:
+            features:
+                Tensor with shape (num_images, ..., dim).
+            rows:
+                int64 tensor with the numbers of the images to take. By default all.
+
+        Returns:
+            Statistics with the dtype of the features, but at least float32.
+        """
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        num_images = len(features) if rows is None else len(rows)
+        dims = tuple(range(features.ndim - 1))
+        count = num_images * math.prod(features.shape[1:-1])
+        size = max(1, 2**22 // max(1, features[:1].numel()))  # 32 MB in float64
+
+        def chunk(start: int) -> Tensor:
+            if rows is None:
+                return features[start : start + size].double()
+            return features[rows[start : start + size]].double()
+
+        mean = features.new_zeros(features.shape[-1], dtype=torch.float64)
+        for start in range(0, num_images, size):
+            mean += chunk(start).sum(dims) / count
+        variance = torch.zeros_like(mean)
+        for start in range(0, num_images, size):
+            variance += (chunk(start) - mean).square().sum(dims) / count
+        std = variance.sqrt()
+        # A spread of this size is the rounding of float32, not a feature.
+        std[std <= 1e-6 * mean.abs()] = 1.0
+        return cls(mean.to(dtype), std.to(dtype))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Returns standardised features with the shape of the features."""
+        return (features - self.mean) / self.scale
+
+
+def check_fit(features: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Checks that features, labels and the number of classes go together.
+
+    Args:
+        features:
+            Tensor with shape (num_images, dim).
+        labels:
+            int64 tensor with shape (num_images,) with values in [0, num_classes).
+        num_classes:
+            Number of classes.
+
+    Raises:
+        ValueError: If they do not, or if there are no images.
+    """
+    if features.ndim != 2 or not len(features) or labels.shape != features.shape[:1]:
+        raise ValueError(
+            "Features are a matrix with one row per image, and labels have one number "
+            f"per image, got shapes {tuple(features.shape)} and {tuple(labels.shape)}."
+        )
+    check_label_range(labels, num_classes)
+
+
+def check_label_range(labels: Tensor, num_classes: int) -> None:
+    """Checks that labels are classes.
+
+    Args:
+        labels:
+            int64 tensor with shape (num_images,).
+        num_classes:
+            Number of classes.
+
+    Raises:
+        ValueError: If a label is not in [0, num_classes).
+    """
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"Labels lie in [0, {num_classes}), got {int(labels.min())} to "
+            f"{int(labels.max())}."
+        )
