@@ -85,6 +85,7 @@ from lightly_mim.monitoring import (
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
 from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
+from lightly_mim.sessions import SessionNotes
 from lightly_mim.settings import (
     as_published,
     brightness_share,
@@ -900,6 +901,7 @@ def pretrain(
                 enable_version_counter=False,
             ),
             SaveBetweenBatches(run.checkpoint, save_every_minutes, log_every),
+            SessionNotes(run),
             *_drawing(images, run.reconstructions, reconstruct_every),
             *([MaskDistance()] if avg_dist else []),
             *watching,

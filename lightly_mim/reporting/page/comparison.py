@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightly_mim.reporting.page.facts import class_name, state, words_of
-from lightly_mim.reporting.page.findings import BASELINES, percent, protocol_name
+from lightly_mim.reporting.page.findings import (
+    BASELINES,
+    as_beginning,
+    percent,
+    protocol_name,
+)
 from lightly_mim.reporting.page.reading import (
     RunFiles,
     as_mapping,
@@ -164,9 +169,7 @@ def _sentences(
         best, top = max(rows, key=lambda row: row[1]["value"])
         near = [n for n, score in rows if n != best and score["high"] >= top["low"]]
         label = name.removesuffix(" %")
-        begin = (
-            f"{label[:1].upper()}{label[1:]}: {best} is highest ({top['value']:.1f} %)"
-        )
+        begin = f"{as_beginning(label)}: {best} is highest ({top['value']:.1f} %)"
         if not near:
             said.append(f"{begin}, beyond the draw of the test images.")
         elif len(near) == len(rows) - 1:

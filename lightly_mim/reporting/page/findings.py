@@ -135,21 +135,22 @@ def sentences(run: RunFiles) -> list[str]:
         name = protocol_name(row)
         for other in others:
             said.append(
-                f"{_capital(name)}: " + compare(row, other, BASELINES[other["model"]])
+                f"{as_beginning(name)}: "
+                + compare(row, other, BASELINES[other["model"]])
             )
     if said:
         tested = {row.get("num_test") for row in own}
         count = f"the {tested.pop()} test images" if len(tested) == 1 else "test images"
         seed = words_of(dig(run.results, "arguments", "seed"))
         said.append(
-            f"The intervals cover the draw of {count}. They do not cover another seed "
-            f"of pretraining or of the probes (this is seed {seed}): run more seeds "
+            f"The intervals (95 %) cover the draw of {count}. They do not cover another "
+            f"seed of pretraining or of the probes (this is seed {seed}): run more seeds "
             "before you report a small difference."
         )
     return said
 
 
-def _capital(name: str) -> str:
+def as_beginning(name: str) -> str:
     """Returns a name as a sentence begins; kNN begins small."""
     return name if name.startswith("kNN") else f"{name[:1].upper()}{name[1:]}"
 
@@ -170,10 +171,13 @@ def compare(row: Row, other: Row, name: str) -> str:
         f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} {name} "
         f"({percent(row['top1'])} and {percent(other['top1'])} %)"
     )
+    apart = (
+        f"{said}. The intervals do not overlap: beyond the draw of test images, it is"
+    )
     if row["top1_low"] > other["top1_high"]:
-        return f"{said}. The intervals do not overlap: it is better beyond chance."
+        return f"{apart} better."
     if row["top1_high"] < other["top1_low"]:
-        return f"{said}. The intervals do not overlap: it is worse beyond chance."
+        return f"{apart} worse."
     return (
         f"{said}. The intervals overlap: they do not say which one is better. "
         "More test images would."

@@ -36,7 +36,11 @@ MAX_PICTURES = 8
 
 
 def write_page(
-    runs: Sequence[Path | str], out: Path | str, title: str | None = None
+    runs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    title: str | None = None,
+    figures: bool = False,
 ) -> Path:
     """Writes `report.html` for a run, or for several beside each other.
 
@@ -47,6 +51,9 @@ def write_page(
             The directory of the page.
         title:
             What it is called. By default the name of the run.
+        figures:
+            Whether to write the figures as PNG and JSON files as well, see
+            `write_figures`.
 
     Returns:
         The page's path.
@@ -63,6 +70,11 @@ def write_page(
     path = Path(out) / REPORT
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    if figures:
+        # matplotlib takes a second to import, which is for those who ask for it.
+        from lightly_mim.reporting.page.figures import write_figures
+
+        write_figures(read, out)
     return path
 
 
@@ -176,6 +188,8 @@ def _context(
         "curves": ("Curves", figures),
         "run": ("What was run", context["groups"]),
     }
+    if several:
+        names["pictures"] = names.pop("pictures")  # behind the curves
     context["sections"] = [(key, name) for key, (name, there) in names.items() if there]
     return context
 
