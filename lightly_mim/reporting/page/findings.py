@@ -143,8 +143,8 @@ def sentences(run: RunFiles) -> list[str]:
         count = f"the {tested.pop()} test images" if len(tested) == 1 else "test images"
         seed = words_of(dig(run.results, "arguments", "seed"))
         said.append(
-            f"The intervals (95 %) cover the draw of {count}. They do not cover another "
-            f"seed of pretraining or of the probes (this is seed {seed}): run more seeds "
+            f"The intervals (95 %) cover the draw of {count}, not another seed of "
+            f"pretraining or of the probes (this is seed {seed}): run more seeds "
             "before you report a small difference."
         )
     return said
