@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo test test-slow slurm-test check format clean
+.PHONY: install demo test test-slow browser-test slurm-test check format clean
 
 install: $(READY)  ## set up .venv
 
@@ -17,10 +17,15 @@ demo: $(READY)  ## the main job: pretrain SimMIM on solar cells and evaluate it
 	$(BIN)/python benchmarks/solar_cells.py --out runs/demo --overwrite
 
 test: $(READY)  ## the tests, one process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not slurm and not browser"
 
 test-slow: $(READY)  ## the long tests
-	$(BIN)/python -m pytest -m "slow and not slurm"
+	$(BIN)/python -m pytest -m "slow and not slurm and not browser"
+
+browser-test: $(READY)  ## the report in a browser; installs Chromium as root on Debian
+	command -v chromium >/dev/null || \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser
 
 slurm-test: $(READY)  ## the tests on a private SLURM; installs it as root on Debian
 	$(BIN)/python tests/slurm/cluster.py install
@@ -34,6 +39,7 @@ check: $(READY)  ## all that CI checks
 	$(BIN)/deptry lightly_mim
 	$(MAKE) test
 	$(MAKE) test-slow
+	$(MAKE) browser-test
 	$(MAKE) slurm-test
 	$(BIN)/python benchmarks/solar_cells.py --quick --out runs/quick --overwrite
 

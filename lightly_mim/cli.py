@@ -43,6 +43,7 @@ from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import check_pretraining, pretrain
+from lightly_mim.report import report
 from lightly_mim.settings import check_batch
 from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
@@ -106,6 +107,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": _with_settings(),
     "evaluate-dense": evaluate_dense,
     "convert": convert,
+    "report": report,
 }
 
 
@@ -230,6 +232,8 @@ def _spell_out(args: Sequence[str]) -> list[str]:
         raise ValueError(
             "--config stands behind the command: lightly-mim pretrain --config FILE."
         )
+    if words[:1] == ["report"] and len(words) > 1 and _is_value(words[1]):
+        words.insert(1, "--runs")  # lightly-mim report RUN [RUN ...]
     if words and words[0] in COMMANDS:
         words = _read_files(words, COMMANDS[words[0]])
         words = _join_lists(words, COMMANDS[words[0]])

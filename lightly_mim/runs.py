@@ -1,7 +1,8 @@
 """A run directory: what is in it, and when it may be written.
 
 config.yaml           the arguments, rerunnable with `--config`
-history.json          what the arguments do not say: processes, images, later changes
+history.json          what the arguments do not say: processes, images, later changes,
+                      and when and where the run began and went on
 checkpoints/last.ckpt all that a resume needs
 checkpoints/previous.ckpt  the same, one checkpoint earlier, until the run has finished
 encoder.safetensors   the encoder alone, under timm's names
@@ -11,6 +12,7 @@ reconstructions/      pictures
 results.json          what `evaluate` found
 features/ rows/       what an evaluation keeps, see `lightly_mim.evaluation`
 dense.json            what `evaluate_dense` found
+gallery/ report.html  what a report shows, see `lightly_mim.report`
 finished.json         the marker of a run that came to its end
 .owner                which process writes here: the last that began
 
@@ -253,7 +255,7 @@ class RunDirectory:
             history = read_sealed(self.history, remedy)
         except FileNotFoundError:  # of an earlier version
             return {}
-        kinds = {"facts": dict, "changes": list}
+        kinds = {"facts": dict, "changes": list, "sessions": list}
         if any(not isinstance(history.get(k, kinds[k]()), kinds[k]) for k in kinds):
             raise ValueError(f"{self.history} is damaged: no facts. {remedy}")
         return history
@@ -378,19 +380,33 @@ class RunDirectory:
         if not self.checkpoint.exists():
             self._remove_results()
             changes = None
+            history.pop("sessions", None)
         record = {
             "built": built or bool(history.get("built")),
             "facts": dict(facts) if facts is not None else history.get("facts", {}),
             "changes": history.get("changes", []),
+            "sessions": history.get("sessions", []),
         }
         if changes:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            record["changes"].append({"time": now, "changes": changes})
+            record["changes"].append({"time": _now(), "changes": changes})
         with atomic_write(self.history) as temporary:
             temporary.write_text(json.dumps(sealed(record), indent=2) + "\n")
         text = yaml.safe_dump(dict(config), sort_keys=False)
         with atomic_write(self.config) as temporary:
             temporary.write_text(sealed_text(text))
+
+    def note_session(self, session: Mapping[str, Any]) -> None:
+        """Adds to `history.json` that the run begins or goes on.
+
+        Args:
+            session:
+                What there is to say of it.
+        """
+        self.check_owner()
+        history = self._stored_history()
+        history["sessions"] = [*history.get("sessions", []), dict(session)]
+        with atomic_write(self.history) as temporary:
+            temporary.write_text(json.dumps(sealed(history), indent=2) + "\n")
 
     def _remove_remains(self) -> None:
         """Removes what is left of files of a process that was killed as it wrote."""
@@ -408,7 +424,10 @@ class RunDirectory:
 
     def _remove_results(self) -> None:
         """Removes what a run writes but for its arguments."""
-        written = "checkpoints", "reconstructions", "tensorboard", "features", "rows"
+        written = (
+            *("checkpoints", "reconstructions", "tensorboard", "features", "rows"),
+            *("gallery", "figures"),
+        )
         for name in written:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("metrics.csv", "results.json", "dense.json", "report.html"):
@@ -426,11 +445,16 @@ class RunDirectory:
         """Writes the marker of a run that came to its end."""
         self.check_owner()
         changes = self._stored_history().get("changes")
+        summary = {**summary, "time": _now()}
         if changes:  # not the run that never was cut
-            summary = {**summary, "changes": changes}
+            summary["changes"] = changes
         with atomic_write(self.marker) as temporary:
             temporary.write_text(json.dumps(sealed(summary), indent=2) + "\n")
         self.previous.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _whole_config(text: str) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
@@ -17,16 +20,15 @@ from lightly_mim.monitoring.images import method_of, undisturbed
 from lightly_mim.reporting.figures import reconstruction_grid
 from lightly_mim.training.logs import is_due
 
-_GREY = 0.5
-
 
 class ReconstructionPictures(Callback):
-    """Writes a grid of original | masked | reconstruction | pasted pictures.
+    """Writes a grid of original | masked | prediction | pasted pictures.
 
-    The images and their masks stay the same from epoch to epoch. The reconstruction
-    column shows what the model predicted alone, on grey; the pasted column shows it in
-    its surroundings. A target that was normalised per patch or window is turned back
-    into pixels with the true statistics of the image, which the model did not predict.
+    The images and their masks stay the same from epoch to epoch. The prediction column
+    shows what the model predicted alone; the pasted column shows it in its
+    surroundings. A target that was normalised per patch or window is turned back into
+    pixels with the true statistics of the image, which the model did not predict; the
+    picture says so. Loggers that take images get the picture, too.
 
     Attributes:
         images:
@@ -52,15 +54,51 @@ class ReconstructionPictures(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Writes the pictures when it is time."""
-        if is_due(trainer, self.every_n_epochs):
-            path = self.directory / f"epoch_{trainer.current_epoch + 1:04d}.png"
-            write_reconstructions(method_of(pl_module), self.images, self.mask, path)
+        if not is_due(trainer, self.every_n_epochs):
+            return
+        epoch, loss = trainer.current_epoch + 1, trainer.callback_metrics["train_loss"]
+        method = method_of(pl_module)
+        picture = draw_reconstructions(
+            method,
+            self.images,
+            self.mask,
+            self.directory / f"epoch_{epoch:04d}.png",
+            f"epoch {epoch} of {trainer.max_epochs} · training loss {float(loss):.4f} "
+            f"· {type(method).__name__} · {self.directory.absolute().parent.name}",
+        )
+        for logger in trainer.loggers:
+            log_picture(logger, "reconstructions", picture, trainer.global_step)
 
 
-def write_reconstructions(
-    method: MaskedImageModel, images: Tensor, mask: Mask, path: Path | str
-) -> None:
-    """Writes a grid of original | masked | reconstruction | pasted pictures.
+def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    """Gives a picture to a logger, if it takes pictures.
+
+    Args:
+        logger:
+            TensorBoard's, or one with Lightning's `log_image(key, images, step)`, such
+            as Weights & Biases'. Others are left alone.
+        name:
+            What it is called there.
+        picture:
+            The picture.
+        step:
+            The optimiser step.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        pixels = np.asarray(picture)
+        logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):
+        logger.log_image(key=name, images=[picture], step=step)
+
+
+def draw_reconstructions(
+    method: MaskedImageModel,
+    images: Tensor,
+    mask: Mask,
+    path: Path | str | None = None,
+    title: str = "",
+) -> Image.Image:
+    """Draws a grid of original | masked | prediction | pasted pictures.
 
     Args:
         method:
@@ -71,22 +109,22 @@ def write_reconstructions(
         mask:
             The mask of each image.
         path:
-            The PNG file.
+            PNG file to write as well.
+        title:
+            What stands above it.
     """
     with undisturbed(method) as device:
         images, mask = images.to(device), mask.to(device)
         pasted = method.reconstruct(images, mask)
-    masked = mask.pixels((images.shape[-2], images.shape[-1]))
     mean = torch.tensor(method.encoder.mean, device=device)[:, None, None]
     std = torch.tensor(method.encoder.std, device=device)[:, None, None]
-    original, pasted = (images * std + mean).cpu(), (pasted * std + mean).cpu()
-    masked = masked.cpu()
-    reconstruction_grid(
-        original,
-        original.masked_fill(masked, _GREY),
-        pasted.masked_fill(~masked, _GREY),
-        pasted,
+    return reconstruction_grid(
+        images * std + mean,
+        pasted * std + mean,
+        mask.pixels((images.shape[-2], images.shape[-1])),
         path,
+        title=title,
+        note=method.target.picture_note,
     )
 
 

@@ -49,6 +49,7 @@ from lightly_mim.pretraining.module import Pretraining
 from lightly_mim.pretraining.summary import summary
 from lightly_mim.pretraining.watchers import drawing, watching
 from lightly_mim.runs import Changes, RunDirectory
+from lightly_mim.sessions import SessionNotes
 from lightly_mim.settings import (
     as_published,
     brightness_share,
@@ -411,6 +412,7 @@ def pretrain(
             *(loggers or []),
         ],
         watching=[
+            SessionNotes(run),
             *drawing(images, run.reconstructions, reconstruct_every),
             *([MaskDistance()] if avg_dist else []),
             *watchers,

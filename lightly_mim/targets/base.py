@@ -26,10 +26,14 @@ class Target(Recorded, ABC):
             Number of classes of each value. None for numbers.
         drawable:
             Whether `to_pixels` works.
+        picture_note:
+            What a picture made by `to_pixels` shows that was not predicted, in a
+            sentence. Empty if there is nothing to say.
     """
 
     num_classes: int | None = None
     drawable: ClassVar[bool] = False
+    picture_note: ClassVar[str] = ""
 
     @property
     def per_pixel(self) -> bool:

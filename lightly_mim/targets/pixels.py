@@ -106,6 +106,10 @@ class PatchNormalizedPixels(PixelTarget):
       target", and table 1d)
     """
 
+    picture_note: ClassVar[str] = (
+        "Brightness and contrast of each predicted patch come from the original patch."
+    )
+
     def width(self, cell_size: tuple[int, int], in_chans: int) -> int:
         """Returns the number of values of a cell, see `Target`.
 
@@ -175,6 +179,10 @@ class LocallyNormalizedPixels(PixelTarget):
     Raises:
         ValueError: If the window size is even or below 3.
     """
+
+    picture_note: ClassVar[str] = (
+        "Local brightness and contrast of the prediction come from the original image."
+    )
 
     def __init__(self, window_size: int = 47) -> None:
         super().__init__()
