@@ -190,7 +190,7 @@ def build_parser(
         "--encoder-option",
         nargs="+",
         action="extend",
-        type=_key_value,
+        type=key_value,
         default=[],
         metavar="KEY=VALUE",
         help="further options of the timm model, such as depth=2 embed_dim=32",
@@ -200,7 +200,7 @@ def build_parser(
             "--method-option",
             nargs="+",
             action="extend",
-            type=_key_value,
+            type=key_value,
             default=[],
             metavar="KEY=VALUE",
             help="further options of the method, such as mask_ratio=0.5 or "
@@ -315,7 +315,13 @@ def _devices(text: str) -> int | str | list[int]:
     return int(text) if len(parts) == 1 else [int(part) for part in parts]
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+def key_value(text: str) -> tuple[str, Any]:
+    """Reads an option of an encoder or a method, for argparse.
+
+    Args:
+        text:
+            KEY=VALUE: a literal, a part of a method, or text.
+    """
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
@@ -982,7 +988,10 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 
 def print_table(
-    title: str, header: Sequence[str], lines: Sequence[Sequence[str]]
+    title: str,
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    width: int = LOG_WIDTH,
 ) -> None:
     """Prints the table, as wide as the terminal is.
 
@@ -993,9 +1002,11 @@ def print_table(
             Names of the columns.
         lines:
             Text of the cells.
+        width:
+            Its width where there is no terminal.
     """
     terminal = sys.stdout.isatty()
-    console = Console(file=io.StringIO(), width=None if terminal else LOG_WIDTH)
+    console = Console(file=io.StringIO(), width=None if terminal else width)
     with console.capture() as capture:
         console.print(rich_table(header, lines))
     print(f"\n{title}\n{capture.get().rstrip()}\n")

@@ -33,7 +33,10 @@ OWNED = {
 }
 
 # Files of `benchmarks/` that write no runs.
-NO_STUDY = ("common.py", "simmim_space.py", "simmim_tables.py", "throughput.py")
+NO_STUDY = (
+    *("common.py", "gpu_check.py", "simmim_space.py", "simmim_tables.py"),
+    "throughput.py",
+)
 
 
 @dataclass(frozen=True)
