@@ -314,7 +314,7 @@ class Check:
                 callbacks=[watch],
             )
             module = Pretraining(method, batch_size=self._batch_size)
-            batches: list[Any] = [(batch,)] * self._steps
+            batches: Any = [(batch,)] * self._steps
             trainer.fit(module, DataLoader(batches, batch_size=None))
         return watch
 
