@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from common import METHODS, key_value, print_table, run_script, whole_number  # isort: skip  # before PyTorch
+from common import METHODS, key_value, run_script, whole_number  # isort: skip  # before PyTorch
 import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
@@ -47,6 +47,7 @@ from lightly_mim import MaskedImageModel, Pretraining, pretrain
 from lightly_mim.data import keyed_random_state
 from lightly_mim.evaluation.features import normalize_images
 from lightly_mim.masking import Mask
+from lightly_mim.reporting.study import print_table
 
 
 class Precision(NamedTuple):

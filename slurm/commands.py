@@ -159,13 +159,12 @@ class Script(Command):
         for name in names(arguments) if names else arguments.method:
             plan = self._script.plan(name, arguments)
             # Seeds and the like have the same plan.
-            if (tried := repr((plan, shares))) not in self._tried:
-                method = check_pretraining(
-                    {"method": plan.build, **plan.pretraining, **shares}
-                )
+            if (tried := repr((plan, arguments.given, shares))) not in self._tried:
+                settings = {**plan.pretraining, **arguments.given}
+                method = check_pretraining({"method": plan.build, **settings, **shares})
                 data = images(arguments) if images else None
                 if data is not None:
-                    check_batch(data, method, plan.pretraining)
+                    check_batch(data, method, settings)
                 self._tried.add(tried)
 
     def option(self, key: str) -> str | None:
