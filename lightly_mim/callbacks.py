@@ -515,6 +515,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             "it, or callbacks of your own keep more in it than tensors and plain "
             f"values, which is not unpickled. {remedy}"
         )
+        if not path.exists():
+            raise ValueError(f"{path} is gone. {remedy}")
         checkpoint = load_whole(path, remedy=remedy, foreign=foreign)
         if not (isinstance(checkpoint, dict) and _PARTS <= checkpoint.keys()):
             raise ValueError(foreign)

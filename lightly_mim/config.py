@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from lightly_mim.arguments import checked, to_python
+from lightly_mim.files import check_regular
 
 Own = TypeVar("Own", bound="Recorded")
 
@@ -168,7 +169,34 @@ def from_config(value: Any) -> Any:
         for name, item in (value.get(part) or {}).items()
     }
     check_named(arguments)
-    return own_class(path)(**arguments)
+    cls = own_class(path)
+    parameters = inspect.signature(cls).parameters.values()
+    if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
+        check_known(cls, arguments)  # otherwise timm knows
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path} cannot be made as it is written: {error}") from error
+
+
+def check_known(cls: type, names: Collection[str]) -> None:
+    """Refuses arguments that a class does not have.
+
+    Args:
+        cls:
+            The class.
+        names:
+            The arguments that a file names.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    known = constructor_arguments(cls)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{cls.__name__} of this version of lightly_mim has no option "
+            f"{', '.join(map(repr, unknown))}; it knows {', '.join(known) or 'none'}"
+        )
 
 
 def check_named(arguments: Mapping[str, Any]) -> None:
@@ -231,6 +259,10 @@ def read_yaml(path: Path | str, load: Callable[[str], Any] = yaml.safe_load) -> 
         ValueError: If it is no YAML, too large or too deep, or if it repeats parts by
             aliases (a few lines of which make gigabytes).
     """
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     with Path(path).open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

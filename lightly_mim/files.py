@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,29 @@ def is_file(text: str) -> bool:
         return Path(text).is_file()
     except (OSError, ValueError):  # too long, for example
         return False
+
+
+def check_regular(path: Path | str) -> None:
+    """Raises a ValueError for what is no regular file: waiting may take for ever.
+
+    Args:
+        path:
+            Something that is there.
+
+    Raises:
+        OSError: If there is nothing.
+        ValueError: If it is a folder, a FIFO, a socket or a device.
+    """
+    mode = Path(path).stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        "a folder": stat.S_ISDIR,
+        "a FIFO": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+    }
+    kind = next((name for name, test in kinds.items() if test(mode)), "a device")
+    raise ValueError(f"it is {kind}, only regular files are read")
 
 
 @contextmanager
@@ -118,6 +142,7 @@ def read_sealed(path: Path | str, remedy: str) -> dict[str, Any]:
         ValueError: If it is damaged.
     """
     try:
+        check_regular(path)
         record = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}. {remedy}") from error
@@ -129,8 +154,35 @@ def read_sealed(path: Path | str, remedy: str) -> dict[str, Any]:
     return record
 
 
+def sealed_text(text: str) -> str:
+    """Returns a text behind a line, a comment, with its SHA-256, for `check_text`.
+
+    Args:
+        text:
+            YAML, for example, where lines that begin with # are comments.
+    """
+    return f"{_SEAL_LINE}{_sha256(text)}\n{text}"
+
+
+def check_text(text: str) -> None:
+    """Raises a ValueError if what `sealed_text` returned is something else by now.
+
+    Args:
+        text:
+            The text. One that never was sealed is taken as it is.
+    """
+    said, _, lines = text.partition("\n")
+    if said.startswith(_SEAL_LINE) and said != f"{_SEAL_LINE}{_sha256(lines)}":
+        raise ValueError("its checksum is another")
+
+
 _SEAL = "sha256"
+_SEAL_LINE = "# sha256 of the lines below, which a resume looks at: "
 
 
 def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(record, sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -849,11 +849,11 @@ def pretrain(
     if _rank() == 0:
         changes = run.check(config, resume, overwrite, allow_changes)
     if run.finished and resume:
-        print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         state = AtomicCheckpointIO(run.check_owner).load_checkpoint(run.checkpoint)
         done = Pretraining(method)
         done.on_load_checkpoint(state)
         done.load_state_dict(state["state_dict"])
+        print(f"The run in {run.path} has finished: nothing is left to do.", flush=True)
         return method
     method.check_masking()
 

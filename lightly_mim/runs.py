@@ -22,7 +22,6 @@ the run begins again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -34,7 +33,13 @@ from typing import Any
 import yaml
 
 from lightly_mim.config import read_yaml
-from lightly_mim.files import atomic_write, read_sealed, sealed
+from lightly_mim.files import (
+    atomic_write,
+    check_text,
+    read_sealed,
+    sealed,
+    sealed_text,
+)
 
 # Arguments that a resumed run may change: no weight depends on them.
 _FREE = {
@@ -382,7 +387,7 @@ class RunDirectory:
             temporary.write_text(json.dumps(sealed(record), indent=2) + "\n")
         text = yaml.safe_dump(dict(config), sort_keys=False)
         with atomic_write(self.config) as temporary:
-            temporary.write_text(f"{_SEAL}{_sha256(text)}\n{text}")
+            temporary.write_text(sealed_text(text))
 
     def _remove_remains(self) -> None:
         """Removes what is left of files of a process that was killed as it wrote."""
@@ -425,22 +430,13 @@ class RunDirectory:
         self.previous.unlink(missing_ok=True)
 
 
-_SEAL = "# sha256 of the lines below, which a resume looks at: "
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _whole_config(text: str) -> Any:
     """Reads what a run has written, unless it is something else by now.
 
     Raises:
         ValueError: If so. What was never sealed is taken as it is.
     """
-    said, _, lines = text.partition("\n")
-    if said.startswith(_SEAL) and said != f"{_SEAL}{_sha256(lines)}":
-        raise ValueError("its checksum is another")
+    check_text(text)
     config = yaml.safe_load(text)
     if not isinstance(config, dict) or not config.keys() >= {"out", "data", "method"}:
         raise ValueError("it has no out, data and method of a run")

@@ -83,8 +83,10 @@ def run_local(
                     slot.job = _start(study, options, task, stage, slot.gpus)
                     slot.running = (task, stage)
             time.sleep(0.2)
-    except KeyboardInterrupt:
+    except BaseException as error:
         _stop([slot.job for slot in slots if slot.job is not None])
+        if not isinstance(error, KeyboardInterrupt):  # a state.json that is damaged
+            raise
         print(f"\nInterrupted. Go on with: {study.resume_command()}")
         return INTERRUPTED
     finally:

@@ -11,13 +11,15 @@ import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from status import ENDED, Row, progress, queue, rows
-from study import Study
+from status import ENDED, Row, queue, rows
+from study import Study, files
 
 _CELL_KEYS = {"model", "protocol", "top1"}
+_WITH_REASON = ("failed", "interrupted", "lost")  # states
 
 
 def write_report(study: Study) -> str:
@@ -26,12 +28,16 @@ def write_report(study: Study) -> str:
     Returns:
         What to tell the user.
     """
-    from lightly_mim.files import atomic_write
-
-    found = rows(study, queue())
-    lines = [line for row in found for line in _lines(study, row)]
+    found, lines = [], []
+    for row in rows(study, queue()):
+        try:
+            lines += list(_lines(study, row))
+        except ValueError as error:
+            row = replace(row, state="damaged", detail=str(error), damaged=True)
+            lines += list(_lines(study, row))
+        found.append(row)
     with (
-        atomic_write(study.path / "study.csv") as temporary,
+        files.atomic_write(study.path / "study.csv") as temporary,
         temporary.open("w", newline="") as file,
     ):
         names = dict.fromkeys(name for line in lines for name in line)
@@ -39,40 +45,46 @@ def write_report(study: Study) -> str:
         writer.writeheader()
         writer.writerows(lines)
     page = _page(study, found, lines)
-    with atomic_write(study.path / "study.md") as temporary:
+    with files.atomic_write(study.path / "study.md") as temporary:
         temporary.write_text(page)
     return f"{page}\nEvery number: {study.path / 'study.csv'}"
 
 
 def _lines(study: Study, row: Row) -> Iterator[dict[str, Any]]:
     """Yields the lines of a task: one per number that it measured, or one without."""
-    state = study.state(row.task)
-    attempts = state.get("attempts", [])
+    attempts = _attempts(study, row)
     own = {"task": row.task.name, "state": row.state, **row.task.sweep}
     numbers = list(_numbers(study.run(row.task))) if row.state == "done" else []
     about = {
         "requeues": row.requeues,
-        "error": row.detail if row.state in ("failed", "interrupted", "lost") else "",
+        "error": row.detail if row.damaged or row.state in _WITH_REASON else "",
         "host": attempts[-1]["host"] if attempts else "",
         "gpus": json.dumps(attempts[-1]["gpus"] if attempts else []),
         "commit": study.origin["commit"],
         "modified": study.origin["modified"],
     }
-    for line in numbers or [progress(study.run(row.task))]:
+    for line in numbers or [row.progress]:
         yield own | line | about
+
+
+def _attempts(study: Study, row: Row) -> list[dict[str, Any]]:
+    try:
+        attempts: list[dict[str, Any]] = study.state(row.task).get("attempts", [])
+    except ValueError:  # which the row says
+        return []
+    return attempts
 
 
 def _numbers(run: Path) -> Iterator[dict[str, Any]]:
     """Yields what a task measured: a script's summary.csv or results.json."""
     summary, results = run / "summary.csv", run / "results.json"
     if summary.exists():
-        with summary.open(newline="") as file:
-            yield from csv.DictReader(file)
+        yield from _summary(summary)
     elif results.exists():
-        from lightly_mim.files import read_sealed
         from lightly_mim.reporting.study import model_of
 
-        for row in read_sealed(results, "Evaluate the run again.")["rows"]:
+        remedy = "Evaluate the run again."
+        for row in files.read_sealed(results, remedy).get("rows", []):
             plain = {
                 key: value if isinstance(value, str | int | float | None) else
                 json.dumps(value)
@@ -81,16 +93,34 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
             yield plain | {"model": model_of(row)}
 
 
+def _summary(path: Path) -> list[dict[str, Any]]:
+    try:
+        files.check_regular(path)
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+        if reader.fieldnames is None:
+            raise ValueError("it is empty")
+        for line in lines:
+            if None in line or None in line.values():
+                raise ValueError("a line of it is cut")
+            float(line.get("top1") or 0)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Run the task's command again, with its --out "
+            "and --resume, which writes it anew."
+        ) from error
+    return lines
+
+
 def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -> str:
     """Returns the page, in Markdown."""
-    from lightly_mim.files import printable
-
     origin = study.origin
     modified = ", with changes that were not committed" if origin["modified"] else ""
     failed = [row for row in found if row.state != "done"]
     parts = [
-        f"# {printable(study.path.name)}",
-        f"`{printable(shlex.join(study.command))}`, {len(found)} task(s), "
+        f"# {files.printable(study.path.name)}",
+        f"`{files.printable(shlex.join(study.command))}`, {len(found)} task(s), "
         f"{len(found) - len(failed)} done; written {time.strftime('%Y-%m-%d %H:%M')}.",
     ]
     keys = [key for key in study.swept() if key not in ("seed", "seeds")]
@@ -104,6 +134,10 @@ def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -
                 "The traceback of a failed task is in its `state.json`, its output in "
                 f"`jobs/`. Rerun only these:\n\n    {study.resume_command()}"
             )
+    damaged = [row for row in found if row.damaged and row.state == "done"]
+    if damaged:
+        parts.append("## Damaged")
+        parts.append("\n".join(f"- `{row.task.name}`: {row.detail}" for row in damaged))
     parts.append(
         f"Code: commit {origin['commit']}{modified}, in `code/` as it ran. Submitted "
         f"{origin['date']} on {origin['host']}. "
@@ -135,7 +169,7 @@ def _tasks(study: Study, found: Sequence[Row]) -> str:
 
     body = []
     for row in found:
-        attempts = study.state(row.task).get("attempts", [])
+        attempts = _attempts(study, row)
         seconds = sum((a["ended"] or a["started"]) - a["started"] for a in attempts)
         body.append(
             [

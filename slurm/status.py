@@ -33,14 +33,16 @@ from study import (
     RUNNING,
     Study,
     TaskSpec,
+    files,
     run_directories,
 )
 
 _COLOURS = {
     **{"done": "green", "running": "cyan"},
-    **dict.fromkeys(("failed", "lost", "held"), "red"),
+    **dict.fromkeys(("failed", "lost", "held", "damaged"), "red"),
 }
-ENDED = ("done", "failed", "interrupted", "lost", "not begun")
+ENDED = ("done", "failed", "interrupted", "lost", "damaged", "not begun")
+_LOG_END = 2**16  # bytes in which the last line of a log is
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,19 @@ class Row:
         state:
             `queued`, `held` (in the queue until somebody releases it), `starting`,
             `running`, `requeued`, `trained`, `done`, `failed`, `interrupted` (by
-            Ctrl-C), `lost` (its job ended without a word) or `not begun`.
+            Ctrl-C), `lost` (its job ended without a word), `damaged` (its state.json
+            cannot be read) or `not begun`.
         stage:
             The stage that it is at.
         detail:
-            What the queue waits for, or the reason of a failure.
+            What the queue waits for, the reason of a failure, or which file is damaged
+            and what to do.
         requeues:
             How often its jobs were started again.
         progress:
             Epoch, loss and images per second, as text, where there are any.
+        damaged:
+            Whether a file of the task is damaged.
     """
 
     task: TaskSpec
@@ -70,6 +76,7 @@ class Row:
     detail: str
     requeues: int
     progress: dict[str, str]
+    damaged: bool = False
 
 
 def queue() -> dict[str, tuple[str, str]] | None:
@@ -143,12 +150,20 @@ def rows(study: Study, queued: Mapping[str, tuple[str, str]] | None) -> list[Row
 def _row(
     study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]] | None
 ) -> Row:
-    open_stages = study.open_stages(task)
+    try:
+        open_stages = study.open_stages(task)
+    except ValueError as error:
+        return Row(task, "damaged", "", str(error), 0, {}, damaged=True)
     stage = open_stages[0] if open_stages else list(task.stages)[-1]
     state, detail = _state(study, task, stage, bool(open_stages), queued)
     attempts = [study.attempts(task, name) for name in task.stages]
     requeues = sum(max(0, len(found) - 1) for found in attempts)
-    return Row(task, state, stage, detail, requeues, progress(study.run(task)))
+    try:
+        shown = progress(study.run(task))
+    except ValueError as error:
+        detail = f"{detail}. {error}" if detail else str(error)
+        return Row(task, state, stage, detail, requeues, {}, damaged=True)
+    return Row(task, state, stage, detail, requeues, shown)
 
 
 def _state(
@@ -226,10 +241,12 @@ def log_file(study: Study, job: str) -> Path:
 def _last_line(study: Study, job: str | None) -> str:
     if job is None:
         return ""
-    try:
-        text = log_file(study, job).read_text(errors="replace")
-    except OSError:
+    log = log_file(study, job)
+    if not log.is_file():
         return "There is no log."
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_END))
+        text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"Last line of its log: {lines[-1]}" if lines else "Its log is empty."
 
@@ -278,28 +295,62 @@ def progress(run: Path) -> dict[str, str]:
     Args:
         run:
             A task's directory.
+
+    Raises:
+        ValueError: If its metrics.csv or config.yaml is damaged.
     """
-    files = [path / "metrics.csv" for path in run_directories(run)]
-    files = [file for file in files if file.exists()]
-    if not files:
+    logs = [path / "metrics.csv" for path in run_directories(run)]
+    logs = [log for log in logs if log.exists()]
+    if not logs:
         return {}
-    newest = max(files, key=lambda file: file.stat().st_mtime)
+    newest = max(logs, key=lambda log: log.stat().st_mtime)
+    config = newest.parent / "config.yaml"
+    file, remedy = newest, "Delete it: the run goes on, and writes the rest of it."
+    try:
+        last = _last_values(newest)
+        shown = {}
+        if "epoch" in last:
+            shown["epoch"] = f"{int(last['epoch']) + 1}"
+        loss = last.get("train_loss_step") or last.get("train_loss")
+        if loss:
+            shown["loss"] = f"{float(loss):.4f}"
+        if "images_per_second" in last:
+            shown["images/s"] = f"{float(last['images_per_second']):.0f}"
+        file = config
+        remedy = "Restore it: without it, the run can neither go on nor be evaluated."
+        if "epoch" in shown:
+            shown["epoch"] += f"/{_epochs(config)}"
+    except (OSError, ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged: {reason}. {remedy}") from error
+    return shown
+
+
+def _last_values(log: Path) -> dict[str, str]:
+    """Returns the last value of every column of a metrics.csv."""
+    files.check_regular(log)
     last: dict[str, str] = {}
-    with newest.open(newline="") as file:
-        for row in csv.DictReader(file):
+    with log.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames is not None and "step" not in reader.fieldnames:
+            raise ValueError("it has no column step")
+        for row in reader:
             # A row that is being written may be short.
             last |= {key: value for key, value in row.items() if key and value}
-    config = yaml.safe_load((newest.parent / "config.yaml").read_text())
-    epochs = (config.get("recipe") or {}).get("epochs") or config.get("epochs")
-    shown = {}
-    if "epoch" in last:
-        shown["epoch"] = f"{int(last['epoch']) + 1}/{epochs}"
-    loss = last.get("train_loss_step") or last.get("train_loss")
-    if loss:
-        shown["loss"] = f"{float(loss):.4f}"
-    if "images_per_second" in last:
-        shown["images/s"] = f"{float(last['images_per_second']):.0f}"
-    return shown
+    return last
+
+
+def _epochs(config: Path) -> Any:
+    """Returns the number of epochs that a config.yaml says."""
+    files.check_regular(config)
+    text = config.read_text()
+    files.check_text(text)
+    said = yaml.safe_load(text)
+    if not isinstance(said, dict):
+        raise ValueError("it has no arguments of a run")
+    recipe = said.get("recipe")
+    epochs = recipe.get("epochs") if isinstance(recipe, dict) else None
+    return epochs or said.get("epochs")
 
 
 def table(study: Study, found: Sequence[Row]) -> Table:
@@ -329,7 +380,11 @@ def table(study: Study, found: Sequence[Row]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script. Exits with 1 if a task failed, with 2 if there is no study."""
+    """Runs the script.
+
+    Exits with 1 if a task failed or a file of one is damaged, with 2 if there is no
+    study.
+    """
     parser = argparse.ArgumentParser(
         prog="status.py", description="Show how far a study is.", allow_abbrev=False
     )
@@ -368,6 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(row.state == "held" for row in listed):
         release = f"{study.resume_command()} --release"
         console.print(f"\nRelease all that SLURM holds: {release}", soft_wrap=True)
+    if any(row.damaged for row in listed):
+        parser.exit(1)
 
 
 def _look(path: Path) -> tuple[Study, list[Row]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import shlex
@@ -23,13 +24,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-# lightly_mim is imported where something is written: status.py starts without it.
 
 ROOT = Path(__file__).resolve().parents[1]  # the clone, or the snapshot of it
 CODE = ("lightly_mim", "benchmarks", "slurm")
 STATE_FILE = "state.json"
+
+
+def _lightly_mim_files() -> ModuleType:
+    """Returns `lightly_mim.files`, which imports nothing, without the package.
+
+    The package imports PyTorch, and status.py starts without it.
+    """
+    file = ROOT / "lightly_mim" / "files.py"
+    spec = importlib.util.spec_from_file_location("lightly_mim_files", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+files = _lightly_mim_files()
 
 # Statuses of state.json. A task without one has not begun.
 RUNNING, REQUEUED, DONE, FAILED = "running", "requeued", "done", "failed"
@@ -77,6 +93,9 @@ class Study:
             and stage.
         evaluation:
             The words of `--evaluate`.
+        sealed:
+            Whether study.json has a checksum. A study that an earlier version made runs
+            that version's code, which does not know it.
     """
 
     path: Path
@@ -87,32 +106,42 @@ class Study:
     origin: dict[str, Any]
     submissions: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[str] = field(default_factory=list)
+    sealed: bool = True
 
     @classmethod
     def load(cls, path: Path | str) -> Study:
         """Reads a study.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or if its study.json is damaged.
         """
         path = Path(path).expanduser().resolve()
+        file = path / "study.json"
         try:
-            stored = json.loads((path / "study.json").read_text())
-            tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
-            return cls(path=path, tasks=tasks, **stored)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            stored = files.read_sealed(file, _STUDY_REMEDY)
+            sealed = "sha256" in json.loads(file.read_bytes())
+        except OSError as error:
             raise ValueError(
                 f"{path} is not a study (a directory with a study.json that "
                 f"slurm/submit.py made): {error}"
             ) from error
+        try:
+            tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
+            study = cls(path=path, tasks=tasks, sealed=sealed, **stored)
+            _check(study)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is damaged: {error!r}. {_STUDY_REMEDY}"
+            ) from error
+        return study
 
     def save(self) -> None:
         """Writes study.json."""
-        from lightly_mim.files import atomic_write
-
         stored = asdict(self)
-        del stored["path"]
-        with atomic_write(self.path / "study.json") as temporary:
+        del stored["path"], stored["sealed"]
+        if self.sealed:
+            stored = files.sealed(stored)
+        with files.atomic_write(self.path / "study.json") as temporary:
             temporary.write_text(json.dumps(stored, indent=2) + "\n")
 
     @property
@@ -134,26 +163,33 @@ class Study:
         return self.path / "tasks" / task.name / "run"
 
     def state(self, task: TaskSpec) -> dict[str, Any]:
-        """Returns what the task's jobs wrote of it; empty if none has begun."""
+        """Returns what the task's jobs wrote of it; empty if none has begun.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        file = self._state_file(task)
         try:
-            state: dict[str, Any] = json.loads(self._state_file(task).read_text())
+            state: dict[str, Any] = files.read_sealed(file, _STATE_REMEDY)
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise ValueError(
-                f"{self._state_file(task)} is damaged: {error}. Delete it: the task's "
-                "directory tells how far it came."
-            ) from error
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error}.") from error
+        attempts = state.get("attempts", [])
+        if not (
+            isinstance(attempts, list)
+            and isinstance(state.get("done", []), list)
+            and all(isinstance(a, dict) and a.keys() >= _ATTEMPT for a in attempts)
+        ):
+            raise ValueError(f"{file} is damaged: no attempts. {_STATE_REMEDY}")
         return state
 
     def update_state(self, task: TaskSpec, **changes: Any) -> None:
         """Replaces entries of the task's state.json. For rank 0 of its job alone."""
-        from lightly_mim.files import atomic_write
-
         state: dict[str, Any] = {"stage": None, "status": None, "done": []}
         state |= {"error": None, "attempts": []} | self.state(task) | changes
-        with atomic_write(self._state_file(task)) as temporary:
-            temporary.write_text(json.dumps(state, indent=2) + "\n")
+        with files.atomic_write(self._state_file(task)) as temporary:
+            temporary.write_text(json.dumps(files.sealed(state), indent=2) + "\n")
 
     def _state_file(self, task: TaskSpec) -> Path:
         return self.path / "tasks" / task.name / STATE_FILE
@@ -182,6 +218,37 @@ class Study:
         return shlex.join(["python", "slurm/submit.py", "--resume", str(self.path)])
 
 
+_STUDY_REMEDY = (
+    "Copy it back from where the study has been kept; without it, the runs in tasks/ "
+    "go on and are evaluated one by one. Where it was changed by hand, remove its "
+    "line sha256."
+)
+_STATE_REMEDY = "Delete it: the task's directory tells how far it came."
+_ATTEMPT = {"stage", "job", "host", "pid", "started", "ended", "gpus"}
+_SUBMISSION = {"cluster", "jobs"}
+
+
+def _check(study: Study) -> None:
+    """Raises a ValueError if a study does not hold what it is known to hold."""
+    kinds = {"command": list, "cwd": str, "cluster": dict, "origin": dict,
+             "submissions": list, "evaluation": list}  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(getattr(study, name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not study.tasks:
+        raise ValueError("it has no tasks")
+    for task in study.tasks:
+        if Path(task.name).name != task.name:
+            raise ValueError(f"{task.name!r} is no name of a task")
+        if not (isinstance(task.stages, dict) and task.stages):
+            raise ValueError(f"{task.name} has no stages")
+        if not isinstance(task.sweep, dict):
+            raise ValueError(f"{task.name} has no sweep")
+    for each in study.submissions:
+        if not each.keys() >= _SUBMISSION:
+            raise ValueError("a submission has no jobs")
+
+
 def run_directories(run: Path) -> Iterator[Path]:
     """Yields the run directories (`lightly_mim.runs`) that a task's command made.
 
@@ -197,9 +264,12 @@ def alone(study: Study) -> Iterator[None]:
     """Keeps other submit.py of this machine from the study.
 
     Raises:
-        ValueError: If one is at work.
+        ValueError: If one is at work, or if the lock is no file.
     """
-    with (study.path / ".lock").open("a") as file:
+    lock = study.path / ".lock"
+    if lock.exists() and not lock.is_file():
+        raise ValueError(f"{lock} is no file, which it has been. Remove it.")
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

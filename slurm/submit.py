@@ -9,8 +9,10 @@ import argparse
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,17 +317,21 @@ def _check_same_machine(study: Study, options: argparse.Namespace) -> None:
 
 
 def _create(study: Study) -> None:
-    """Makes the study directory with the snapshot in it."""
+    """Makes the study directory with the snapshot in it: whole, or not at all."""
+    path = study.path
     try:
-        study.path.mkdir(parents=True)
-        study.jobs.mkdir()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as d:
+            made = replace(study, path=Path(d) / path.name)
+            made.jobs.mkdir(parents=True)
+            snapshot(made.code)
+            made.save()
+            made.path.rename(path)
     except OSError as error:
         raise ValueError(
-            f"The study directory {study.path} cannot be written: {error.strerror}. "
+            f"The study directory {path} cannot be written: {error.strerror}. "
             "Pass another one as --study; it has to be visible on the nodes, too."
         ) from error
-    snapshot(study.code)
-    study.save()
 
 
 def _pending(study: Study, in_slurm: bool, release_held: bool) -> list[TaskSpec]:

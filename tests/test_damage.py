@@ -144,6 +144,31 @@ def test_resume__from_the_checkpoint_before(runs: Path, cut: Path) -> None:
     assert not directory.previous.exists()  # it has finished
 
 
+def test_resume__of_a_finished_run_without_its_checkpoint(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The method that is returned is in the checkpoint, so its damage is an error."""
+    whole = Path(shutil.copytree(runs / "whole", tmp_path / "whole"))
+    last = RunDirectory(whole).checkpoint
+    content = last.read_bytes()
+    for damage in (content[:-99], b"", content[:200] + b"x" + content[201:], None):
+        last.unlink()
+        if damage is not None:
+            last.write_bytes(damage)
+        with pytest.raises(
+            ValueError, match=r"last\.ckpt is (damaged|gone).*encoder\.safetensors"
+        ):
+            pretrain(whole, resume=True)
+        assert "nothing is left" not in capsys.readouterr().out
+        last.touch()
+    last.write_bytes(content)
+    method = pretrain(whole, resume=True)
+    assert "nothing is left" in capsys.readouterr().out
+    assert_same(method.state_dict(), {k.removeprefix("method."): v
+        for k, v in weights(whole).items()})  # fmt: skip
+    assert read_encoder(whole).spec["name"] == "vit_tiny_patch16_224"
+
+
 def test_resume__of_names_that_look_like_addresses(
     runs: Path, cut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

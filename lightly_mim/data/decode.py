@@ -15,7 +15,9 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.data.depth import ValueRange, read_coding, to_8_bit
-from lightly_mim.data.notes import printable
+from lightly_mim.data.notes import printable, say
 from lightly_mim.data.opening import BrokenImageError, read_regular
 
 DecodeSize = Callable[[tuple[int, int]], tuple[int, int]]
@@ -63,6 +65,7 @@ _HARMLESS = "Metadata Warning"  # how PIL begins to speak of a tag with too many
 # Pixels that one byte of a file can hold at most, by PIL's name of the decoder.
 _DENSEST = {"raw": 8, "zip": 8 * 1032, "qoi": 62, "jpeg": 4096}
 
+_LOOKED_AT = 50  # pictures, for what is said of a value range
 _SMALLEST_DRAFT = 8  # below, some sizes of the JPEG decoder are the same
 _JPEG_COLOURS = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 _JPEG_REST = 2**28  # bytes beyond the largest JPEG of that size: previews, a video
@@ -130,6 +133,40 @@ def decode_image(
 
 # For data sets, which check what they pass once and not for every picture.
 decode_unchecked: Callable[..., Image.Image | Tensor] = inspect.unwrap(decode_image)
+
+
+def say_unused_range(
+    value_range: ValueRange, paths: Sequence[Path], root: Path
+) -> None:
+    """Prints it if a range is given for pictures of 16 bits, and there are none.
+
+    Args:
+        value_range:
+            See `decode_image`.
+        paths:
+            The pictures, of which up to 50 are looked at.
+        root:
+            Their folder, for the message.
+    """
+    count = min(len(paths), _LOOKED_AT)
+    modes = []
+    for number in range(count):
+        with suppress(BrokenImageError):
+            path = str(paths[number * len(paths) // count])
+            is_array = path.endswith(ARRAY_EXTENSIONS)
+            modes.append("" if is_array else read_regular(path, "image", _mode))
+    if modes and not any(mode.startswith("I") for mode in modes):
+        low, high = value_range
+        say(
+            f"The value range {low} to {high} is for grey pictures of 16 bits. None of "
+            f"{len(modes)} that were looked at in {printable(str(root))} is one: it "
+            "changes nothing for them."
+        )
+
+
+def _mode(file: BinaryIO) -> str:
+    with open_picture(file, picture_formats()) as image:
+        return image.mode
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from lightly_mim.data.decode import (
     ARRAY_EXTENSIONS,
     PICTURE_EXTENSIONS,
     decode_unchecked,
+    say_unused_range,
 )
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.listing import ImageFiles, find_images
@@ -124,6 +125,8 @@ class ImageDataset(Dataset[tuple[Any, int, str]]):
             root, PICTURE_EXTENSIONS if in_chans in (1, 3) else ARRAY_EXTENSIONS
         )
         self._decoded: dict[int, Image | Tensor] = {}
+        if value_range is not None:
+            say_unused_range(value_range, self.paths, self.root)
 
     @property
     def paths(self) -> list[Path]:

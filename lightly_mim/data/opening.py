@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from lightly_mim.data.notes import printable
+from lightly_mim.files import check_regular
 
 Read = TypeVar("Read")
 
@@ -85,7 +85,7 @@ def read_regular(path: str, kind: str, read: Callable[[BinaryIO], Read]) -> Read
     """
     for pause in (*_PAUSES, None):
         try:
-            _check_regular(path)
+            check_regular(path)
             with Path(path).open("rb") as file:
                 return read(file)
         except BrokenImageError:
@@ -112,16 +112,3 @@ def is_memory_error(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
-
-
-def _check_regular(path: str) -> None:
-    mode = Path(path).stat().st_mode
-    if stat.S_ISREG(mode):
-        return
-    kinds = {
-        "a folder": stat.S_ISDIR,
-        "a FIFO": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
-    }
-    kind = next((name for name, test in kinds.items() if test(mode)), "a device")
-    raise ValueError(f"it is {kind}, only regular files are read.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -93,12 +94,14 @@ def _hash(path: Path, count: int) -> str:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """Returns what a file is on the disk, and its size."""
+    """Returns what a file is on the disk, and its size; None if it is no image."""
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError:  # for the evaluation to say
         return None
-    return stat.st_dev, stat.st_ino, stat.st_size
+    if not (stat.S_ISREG(found.st_mode) and found.st_size):  # empty ones are all alike
+        return None
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def _spread(paths: Sequence[Path], count: int) -> Sequence[Path]:

@@ -22,6 +22,7 @@ from lightly_mim.data.decode import (
     open_picture,
     picture_formats,
     read_orientation,
+    say_unused_range,
 )
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.listing import find_images
@@ -104,6 +105,9 @@ class SegmentationDataset(Dataset[tuple[list[Tensor], int, str]]):
         self.value_range = value_range
         self._class_of = np.full(_LARGEST_VALUE + 1, IGNORED, dtype=np.int16)
         self._class_of[self.values] = np.arange(len(self.values))
+        if value_range is not None:
+            images = [files.root / name for name in files.images]
+            say_unused_range(value_range, images, files.root)
 
     def __len__(self) -> int:
         return len(self.files.stems)

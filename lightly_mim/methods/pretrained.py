@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from lightly_mim.checkpoints import Weights, encoder_spec, read_weights
 from lightly_mim.checkpoints.hub import fetch, is_hub_name
 from lightly_mim.checkpoints.layouts import KNOWN
 from lightly_mim.checkpoints.shapes import count
-from lightly_mim.config import from_config
+from lightly_mim.config import WEIGHT_OPTIONS, check_known, from_config
 from lightly_mim.encoders import MaskedEncoder, fit_encoder, masked_encoder
 from lightly_mim.evaluation.loading import build_saved
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Arguments of the encoder that its weights can be interpolated for.
 _FITTED = ("img_size", "patch_size", "window_size", "in_chans")
+_WIDTHS = ("dim", "depth", "heads")  # endings of options
+_SLACK = 2**20  # weights that a method may have beyond those in its file
 _MASKING = {"masking", "mask_patch_size", "mask_ratio"}
 
 
@@ -103,7 +106,7 @@ def from_pretrained(
         **({"pos_embed": spec["pos_embed"] or "learned"} if positions else {}),
     }
     if _is_of(weights, method):
-        arguments |= from_config(dict(weights.options))
+        arguments |= _stored_options(weights, method, arguments, source)
         if options.keys() & _MASKING:  # one is short for the other
             arguments = {k: v for k, v in arguments.items() if k not in _MASKING}
     # The encoder has these already.
@@ -111,6 +114,54 @@ def from_pretrained(
     built = method(spec["name"], **{**arguments, **own})
     _take(built, weights, encoder, source, [said])
     return built
+
+
+def _stored_options(
+    weights: Weights,
+    method: type[MaskedImageModel],
+    arguments: dict[str, Any],
+    source: Path | str,
+) -> dict[str, Any]:
+    """Returns the options of a method that weights tell, if they are theirs.
+
+    A file's own options must build what is in the file: nothing larger, and nothing
+    that is read or fetched from elsewhere.
+    """
+    told = {k: v for k, v in weights.options.items() if k not in WEIGHT_OPTIONS}
+    try:
+        check_known(method, told)
+        options: dict[str, Any] = from_config(told)
+        if weights.parts:
+            _check_numbers(weights, told)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of weights that are copied nowhere
+                built = method(weights.spec["name"], **{**arguments, **options})
+            size, there = (
+                sum(tensor.numel() for name, tensor in tensors.items()
+                    if not name.startswith("encoder."))
+                for tensors in (built.state_dict(), weights.parts)
+            )  # fmt: skip
+            if size > 2 * there + _SLACK:
+                raise ValueError(
+                    f"it would have {size:,} weights, and {there:,} are there"
+                )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"The {method.__name__} in {source} cannot be built as the file says: "
+            f"{str(error).rstrip('.')}. If it is of a newer version, update "
+            "lightly_mim; otherwise take the encoder alone, by load_encoder or "
+            "encoder.safetensors of the run."
+        ) from error
+    return options
+
+
+def _check_numbers(weights: Weights, options: Mapping[str, Any]) -> None:
+    """Refuses widths and depths that no tensor in the file has."""
+    tensors = [*weights.encoder.values(), *weights.parts.values()]
+    largest = max([len(tensors), *(side for each in tensors for side in each.shape)])
+    for name, value in options.items():
+        if name.endswith(_WIDTHS) and isinstance(value, int) and value > largest:
+            raise ValueError(f"{name} is {value}, and no weights are as many")
 
 
 def start_from(method: MaskedImageModel, source: Path | str) -> None:

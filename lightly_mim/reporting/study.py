@@ -399,7 +399,7 @@ def print_table(
 
 def model_of(row: Row) -> str:
     """Returns `PRETRAINED`, `RANDOM` or `PIXELS`, whichever a row is of."""
-    model: str = row["model"]
+    model = str(row.get("model"))
     return model if model in (RANDOM, PIXELS) else PRETRAINED
 
 

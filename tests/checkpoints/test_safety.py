@@ -306,6 +306,59 @@ def test_method_that_is_none(tmp_path: Path, path: str) -> None:
         from_pretrained(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "value", "said"),
+    [
+        ("init_args", "banana", 3, "has no option 'banana'; it knows encoder"),
+        ("dict_kwargs", "banana", 3, "has no option 'banana'"),
+        ("dict_kwargs", "decoder_width", 3, "has no option 'decoder_width'"),
+        ("init_args", "target", {"class_path": "lightly_mim.targets.Pixels",
+         "init_args": {"banana": 3}}, "Pixels of .* has no option 'banana'; it knows"),
+        ("init_args", "target", {"class_path": "os.system"}, "is not of lightly_mim"),
+        ("init_args", "mask_ratio", "much", "mask_ratio of MAE is"),
+        ("init_args", "decoder_dim", [3], "decoder_dim of MAE is"),
+        ("init_args", "decoder_depth", 10**9, "decoder_depth is 1000000000, and no"),
+        ("init_args", "decoder_num_heads", 10**6, "decoder_num_heads is"),
+        ("init_args", "decoder_dim", 10**9, "decoder_dim is 1000000000, and no"),
+        ("init_args", "decoder_depth", 40, "it would have .* weights"),
+    ],
+)  # fmt: skip
+def test_options_that_are_not_the_method_s(
+    tmp_path: Path, place: str, name: str, value: Any, said: str
+) -> None:
+    """Of a newer version, changed by hand, or made to take memory and time."""
+    method = MAE(**TINY_VIT, decoder_dim=64, decoder_depth=1, decoder_num_heads=2)
+    described = to_config(method)
+    described[place][name] = value
+    checkpoint: dict[str, Any] = {
+        "state_dict": Pretraining(method).state_dict(),
+        METHOD_KEY: json.dumps(described),
+    }
+    put_encoder(method.encoder, checkpoint, None)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    start = time.monotonic()
+    for door in (MAE.from_pretrained, partial(from_pretrained, cls=None)):
+        with pytest.raises(ValueError, match=rf"a\.ckpt cannot be built.*{said}"):
+            door(tmp_path / "a.ckpt")
+    assert time.monotonic() - start < 10
+    load_encoder(tmp_path / "a.ckpt")
+
+
+def test_options_that_say_where_weights_are__are_left_out(tmp_path: Path) -> None:
+    method = MAE(**TINY_VIT)
+    described = to_config(method)
+    described["dict_kwargs"] |= {"checkpoint_path": "/x", "cache_dir": "/y"}
+    checkpoint: dict[str, Any] = {
+        "state_dict": Pretraining(method).state_dict(),
+        METHOD_KEY: json.dumps(described),
+    }
+    put_encoder(method.encoder, checkpoint, None)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    made = MAE.from_pretrained(tmp_path / "a.ckpt")
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, made.state_dict()[name])
+
+
 def test_convert__of_a_run_that_had_not_finished(tmp_path: Path) -> None:
     method = MAE(**TINY_VIT)
     checkpoint: dict[str, Any] = {

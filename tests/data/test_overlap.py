@@ -34,6 +34,21 @@ def test_overlap_notes__none(train: list[Path], tmp_path: Path) -> None:
     assert overlap_notes(train, [tmp_path / "missing.png", tmp_path]) == []
 
 
+def test_overlap_notes__what_is_no_image(tmp_path: Path) -> None:
+    train = write(tmp_path / "train", [b"", b"image"])
+    test = write(tmp_path / "test", [b"", b"", b"other"])
+    for folder in (train[0].parent, test[0].parent):
+        os.mkfifo(folder / "pipe.png")
+        (folder / "folder.png").mkdir()
+    both = [[*paths, paths[0].parent / "pipe.png", paths[0].parent / "folder.png"]
+            for paths in (train, test)]  # fmt: skip
+    assert overlap_notes(*both) == []
+    # An empty file that is one on the disk is an image of nobody's either.
+    assert overlap_notes(train[:1], train[:1]) == []
+    (note,) = overlap_notes(train, [*test, train[1]])
+    assert note.startswith("1 of the 4")
+
+
 @pytest.mark.parametrize(
     "how", ["folder", "link", "hard link", "folder's link", "copy"]
 )

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from lightly_mim.checkpoints import save_encoder
 from lightly_mim.cli import main
+from lightly_mim.data import ImageDataset
 from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
@@ -336,6 +337,33 @@ def test_value_range__equals_pictures_of_8_bits(
     # Features of another range are others: the cache keeps them apart.
     evaluate(encoder, root, ["knn"], value_range=(0, 65535), **FAST, **cache)
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_value_range__that_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    grey, colour, array = (tmp_path / name for name in ("grey", "colour", "array"))
+    for folder in (grey, colour, array):
+        folder.mkdir()
+    Image.new("RGB", (8, 8)).save(colour / "1.jpg")
+    Image.fromarray(rng.integers(0, 255, (8, 8)).astype(np.uint8)).save(grey / "1.png")
+    np.save(array / "1.npy", rng.integers(0, 255, (2, 8, 8)).astype(np.uint8))
+    said = "is for grey pictures of 16 bits. None of"
+    for root, in_chans in ((colour, 3), (grey, 1), (array, 2)):
+        ImageDataset(root, in_chans=in_chans, value_range=(0, 4095))
+        ImageDataset(root, in_chans=in_chans, value_range=(0, 4095))
+        assert capsys.readouterr().out.count(said) == 1, root
+        ImageDataset(root, in_chans=in_chans)
+    # One that it is for, and files that tell nothing.
+    deep = Image.fromarray(rng.integers(0, 4095, (8, 8)).astype(np.uint16))
+    for name in ("2.png", "3.tif"):
+        deep.save(grey / name)
+        ImageDataset(grey, in_chans=1, value_range=(0, 4094))
+        (grey / name).unlink()
+    (grey / "1.png").write_bytes(b"")
+    ImageDataset(grey, in_chans=1, value_range=(0, 4094))
+    assert said not in capsys.readouterr().out
 
 
 def test_value_range__is_taken_over_from_the_run(

@@ -232,6 +232,7 @@ def test_fence__ends_the_older_process(
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     work = task.Task(str(study.path), "00", "train", 2, 1)
     own = {"job": "5", "restart": 0, "started": 1.0, "stage": "train"}
+    own |= {"host": "a", "pid": 1, "ended": None, "gpus": []}
     study.update_state(spec, attempts=[own])
     work._fence(study, spec)
     assert not ended.wait(0.3)
