@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import markdown_table, spell  # isort: skip  # before PyTorch
+from common import spell  # isort: skip  # before PyTorch
 import numpy as np
 import timm
 import torch
@@ -61,6 +61,7 @@ from lightly_mim.encoders.base import imagenet_statistics
 from lightly_mim.evaluation import Linear
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import build_optimizer
+from lightly_mim.reporting.study import markdown_table
 from lightly_mim.settings import channel_statistics, set_statistics, settings_of
 from lightly_mim.targets import PatchNormalizedPixels, Pixels
 

@@ -27,13 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    PRETRAINED,
-    PROTOCOLS,
     Plan,
-    Run,
     build_parser,
     check_study,
-    duration,
     is_main_process,
     run_script,
     train_and_evaluate,
@@ -71,6 +67,7 @@ from lightly_mim.masking import (
     SquareMasking,
     average_distance,
 )
+from lightly_mim.reporting.study import PRETRAINED, PROTOCOLS, Run, duration
 
 IMAGENETTE = "imagenette"
 NUM_DRAWN = 64  # masks behind each point of the picture
@@ -377,7 +374,7 @@ def _side_by_side(
             "--workers is for runs of one device each: leave --devices and --num-nodes "
             "out, or train one run after the other."
         )
-    arguments.devices = 1
+    arguments.given["devices"] = 1
     check_study(arguments, arguments.data, plans, form(arguments).last_layers)
     arguments.out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // arguments.workers)

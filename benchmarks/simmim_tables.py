@@ -14,28 +14,27 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from common import (
-    PRETRAINED,
-    Plan,
-    Run,
-    accuracy_cell,
-    markdown_table,
-    print_table,
-    training_speed,
-    write_summary,
-)
+from common import Plan
 from simmim_space import AXES, DEFAULT, MAE_DEFAULT, RATIO, Space
 from solar_cells import CREDIT, MODULES
 from solar_cells import DATA as SOLAR_CELLS
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightly_mim.evaluation import PIXELS, RANDOM
-from lightly_mim.evaluation.results import RESULTS_FILE
-from lightly_mim.files import atomic_write, read_sealed
+from lightly_mim.files import atomic_write
 from lightly_mim.masking import average_distance
 from lightly_mim.methods import MaskedImageModel
-from lightly_mim.runs import RunDirectory
+from lightly_mim.reporting.study import (
+    PIXELS,
+    PRETRAINED,
+    RANDOM,
+    RESULTS_FILE,
+    Run,
+    accuracy_cell,
+    markdown_table,
+    print_table,
+    write_summary,
+)
 from lightly_mim.targets import Target
 
 ROW_FILE = "row.json"
@@ -168,25 +167,21 @@ def read(folders: Sequence[Path]) -> list[Found]:
     found: list[Found] = []
     for file in files:
         about = json.loads(file.read_text())
-        folder = RunDirectory(file.parent)
-        if not (folder.path / RESULTS_FILE).exists():  # it is made anew
+        folder = file.parent
+        if not (folder / RESULTS_FILE).exists():  # it is made anew
             continue
-        seed = int(file.parent.name.rpartition("-seed")[2])
-        speed = training_speed(folder, about["study"]["batch_size"])
-        remedy = "Delete it: the run is then evaluated again."
-        results = read_sealed(folder.path / RESULTS_FILE, remedy)
-        run = Run(about["row"], seed, folder.path, *speed, results)
+        run = Run.read(folder, about["row"], int(folder.name.rpartition("-seed")[2]))
         for other in found[:1]:
             if other.about["study"] != about["study"]:
                 raise ValueError(
-                    f"{other.run.path} and {folder.path} are of different studies:\n  "
+                    f"{other.run.path} and {folder} are of different studies:\n  "
                     f"{other.about['study']}\n  {about['study']}\nGive the folders of "
                     "one study."
                 )
         for other in found:
-            if (other.run.method, other.run.seed) == (run.method, seed):
+            if (other.run.method, other.run.seed) == (run.method, run.seed):
                 raise ValueError(
-                    f"{other.run.path} and {folder.path} are the same row with the "
+                    f"{other.run.path} and {folder} are the same row with the "
                     "same seed: give one of them."
                 )
         found.append(Found(run, about))

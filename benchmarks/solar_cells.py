@@ -15,9 +15,7 @@ from typing import Any
 
 from common import (
     METHODS,
-    PRETRAINED,
     Plan,
-    Run,
     build_parser,
     resuming,
     run_script,
@@ -26,6 +24,7 @@ from common import (
 
 from lightly_mim.data.named import solar_cells
 from lightly_mim.evaluation import Linear
+from lightly_mim.reporting.study import PRETRAINED, Run
 
 DATA = "solar-cells"
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from common import markdown_table, run_script  # isort: skip  # before PyTorch
+from common import run_script  # isort: skip  # before PyTorch
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -45,6 +45,7 @@ from lightly_mim.masking import BlockMasking, RandomMasking
 from lightly_mim.methods import CrossMAE, MaskTokenMAE
 from lightly_mim.optim import build_optimizer
 from lightly_mim.pretraining import default_precision
+from lightly_mim.reporting.study import markdown_table
 
 # What MAE is compared with is the paper's own ablation (table 1c): the same weights and
 # decoder, with mask tokens in an encoder that sees all patches.

@@ -26,6 +26,7 @@ import yaml
 from jsonargparse import ArgumentParser, auto_cli, auto_parser
 
 import lightly_mim.methods
+from lightly_mim.arguments import check_arguments
 from lightly_mim.config_files import ConfigFile
 from lightly_mim.conversion import convert
 from lightly_mim.encoders import MaskedEncoder
@@ -174,6 +175,25 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(result, Results | DenseResults):
         notes = [as_options(note, command, words) for note in result.notes]
         rich.print(dataclasses.replace(result, notes=notes))
+
+
+def read(args: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments that the words of a command give, without defaults.
+
+    Args:
+        args:
+            The words after the program's name.
+
+    Raises:
+        ValueError: If the parser refuses them, or if a value is out of range.
+    """
+    words = _spell_out(args)
+    try:
+        found = auto_parser(COMMANDS, **_PARSER).parse_args(words, defaults=False)
+        given: dict[str, Any] = found[found.subcommand].as_dict()
+        return check_arguments(COMMANDS[found.subcommand], given)
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ValueError(_spelled(error, words)) from error
 
 
 def check(

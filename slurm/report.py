@@ -13,14 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from status import ENDED, Row, queue, rows
 from study import Study, files
 
-PRETRAINED = "pretrained"
-BASELINES = ("random initialisation", "raw pixels")
 _CELL_KEYS = {"model", "protocol", "top1"}
 _WITH_REASON = ("failed", "interrupted", "lost")  # states
 
@@ -84,6 +81,8 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
     if summary.exists():
         yield from _summary(summary)
     elif results.exists():
+        from lightly_mim.reporting.study import model_of
+
         remedy = "Evaluate the run again."
         for row in files.read_sealed(results, remedy).get("rows", []):
             plain = {
@@ -91,8 +90,7 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
                 json.dumps(value)
                 for key, value in row.items()
             }  # fmt: skip
-            model = row.get("model")
-            yield plain | {"model": model if model in BASELINES else PRETRAINED}
+            yield plain | {"model": model_of(row)}
 
 
 def _summary(path: Path) -> list[dict[str, Any]]:
@@ -151,38 +149,24 @@ def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -
 
 def _results(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
     """Returns the table of accuracies: swept values down, protocols across."""
+    from lightly_mim.reporting.study import markdown_table, mean_table
+
     scored = [line for line in lines if line.keys() >= _CELL_KEYS]
     if not scored:
         return []
-    protocols = dict.fromkeys(str(line["protocol"]) for line in scored)
     # What a script's own rows differ in, if it was not swept: several methods at once.
     own = [key for key in ("method",) if key not in keys and key in scored[0]]
-    cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for line in scored:
-        group = (*(str(line.get(key, "")) for key in (*own, *keys)), str(line["model"]))
-        values = cells.setdefault(group, {}).setdefault(str(line["protocol"]), [])
-        values.append(100 * float(line["top1"]))
-    header = [*own, *keys, "model", *(f"{name} top-1 %" for name in protocols)]
-    body = [
-        [*group, *(_mean(by_protocol.get(name, [])) for name in protocols)]
-        for group, by_protocol in cells.items()
-    ]
+    table = markdown_table(*mean_table(scored, [*own, *keys])).rstrip()
     note = (
         "Mean ± standard deviation over the seeds (number of seeds). The differences "
         "between models and their intervals are in each task's own table."
     )
-    return ["## Results", _markdown(header, body), note]
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.1f} (1)"
-    return f"{fmean(values):.1f} ± {stdev(values):.1f} ({len(values)})"
+    return ["## Results", table, note]
 
 
 def _tasks(study: Study, found: Sequence[Row]) -> str:
+    from lightly_mim.reporting.study import markdown_table
+
     body = []
     for row in found:
         attempts = _attempts(study, row)
@@ -198,15 +182,7 @@ def _tasks(study: Study, found: Sequence[Row]) -> str:
             ]
         )
     head = ["task", "state", "epoch", "loss", "images/s", "requeues", "minutes", "host"]
-    return _markdown(head, body)
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [
-        [files.printable(cell).replace("|", "\\|") for cell in line]
-        for line in [header, ["---"] * len(header), *body]
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, body).rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,14 +14,12 @@ from rich.text import Text
 
 from lightly_mim.files import sealed
 from lightly_mim.reporting import measures_table, results_table, results_text
+from lightly_mim.reporting.study import PIXELS, RANDOM, RESULTS_FILE
 
-RESULTS_FILE = "results.json"
+__all__ = ["PIXELS", "RANDOM", "RESULTS_FILE", "Result", "Results"]
+
 # Counts up when a name or a meaning changes.
 SCHEMA_VERSION = 2
-
-# What `Result.model` is for the baselines.
-RANDOM = "random initialisation"
-PIXELS = "raw pixels"
 
 
 @dataclass(frozen=True)

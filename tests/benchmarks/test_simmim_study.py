@@ -424,7 +424,13 @@ def test_tables__refuses_another_study(
 ) -> None:
     for name, epochs in (("default-seed0", 2), ("ratio-90-seed0", 3)):
         (tmp_path / name).mkdir()
-        for file in ("finished.json", "metrics.csv", "results.json", "row.json"):
+        for file in (
+            "config.yaml",
+            "finished.json",
+            "metrics.csv",
+            "results.json",
+            "row.json",
+        ):
             text = (finished / name / file).read_text()
             text = text.replace('"epochs": 2', f'"epochs": {epochs}')
             if file in ("finished.json", "results.json"):
