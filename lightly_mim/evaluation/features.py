@@ -22,9 +22,9 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,9 @@ from lightly_mim.data.loading import KeyedLoader
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.adaptors import FeatureEncoder, FunctionEncoder
 from lightly_mim.patches import Size, to_pair
+from lightly_mim.training.machine import MixedPrecision, autocast
 
-Precision = Literal["32", "bf16"]
+Precision = MixedPrecision
 Key = tuple[int | None, str]  # layer and pooling; raw pixels have no layer
 FeatureFunction = Callable[[Tensor], Mapping[Key, Tensor]]
 TOKENS = "tokens"  # in place of a pooling: all patch tokens
@@ -299,7 +300,6 @@ def collect_features(
             feature is not finite.
     """
     device = torch.device(device)
-    bf16 = torch.autocast(device.type, torch.bfloat16)
     parts: dict[str, dict[Key, list[Tensor]]] = {name: {} for name in functions}
     seconds = dict.fromkeys(functions, 0.0)
     labels: list[Tensor] = []
@@ -310,7 +310,7 @@ def collect_features(
         filenames.extend(batch[2] if len(batch) > 2 else ())
         for name, function in functions.items():
             start = time.perf_counter()
-            with torch.no_grad(), bf16 if precision == "bf16" else nullcontext():
+            with torch.no_grad(), autocast(device, precision):
                 features = function(normalize_images(images, mean, std))
             for key, value in features.items():
                 parts[name].setdefault(key, []).append(value.float().cpu())
