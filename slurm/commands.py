@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import inspect
 import itertools
 import re
 import shlex
@@ -224,17 +225,17 @@ class Program(Command):
         self.words = list(words)
         self.name = words[1]
         self._evaluation = list(evaluation)
-        self._options = {"pretrain": ("out", "resume", "devices", "num_nodes")}.get(
-            self.name, ("out",)
-        )
+        self._parameters = inspect.signature(COMMANDS[self.name]).parameters
 
     def check(self, words: Sequence[str], machine: Machine) -> None:
         """Tries the words after the program, and those of the evaluation."""
         from lightly_mim.cli import check
 
-        if self.name != "pretrain":
-            check(words)
-            return
+        if machine != Machine(1, 1) and "devices" not in self._parameters:
+            raise ValueError(
+                f"{PROGRAM} {self.name} runs in one process, got {machine.nodes} "
+                f"node(s) with {machine.devices} each."
+            )
         full = [*words, *self._owned(machine)]
         method = check([word.replace("{out}", "run") for word in full])
         if self._evaluation:
@@ -244,7 +245,7 @@ class Program(Command):
     def option(self, key: str) -> str | None:
         """Returns the option of a key. What there is, only the parser knows."""
         key = key.replace("-", "_")
-        return f"--{key}" if key not in OWNED or key in self._options else None
+        return f"--{key}" if key not in OWNED or key in self._parameters else None
 
     def given(self) -> set[str]:
         """Returns the keys that the words have options of."""

@@ -181,6 +181,26 @@ def test_dry_run__pretrain(
     assert list(scripts(capsys.readouterr().out)) == ["train", "report"]
 
 
+def test_dry_run__fine_tuning_over_nodes(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = "lightly-mim evaluate --data x --protocols finetune"
+    words = "--dry-run --partition gpu --nodes 4 --gpus-per-node 8 --study s"
+    submit.main(shlex.split(f"{words} --sweep encoder=runs/a,runs/b -- {command}"))
+    output = capsys.readouterr().out
+    assert list(scripts(output)) == ["run", "report"]
+    for line in (
+        "#SBATCH --array=0-1%2\n",
+        "#SBATCH --gpus-per-node=8\n",
+        "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n",
+    ):
+        assert line in scripts(output)["run"]
+    assert (
+        f"{command} --encoder runs/a --out {tmp_path}/s/tasks/00-encoder=runs_a/run "
+        "--devices 8 --num_nodes 4 --overwrite\n" in output
+    )
+
+
 def test_dry_run__evaluation_has_the_seed_of_its_run(
     submit: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -504,6 +524,10 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--evaluate '--data x --knn.ks 0' {PRETRAIN}", "ks of KNN is"),
         (f"--gpus-per-node 8 {PRETRAIN} --batch_size 100", "8 device(s) x 1"),
         (f"--nodes 3 {SOLAR} --batch-size 64", "3 device(s) x 1"),
+        (
+            "--nodes 2 -- lightly-mim convert --encoder x --to safetensors",
+            "lightly-mim convert runs in one process, got 2 node(s) with 1 each",
+        ),
         (f"--evaluate '--data x' {SOLAR}", "goes with lightly-mim pretrain alone"),
         (f"--sweep colour=red {SOLAR}", "does not take the sweep key 'colour'"),
         (f"--sweep sed=0,1 {SOLAR}", "Did you mean 'seed'?"),
