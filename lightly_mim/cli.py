@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import rich
 import yaml
 from jsonargparse import ArgumentParser, auto_cli, auto_parser
+from torch import distributed
 
 import lightly_mim.methods
 from lightly_mim.arguments import check_arguments
@@ -172,7 +173,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if "SLURM_JOB_ID" not in os.environ:  # where the job is queued again
             _say_interrupted(words)
         raise
-    if isinstance(result, Results | DenseResults):
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if isinstance(result, Results | DenseResults) and first:
         notes = [as_options(note, command, words) for note in result.notes]
         rich.print(dataclasses.replace(result, notes=notes))
 

@@ -111,6 +111,13 @@ from lightly_mim.evaluation.results import (
 from lightly_mim.evaluation.resume import Kept, Task
 from lightly_mim.evaluation.scores import score
 from lightly_mim.files import atomic_write
+from lightly_mim.training.machine import (
+    ONE,
+    Layout,
+    check_precision,
+    choose_layout,
+    start,
+)
 from lightly_mim.transforms import EvalTransform
 
 # A protocol of this package is one file, and one name here.
@@ -157,6 +164,10 @@ def evaluate(
     batch_size: PositiveInt = 64,
     num_workers: Workers | None = None,
     device: str | None = None,
+    devices: int | str | list[int] | None = None,
+    num_nodes: PositiveInt | None = None,
+    compile: bool = False,
+    grad_checkpointing: bool = False,
     precision: Precision = "32",
     on_error: OnError = "raise",
     value_range: ValueRange | None = None,
@@ -237,9 +248,21 @@ def evaluate(
         device:
             Where to compute, such as "cpu" or "cuda:1". By default the accelerator, if
             there is one.
+        devices:
+            How many devices of this kind of each machine, which of them, or "auto" for
+            all: "linear_mae" and "finetune" train on them together, and protocols on
+            features share the images out. Each has a process of its own, which runs the
+            program from its beginning, as with Lightning. By default one device; give
+            "auto" in a SLURM step, for one per task.
+        num_nodes:
+            Number of machines. By default 1, or with `devices` those of the SLURM step.
+        compile:
+            Compile what "linear_mae" and "finetune" train with `torch.compile`.
+        grad_checkpointing:
+            Trade time for memory in "finetune": recompute the encoder's activations.
         precision:
-            "32", or "bf16" to encode in bfloat16 autocast, several times as fast where
-            the hardware computes in it.
+            "32", "bf16" to compute in bfloat16 autocast, several times as fast where
+            the hardware has it, or on GPUs "16" for float16 autocast.
         on_error:
             What an image does that cannot be read: "raise" an error that names it, or
             "skip", which leaves it out, says how many there were, by reason, and notes
@@ -258,7 +281,7 @@ def evaluate(
             been initialised (by torchrun and `init_process_group`) and whose processes
             all call this function with the same arguments. Features must be kept on a
             disk that they share. For protocols on features; each process runs those
-            itself, and the first one writes.
+            itself, and the first one writes. `devices` does the same and starts them.
         progress:
             Show progress bars. By default on a terminal.
         loading:
@@ -277,7 +300,12 @@ def evaluate(
     """
     given = dict(locals())
     chosen = resolve_protocols(protocols)
-    world = World.distributed() if distributed else World()
+    started = devices is not None or num_nodes is not None
+    if distributed and started:
+        raise ValueError(
+            "distributed is for processes that have found each other, and devices and "
+            "num_nodes let them: pass one or the other."
+        )
     for unused in _unused(given, chosen):
         warnings.warn(unused, stacklevel=3)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
@@ -286,6 +314,14 @@ def evaluate(
         model = load_encoder(encoder, **loading)
     transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
     show = sys.stdout.isatty() if progress is None else progress
+    place = choose_device(device)
+    check_precision(precision, place)
+    layout = ONE
+    if started:
+        layout = choose_layout("auto" if devices is None else devices, num_nodes)
+        place = start(layout, place.type)
+    together = distributed or layout.world_size > 1
+    world = World.distributed() if together else World()
     images = EvaluationImages(
         data,
         val,
@@ -312,7 +348,7 @@ def evaluate(
     notes += image_notes(test, transform, model)
     notes += shared_notes(train, test)
     taken = _pools(model, layers, pools, notes)
-    _check_encoder(chosen, model, world)
+    _check_encoder(chosen, model, distributed)
 
     models: dict[str, AnyEncoder] = {model_name(encoder, model): model}
     if "random" in baselines:
@@ -332,7 +368,6 @@ def evaluate(
         or protocol == LABEL_FREE
         or chosen[protocol].reads == "pooled"
     ]
-    place = choose_device(device)
     kept = Kept(
         models,
         (train, test),
@@ -346,7 +381,11 @@ def evaluate(
             "versions": package_versions(),
         },
     )
-    if world.size > 1 and kept.cache is None:
+    on_features = any(
+        task.protocol == LABEL_FREE or chosen[task.protocol].reads != "images"
+        for task in tasks
+    )
+    if world.size > 1 and on_features and kept.cache is None:
         raise ValueError(
             "Processes share features through a directory on a disk: pass out or "
             "cache, and images in a folder, behind a name, or with a `fingerprint`."
@@ -378,6 +417,9 @@ def evaluate(
         device=place,
         precision=precision,
         progress=show,
+        layout=layout,
+        compile=compile,
+        grad_checkpointing=grad_checkpointing,
     )
     pending = [task for task in tasks if task not in found]
     if pending:
@@ -451,7 +493,7 @@ def check_evaluation(
     if encoder is None:
         return
     _pools(encoder, given["layers"], given["pools"], [])
-    _check_encoder(chosen, encoder, World())
+    _check_encoder(chosen, encoder, given["distributed"])
     if (img_size := loading.get("img_size")) is not None:
         resize_encoder(encoder, img_size, loading.get("tables"))
 
@@ -506,6 +548,9 @@ class _Runner:
     device: torch.device
     precision: Precision
     progress: bool
+    layout: Layout
+    compile: bool
+    grad_checkpointing: bool
     features: list[dict[str, Features]] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -602,6 +647,9 @@ class _Runner:
                     precision=self.precision,
                     num_workers=self.num_workers,
                     progress=self.progress,
+                    layout=self.layout,
+                    compile=self.compile,
+                    grad_checkpointing=self.grad_checkpointing,
                 )
         else:
             train, test = self._features(task, protocol.reads)
@@ -702,6 +750,10 @@ def _unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str
         if not given["label_free"]:
             why = f"protocols={list(chosen)} has none on features"
             unused = {"layers": why, "pools": why}
+    if all(each.reads != "images" for each in chosen.values()):
+        unused["compile"] = f"protocols={list(chosen)} has none that trains an encoder"
+    if not any(isinstance(each, FineTune) for each in chosen.values()):
+        unused["grad_checkpointing"] = f"protocols={list(chosen)} has no 'finetune'"
     if "pixels" not in baselines:
         unused["pixel_size"] = f"baselines={baselines} does not name 'pixels'"
     parameters = inspect.signature(evaluate).parameters
@@ -719,7 +771,7 @@ def _check_labels(
 
 
 def _check_encoder(
-    protocols: Mapping[str, Any], model: AnyEncoder, world: World
+    protocols: Mapping[str, Any], model: AnyEncoder, distributed: bool
 ) -> None:
     """Refuses what cannot train through the encoder."""
     training = [name for name, each in protocols.items() if each.reads == "images"]
@@ -729,10 +781,11 @@ def _check_encoder(
             "encoders, a run of ours, or a timm ViT, BEiT, EVA or Swin, got "
             f"{type(model.model).__name__}. Leave it out."
         )
-    if training and world.size > 1:
+    if training and distributed:
         raise ValueError(
-            f"{' and '.join(training)} run in one process, got {world.size}. Leave "
-            "them out, or evaluate them by themselves."
+            f"{' and '.join(training)} train in processes that Lightning knows of: in "
+            "the place of distributed pass devices and num_nodes, which take those of "
+            "torchrun and SLURM, or start them."
         )
     for name in training:
         protocols[name].check_encoder(model)

@@ -20,9 +20,9 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,9 @@ from lightly_mim.arguments import Device, NonEmpty, PositiveInt, Workers, checke
 from lightly_mim.data.loading import KeyedLoader
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.training.machine import MixedPrecision, autocast
 
-Precision = Literal["32", "bf16"]
+Precision = MixedPrecision
 Key = tuple[int | None, str]  # layer and pooling; raw pixels have no layer
 TOKENS = "tokens"  # in place of a pooling: all patch tokens
 
@@ -242,7 +243,6 @@ def collect_features(
             feature is not finite.
     """
     device = torch.device(device)
-    bf16 = torch.autocast(device.type, torch.bfloat16)
     parts: dict[str, dict[Key, list[Tensor]]] = {name: {} for name in functions}
     seconds = dict.fromkeys(functions, 0.0)
     labels: list[Tensor] = []
@@ -256,7 +256,7 @@ def collect_features(
             pixels = normalize_images(
                 images, function.encoder.mean, function.encoder.std
             )
-            with torch.no_grad(), bf16 if precision == "bf16" else nullcontext():
+            with torch.no_grad(), autocast(device, precision):
                 features = function(pixels, None if keys is None else keys[name])
             for key, value in features.items():
                 parts[name].setdefault(key, []).append(value.float().cpu())

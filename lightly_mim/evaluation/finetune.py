@@ -45,15 +45,20 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.features import Precision
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised import (
+    BatchPlan,
     Classification,
     plan_batches,
     train_and_score,
 )
 from lightly_mim.optim import Recipe, build_optimizer, layer_ids
+from lightly_mim.training.machine import (
+    ONE,
+    Layout,
+    MixedPrecision,
+)
 from lightly_mim.transforms import MAETransform
 
 # An epoch of fewer steps than this gets smaller batches, if no batch size is asked for.
@@ -267,8 +272,9 @@ class FineTune:
             it, down to 32, until an epoch has 25 steps: 64 for 2,000 training images;
             or all of fewer than 32 images.
         micro_batch_size:
-            Most images at a time; a batch is shared out evenly. Each micro-batch is
-            mixed by itself.
+            Most images at a time on a device. A batch is shared out evenly into
+            micro-batches, each of which is mixed by itself: with as many of them, any
+            number of devices makes the same weights.
         lr:
             Highest learning rate, per 256 (MAE) or 512 (SimMIM) images.
         warmup_epochs:
@@ -396,9 +402,12 @@ class FineTune:
         out: Path,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        precision: Precision = "32",
+        precision: MixedPrecision = "32",
         num_workers: int | None = None,
         progress: bool = False,
+        layout: Layout = ONE,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
     ) -> list[Outcome]:
         """See `ImageProtocol`."""
         device = torch.device(device)
@@ -408,11 +417,13 @@ class FineTune:
         self.check(num_train)
         self.check_encoder(encoder)
         recipe = self.settings(name, num_train)
-        plan = self._plan(num_train, recipe)
+        plan = self._plan(num_train, recipe, layout.world_size)
         with keyed_random_state(seed, "finetune", "head"):
             model = FineTuned(encoder, num_classes, self.pool, recipe.head_std)
         if recipe.drop_path is not None:
             model.encoder.set_drop_path(recipe.drop_path)
+        if grad_checkpointing:
+            model.encoder.set_grad_checkpointing()
         model.encoder.choose_attention(device, bf16=precision == "bf16")
         model.to(device)
         optimizer, schedule = build_optimizer(
@@ -424,6 +435,7 @@ class FineTune:
             recipe.exempt(model.no_weight_decay()),
             layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None,
             decay_ends=recipe.decay_ends,
+            fused=precision != "16",  # see `lightly_mim.training.cuda`,
         )
         logits = train_and_score(
             Classification(
@@ -453,6 +465,8 @@ class FineTune:
             precision=precision,
             num_workers=num_workers,
             progress=progress,
+            layout=layout,
+            compile=compile,
         )
         return [
             Outcome(
@@ -482,7 +496,9 @@ class FineTune:
             published.rand_augment if rand_augment is None else rand_augment,
         )
 
-    def _plan(self, num_train: int, recipe: FineTuneRecipe) -> Any:
+    def _plan(
+        self, num_train: int, recipe: FineTuneRecipe, processes: int = 1
+    ) -> BatchPlan:
         if recipe.batch_size > num_train:
             raise ValueError(
                 f"A batch of {recipe.batch_size} images is larger than the training "
@@ -490,8 +506,9 @@ class FineTune:
             )
         # Mixing pairs the first image with the last one, and so on.
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
+        multiple = 2 if mixes else 1
         return plan_batches(
-            num_train, recipe.batch_size, self.micro_batch_size, 2 if mixes else 1
+            num_train, recipe.batch_size, self.micro_batch_size, multiple, processes
         )
 
 

@@ -31,15 +31,16 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.features import Precision
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised import (
+    BatchPlan,
     Classification,
     plan_batches,
     train_and_score,
 )
 from lightly_mim.optim import Recipe, build_schedule
+from lightly_mim.training.machine import ONE, Layout, MixedPrecision
 from lightly_mim.transforms import MAETransform
 
 _LARGE_DEPTH = 24  # blocks of ViT-L, which the code trains for 50 epochs
@@ -74,8 +75,11 @@ class LinearMAE:
             Images per optimiser step. If there are fewer training images, all of them
             make a batch, and the learning rate is that of this smaller batch.
         micro_batch_size:
-            Most images at a time. The BatchNorm takes its statistics from each
-            micro-batch, as the code does from the 512 images of each GPU.
+            Most images at a time on a device. The BatchNorm takes its statistics from
+            each micro-batch, as the code does from the 512 images of each GPU. For
+            scoring it takes the running ones of all micro-batches, in their order,
+            where the code takes those of the first GPU: with as many micro-batches in
+            a batch, any number of devices makes the same weights.
         lr:
             Learning rate per 256 images: 0.1 makes 6.4 for 16,384.
         warmup_epochs:
@@ -108,11 +112,7 @@ class LinearMAE:
         """See `ImageProtocol`."""
         recipe = self._recipe(depth=1)
         plan = plan_batches(num_train, self.batch_size, self.micro_batch_size)
-        if plan.batch_size // plan.num_parts < 2:
-            raise ValueError(
-                "The BatchNorm needs micro-batches of at least 2 images: use a "
-                "batch_size and a micro_batch_size that are powers of two."
-            )
+        _check_norm(plan)
         notes = []
         if self.pool is None:
             notes.append(
@@ -150,9 +150,11 @@ class LinearMAE:
         out: Path,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        precision: Precision = "32",
+        precision: MixedPrecision = "32",
         num_workers: int | None = None,
         progress: bool = False,
+        layout: Layout = ONE,
+        compile: bool = False,
     ) -> list[Outcome]:
         """See `ImageProtocol`. The encoder computes in bfloat16, the probe does not."""
         device = torch.device(device)
@@ -163,7 +165,13 @@ class LinearMAE:
         self.check(num_train)
         self.check_encoder(encoder)
         recipe = self._recipe(encoder.num_layers)
-        plan = plan_batches(num_train, self.batch_size, self.micro_batch_size)
+        plan = plan_batches(
+            num_train,
+            self.batch_size,
+            self.micro_batch_size,
+            processes=layout.world_size,
+        )
+        _check_norm(plan)
         with keyed_random_state(seed, "linear_mae", "head"):
             model = _Probe(copy.deepcopy(encoder), num_classes, pool, self.layer)
         model.encoder.choose_attention(device, bf16=precision == "bf16")
@@ -203,6 +211,8 @@ class LinearMAE:
             precision=precision,
             num_workers=num_workers,
             progress=progress,
+            layout=layout,
+            compile=compile,
         )
         return [
             Outcome(
@@ -309,6 +319,15 @@ class _Probe(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self.probe(features)
         return logits
+
+
+def _check_norm(plan: BatchPlan) -> None:
+    """Raises a ValueError if a micro-batch is too small for a BatchNorm."""
+    if plan.batch_size // plan.num_parts < 2:
+        raise ValueError(
+            "The BatchNorm needs micro-batches of at least 2 images: use a "
+            "batch_size and a micro_batch_size that are powers of two."
+        )
 
 
 def _feature_dim(encoder: MaskedEncoder, pool: Pool, layer: int) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.evaluation.features import Features, Key, Precision
+from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.training.machine import ONE, Layout, MixedPrecision
 
 NUM_RANKS = 5  # classes per test image that a protocol predicts, for the top-5 accuracy
 
@@ -215,9 +216,11 @@ class ImageProtocol(Protocol):
         out: Path,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        precision: Precision = "32",
+        precision: MixedPrecision = "32",
         num_workers: int | None = None,
         progress: bool = False,
+        layout: Layout = ONE,
+        compile: bool = False,
     ) -> list[Outcome]:
         """Trains on the training images and predicts the test images once.
 
@@ -235,11 +238,16 @@ class ImageProtocol(Protocol):
             device:
                 Where to compute.
             precision:
-                "32", or "bf16" for bfloat16 autocast.
+                "32", "bf16" for bfloat16 autocast, or "16" for float16 autocast with a
+                gradient scaler on a GPU.
             num_workers:
-                Number of processes that read images.
+                Number of processes that read images, per device.
             progress:
-                Whether to show a progress bar.
+                Whether to show a progress bar, rather than a line for each epoch.
+            layout:
+                The processes that train together and call this all at once.
+            compile:
+                Whether to compile what is trained with `torch.compile`.
 
         Returns:
             One outcome.

@@ -1,9 +1,14 @@
 """Training a classifier on labelled images: what the image protocols have in common.
 
-A plain loop on one device. Batches, augmentations and noise are functions of (seed,
-epoch, batch), and a checkpoint holds the place between two optimiser steps, so a
-training that was cut anywhere goes on and ends with the same weights (bit for bit on a
-CPU with the same versions and threads). The global random state is left as it was.
+It stands on the floor of pretraining, `lightly_mim.training`: one process or several, a
+bar or lines, checkpoints between two optimiser steps. A training that was cut anywhere
+goes on and ends with the same weights (bit for bit on a CPU with the same versions and
+threads). The global random state is left as it was.
+
+A batch is cut into micro-batches. Order, augmentation, what is mixed with what, noise
+and the statistics of a batch norm are functions of (seed, epoch, step, number of the
+micro-batch): processes share the micro-batches out, each its every so many-th, and make
+the weights of one process that accumulates all of them, but for the order of sums.
 
 Shapes: B images in a micro-batch, C channels, (H, W) pixels.
 """
@@ -11,7 +16,6 @@ Shapes: B images in a micro-batch, C channels, (H, W) pixels.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,32 +23,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
-from lightly_mim.checkpoints import load_whole
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
-from lightly_mim.data.seeding import repeatable
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.evaluation.features import Precision, batch_images, normalize_images
+from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.evaluation.probes.standardize import check_label_range
-from lightly_mim.files import atomic_write
-from lightly_mim.optim import NonFiniteLossError
-from lightly_mim.training.signals import Request, deferred, listening, preempted, take
+from lightly_mim.training.cuda import float32_products
+from lightly_mim.training.machine import (
+    ONE,
+    Layout,
+    MixedPrecision,
+    check_precision,
+    lightning_precision,
+)
+from lightly_mim.training.module import TrainingModule
+from lightly_mim.training.signals import deferred, listening
+from lightly_mim.training.trainer import fit, resumable_trainer
 
-CHECKPOINT_FILE = "checkpoint.pt"
+CHECKPOINT_FILE = "last.ckpt"
+PREVIOUS_FILE = "previous.ckpt"
 
-# Work that is lost at most when a training is cut, beside the step that was under way.
-SAVE_EVERY_SECONDS = 60.0
+# Work that is lost at most when a training is killed without a word, beside the ends of
+# epochs, which save too.
+SAVE_EVERY_MINUTES = 10.0
+LOG_EVERY = 10  # optimiser steps
 
 
 class BatchPlan(NamedTuple):
@@ -54,7 +61,7 @@ class BatchPlan(NamedTuple):
         batch_size:
             Images per optimiser step.
         num_parts:
-            Micro-batches per optimiser step, all of the same size.
+            Micro-batches per optimiser step, all of the same size, over all processes.
         steps_per_epoch:
             Optimiser steps in an epoch. The images that are left over, others in each
             epoch, are not used.
@@ -66,7 +73,11 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batches(
-    num_train: int, batch_size: int, micro_batch_size: int, multiple: int = 1
+    num_train: int,
+    batch_size: int,
+    micro_batch_size: int,
+    multiple: int = 1,
+    processes: int = 1,
 ) -> BatchPlan:
     """Cuts batches into micro-batches that are equal in size.
 
@@ -80,6 +91,8 @@ def plan_batches(
             Most images at a time.
         multiple:
             What the size of a micro-batch is a multiple of.
+        processes:
+            What the number of micro-batches is a multiple of.
 
     Returns:
         The plan with the largest micro-batches.
@@ -93,16 +106,17 @@ def plan_batches(
             f"{micro_batch_size} for {num_train} training images."
         )
     if batch_size > num_train:
-        num_parts = math.ceil(num_train / micro_batch_size)
+        num_parts = processes * math.ceil(num_train / (processes * micro_batch_size))
         batch_size = num_train - num_train % (num_parts * multiple)
-    fewest = max(math.ceil(batch_size / micro_batch_size), 1)
-    for num_parts in range(fewest, batch_size + 1):
+    fewest = max(math.ceil(batch_size / (processes * micro_batch_size)), 1)
+    for num_parts in range(fewest * processes, batch_size + 1, processes):
         if batch_size and batch_size % (num_parts * multiple) == 0:
             return BatchPlan(batch_size, num_parts, num_train // batch_size)
     raise ValueError(
         f"A batch is shared out into equal micro-batches of at most {micro_batch_size} "
-        f"images, a multiple of {multiple}, and batch_size={batch_size} cannot be. Use "
-        f"a batch_size that is a multiple of {multiple}, such as a power of two."
+        f"images, a multiple of {multiple}, over {processes} process(es), and "
+        f"batch_size={batch_size} cannot be. Use a batch_size that is a multiple of "
+        f"{multiple * processes}, such as a power of two."
     )
 
 
@@ -112,7 +126,7 @@ class Classification:
 
     Attributes:
         name:
-            What the progress bar and errors call it.
+            What the results call it.
         model:
             Module from normalised images with shape (B, C, H, W) to logits with shape
             (B, num_classes), on its device. `train` and `eval` put it in its modes.
@@ -138,11 +152,152 @@ class Classification:
     model: nn.Module
     trained: nn.Module
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
     epochs: int
     plan: BatchPlan
     clip_grad: float | None = None
+
+
+class Classifier(TrainingModule):
+    """Trains a `Classification` and keeps the logits of the test images.
+
+    Attributes:
+        task:
+            The classifier and how it is trained.
+        model:
+            Its model.
+        logits:
+            Float tensors with shape (rows, num_classes) on the CPU, this rank's rows of
+            each batch of test images.
+
+    Args:
+        task:
+            The classifier and how it is trained.
+        encoder:
+            Gives mean and standard deviation of the images.
+        num_classes:
+            Number of classes.
+        seed:
+            Seed of noise.
+        identity:
+            What the result depends on beside the images: a checkpoint of something else
+            is refused. Numbers and strings by name.
+    """
+
+    def __init__(
+        self,
+        task: Classification,
+        encoder: MaskedEncoder,
+        num_classes: int,
+        seed: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.model = task.model
+        self.mean, self.std = encoder.mean, encoder.std
+        self.num_classes = num_classes
+        self.seed = seed
+        self.identity = dict(identity)
+        self.logits: list[Tensor] = []
+        self._prefix = next(n for n, m in self.named_modules() if m is task.trained)
+        self._norms = [m for m in task.trained.modules() if isinstance(m, _BatchNorm)]
+        self.strict_loading = task.trained is task.model
+
+    @property
+    def trained(self) -> nn.Module:
+        """The part that is trained."""
+        return self.task.trained
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what changes: no copy of a frozen encoder."""
+        kept = (f"{self._prefix}.", "train_loss.")
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name.startswith(kept)}
+
+    def configure_optimizers(self) -> Any:
+        """Returns optimiser and schedule of the task."""
+        task = self.task
+        steps = task.plan.steps_per_epoch * task.epochs
+        return self.use(task.optimizer, task.schedule, steps, task.clip_grad)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Checks the labels, while they are where that costs nothing."""
+        if self.trainer.training:
+            check_label_range(batch[1], self.num_classes)
+        return batch_images(batch), batch[1]
+
+    def on_train_epoch_start(self) -> None:
+        """See `TrainingModule`. Puts the model in training mode."""
+        super().on_train_epoch_start()
+        self.model.train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Computes the loss of a micro-batch."""
+        images, labels = batch
+        step, part = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        part = part * self.trainer.world_size + self.global_rank
+        key = (self.seed, self.current_epoch, step, "noise", part)
+        with _seeded(self.device, *key), self._shared_statistics():
+            loss = self.task.loss(
+                self.model, normalize_images(images, self.mean, self.std), labels
+            )
+        self.log_loss(loss, len(images))
+        return loss
+
+    @contextmanager
+    def _shared_statistics(self) -> Iterator[None]:
+        """Lets the running statistics of batch norms follow those of all processes.
+
+        One micro-batch after the other, as in one process that accumulates. MAE's code
+        keeps those of the first GPU's images.
+        """
+        world = self.trainer.world_size
+        before = (
+            [_statistics(norm).clone() for norm in self._norms] if world > 1 else []
+        )
+        yield
+        for norm, old in zip(self._norms, before, strict=False):
+            assert norm.momentum is not None and norm.num_batches_tracked is not None
+            keep = 1 - norm.momentum
+            moved = self.all_gather(_statistics(norm))
+            assert isinstance(moved, Tensor)  # (world, 2, D)
+            found = old
+            for each in moved:
+                found = keep * found + (each - keep * old)
+            norm.running_mean, norm.running_var = found.clone().unbind()
+            norm.num_batches_tracked.add_(world - 1)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Keeps the logits of a batch."""
+        images = normalize_images(batch[0], self.mean, self.std)
+        self.logits.append(self.model(images).float().cpu())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`. Says what training it is of."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["identity"] = self.identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: If it is of another training.
+        """
+        before = checkpoint.get("identity", {})
+        differences = [
+            f"{name} was {before.get(name)} and is {self.identity.get(name)}"
+            for name in sorted({*before, *self.identity})
+            if before.get(name) != self.identity.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{CHECKPOINT_FILE} in {self.trainer.default_root_dir} is the "
+                f"checkpoint of another training: {', '.join(differences)}. Use the "
+                "same settings to go on with it, or delete it to start anew."
+            )
+        super().on_load_checkpoint(checkpoint)
 
 
 def train_and_score(
@@ -155,9 +310,11 @@ def train_and_score(
     identity: Mapping[str, Any],
     out: Path,
     seed: int,
-    precision: Precision,
+    precision: MixedPrecision,
     num_workers: int | None,
     progress: bool,
+    layout: Layout = ONE,
+    compile: bool = False,
 ) -> Tensor:
     """Trains a classifier to its last epoch and scores the test images once.
 
@@ -174,21 +331,27 @@ def train_and_score(
         num_classes:
             Number of classes.
         identity:
-            What the result depends on beside the images: a checkpoint of something else
-            is refused. Numbers and strings by name.
+            See `Classifier`.
         out:
-            Directory of the checkpoint.
+            Directory of the checkpoint and of `metrics.csv`.
         seed:
             Seed of order, augmentation and noise.
         precision:
-            "32", or "bf16" for bfloat16 autocast.
+            "32", "bf16" for bfloat16 autocast, or "16" for float16 autocast with a
+            gradient scaler on a GPU.
         num_workers:
             Number of processes that read images, None for the loader's choice.
         progress:
-            Whether to show a progress bar.
+            Whether to show a progress bar, rather than a line for each epoch.
+        layout:
+            The processes, which run already: see
+            `lightly_mim.training.machine.start`.
+        compile:
+            Whether to compile the model with `torch.compile`.
 
     Returns:
-        Float tensor with shape (num_test, num_classes) on the CPU, the logits.
+        Float tensor with shape (num_test, num_classes) on the CPU, the logits, the same
+        in every process.
 
     Raises:
         ValueError: If `out` holds the checkpoint of another training, or if a label is
@@ -197,184 +360,87 @@ def train_and_score(
         Preempted: If a signal asked to stop, after what was reached was saved; see
             `lightly_mim.training.signals`.
     """
-    device = next(task.model.parameters()).device
     plan = task.plan
-    micro_batch_size = plan.batch_size // plan.num_parts
-    loader = KeyedLoader(
-        train, micro_batch_size, training=True, seed=seed, num_workers=num_workers
-    )
-    identity = {**identity, "seed": seed, "precision": precision}
-    checkpoint = _Checkpoint(out / CHECKPOINT_FILE, task, loader, identity)
-    first_epoch, first_step = checkpoint.load()
-    bar = _progress_bar(progress)
-    with listening(), deferred(), repeatable(device), bar:
-        total = task.epochs * plan.steps_per_epoch
-        done = first_epoch * plan.steps_per_epoch + first_step
-        row = bar.add_task(task.name, total=total, completed=done)
-        for epoch in range(first_epoch, task.epochs):
-            loader.set_epoch(epoch)
-            task.model.train()
-            mean_loss = torch.zeros((), device=device)
-            batches = iter(loader)
-            first = first_step if epoch == first_epoch else 0
-            for step in range(first, plan.steps_per_epoch):
-                mean_loss += _step(
-                    task, batches, (seed, epoch, step), encoder, num_classes, precision
-                )
-                bar.advance(row)
-                if step + 1 < plan.steps_per_epoch:
-                    checkpoint.save_in_time(epoch, step + 1, mean_loss)
-            loader.set_epoch(epoch + 1)  # also where a rest of micro-batches was left
-            checkpoint.check_finite(epoch, mean_loss)
-            loss = float(mean_loss) / max(plan.steps_per_epoch - first, 1)
-            bar.update(
-                row,
-                description=f"{task.name} {epoch + 1}/{task.epochs} loss {loss:.3f}",
-            )
-            if epoch + 1 == task.epochs:
-                checkpoint.save(epoch + 1, 0)
-            else:
-                checkpoint.save_in_time(epoch + 1, 0, mean_loss)
-        test_loader = KeyedLoader(
-            test, micro_batch_size, training=False, num_workers=num_workers
-        )
-        return _score(task.model, test_loader, encoder, device, precision)
-
-
-def _step(
-    task: Classification,
-    batches: Iterator[Any],
-    key: tuple[int, int, int],
-    encoder: MaskedEncoder,
-    num_classes: int,
-    precision: Precision,
-) -> Tensor:
-    """Makes one optimiser step and returns the loss of its batch, on the device."""
     device = next(task.model.parameters()).device
-    total = torch.zeros((), device=device)
-    for part in range(task.plan.num_parts):
-        batch = next(batches)
-        labels = batch[1]
-        check_label_range(labels, num_classes)
-        images = normalize_images(
-            batch_images(batch).to(device, non_blocking=True), encoder.mean, encoder.std
+    check_precision(precision, device)
+    processes = layout.world_size
+    accumulate = plan.num_parts // processes
+    if processes == 1 and device.index is not None:
+        layout = Layout([device.index], 1, layout.environment)
+    identity = {
+        **identity,
+        "seed": seed,
+        "precision": precision,
+        "num_images": len(train),  # type: ignore[arg-type]
+        "batch": list(plan),
+        "processes": processes,
+        "compile": compile,
+    }
+    module = Classifier(task, encoder, num_classes, seed, identity)
+    task.model.train()
+    if compile:
+        task.model.compile()
+    checkpoint, previous = out / CHECKPOINT_FILE, out / PREVIOUS_FILE
+    with keyed_random_state(seed, task.name):
+        trainer = resumable_trainer(
+            layout,
+            checkpoint,
+            ask_every=LOG_EVERY,
+            save_every_minutes=SAVE_EVERY_MINUTES,
+            show_bar=progress,
+            previous={checkpoint.absolute(): previous},
+            remedy="Delete it: this training then begins anew.",
+            max_epochs=task.epochs,
+            accelerator=device.type,
+            strategy="ddp" if processes > 1 else "auto",
+            precision=lightning_precision(precision),
+            accumulate_grad_batches=accumulate,
+            limit_train_batches=plan.steps_per_epoch * accumulate,
+            limit_val_batches=0.0,
+            log_every_n_steps=min(LOG_EVERY, plan.steps_per_epoch),
+            default_root_dir=out.absolute(),
         )
-        labels = labels.to(device, non_blocking=True)
-        with _seeded(device, *key, "noise", part), _autocast(device, precision):
-            loss = task.loss(task.model, images, labels) / task.plan.num_parts
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    if task.clip_grad is not None:
-        nn.utils.clip_grad_norm_(task.trained.parameters(), task.clip_grad)
-    task.optimizer.step()
-    task.schedule.step()
-    task.optimizer.zero_grad(set_to_none=True)
-    return total
 
-
-@torch.no_grad()
-def _score(
-    model: nn.Module,
-    loader: KeyedLoader,
-    encoder: MaskedEncoder,
-    device: torch.device,
-    precision: Precision,
-) -> Tensor:
-    model.eval()
-    logits = []
-    for batch in loader:
-        images = batch_images(batch).to(device, non_blocking=True)
-        with _autocast(device, precision):
-            scores = model(normalize_images(images, encoder.mean, encoder.std))
-        logits.append(scores.float().cpu())
-    return torch.cat(logits)
-
-
-class _Checkpoint:
-    """The one file that a training goes on from."""
-
-    def __init__(
-        self,
-        path: Path,
-        task: Classification,
-        loader: KeyedLoader,
-        identity: Mapping[str, Any],
-    ) -> None:
-        self.path = path
-        self.task = task
-        self.loader = loader
-        self.identity = dict(identity)
-        self._saved_at = time.monotonic()
-
-    def load(self) -> tuple[int, int]:
-        """Returns (epoch, step) to go on from, (0, 0) if there is no checkpoint."""
-        if not self.path.exists():
-            return 0, 0
-        remedy = "Delete it: this training then begins anew."
-        foreign = f"{self.path} is no checkpoint of a training. {remedy}"
-        content = load_whole(self.path, remedy=remedy, foreign=foreign)
-        if not (isinstance(content, dict) and content.keys() >= _PARTS):
-            raise ValueError(foreign)
-        before = content["identity"]
-        differences = [
-            f"{name} was {before.get(name)} and is {self.identity.get(name)}"
-            for name in sorted({*before, *self.identity})
-            if before.get(name) != self.identity.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{self.path} is the checkpoint of another training: "
-                f"{', '.join(differences)}. Use the same settings to go on with it, or "
-                "delete it to start anew."
-            )
-        self.loader.load_state_dict(content["loader"])
-        self.task.trained.load_state_dict(content["trained"])
-        self.task.optimizer.load_state_dict(content["optimizer"])
-        self.task.schedule.load_state_dict(content["schedule"])
-        return content["epoch"], content["step"]
-
-    def save_in_time(self, epoch: int, step: int, loss: Tensor) -> None:
-        """Saves if that was not done for a while, or if a signal asks for it.
-
-        Raises:
-            Preempted: After it was saved, if a signal asked to stop.
-        """
-        request = take()
-        late = time.monotonic() - self._saved_at >= SAVE_EVERY_SECONDS
-        if late or request is not Request.NOTHING:
-            self.check_finite(epoch, loss)
-            self.save(epoch, step)
-        if request is Request.STOP:
-            raise preempted()
-
-    def save(self, epoch: int, step: int) -> None:
-        """Writes what it takes to go on with a step of an epoch."""
-        content = {
-            "identity": self.identity,
-            "epoch": epoch,
-            "step": step,
-            "loader": self.loader.state_dict(),
-            "trained": self.task.trained.state_dict(),
-            "optimizer": self.task.optimizer.state_dict(),
-            "schedule": self.task.schedule.state_dict(),
-        }
-        with atomic_write(self.path) as temporary:
-            torch.save(content, temporary)
-        self._saved_at = time.monotonic()
-
-    def check_finite(self, epoch: int, loss: Tensor) -> None:
-        """Raises a NonFiniteLossError, before weights that are spoilt are saved."""
-        if not math.isfinite(float(loss)):
-            raise NonFiniteLossError(
-                f"The loss of {self.task.name} became NaN or infinite in epoch "
-                f"{epoch + 1}. Lower its lr, lengthen the warm-up, or use precision "
-                '"32".'
+        if trainer.is_global_zero:
+            print(
+                f"{task.name}: {task.epochs} epochs of {plan.steps_per_epoch} steps of "
+                f"{plan.batch_size} images, {processes} x {device.type}, "
+                f"{trainer.precision}",
+                flush=True,
             )
 
+        def loader(images: Dataset[Any], training: bool) -> KeyedLoader:
+            return KeyedLoader(
+                images,
+                processes * plan.batch_size // plan.num_parts,
+                training=training,
+                seed=seed if training else 0,
+                rank=layout.rank,
+                world_size=processes,
+                num_workers=num_workers,
+            )
 
-_PARTS = {
-    *("identity", "epoch", "step", "loader", "trained", "optimizer", "schedule"),
-}
+        with listening(), deferred():
+            fit(
+                trainer,
+                module,
+                checkpoint if checkpoint.exists() else None,
+                train_dataloaders=loader(train, training=True),
+            )
+            with float32_products(device, str(trainer.precision)):
+                trainer.test(module, loader(test, training=False), verbose=False)
+    parts = [module.logits]
+    if processes > 1:
+        parts = [[] for _ in range(processes)]
+        torch.distributed.all_gather_object(parts, module.logits)
+    # Batch by batch, each rank's rows of it.
+    return torch.cat([rows for batch in zip(*parts, strict=True) for rows in batch])
+
+
+def _statistics(norm: _BatchNorm) -> Tensor:
+    """Returns running mean and variance with shape (2, D)."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return torch.stack([norm.running_mean, norm.running_var])
 
 
 @contextmanager
@@ -387,18 +453,3 @@ def _seeded(device: torch.device, *key: int | str) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices, device_type=device.type))
             torch.get_device_module(device).manual_seed(seed_from(*key, "device"))
         yield
-
-
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _progress_bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-        disable=not show,
-    )

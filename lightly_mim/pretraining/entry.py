@@ -401,7 +401,7 @@ def pretrain(
     trainer = resumable_trainer(
         layout,
         run.checkpoint,
-        log_every=min(log_every, images.steps_per_epoch),
+        ask_every=log_every,
         save_every_minutes=save_every_minutes,
         show_bar=show_bar,
         lines=LINES,
@@ -423,6 +423,7 @@ def pretrain(
         strategy=strategy,
         precision=precision,
         accumulate_grad_batches=accumulate,
+        log_every_n_steps=min(log_every, images.steps_per_epoch),
         limit_val_batches=0.0 if images.val is None else 1.0,
         default_root_dir=folder,
     )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import distributed
 
 from lightly_mim.training import cuda
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+MixedPrecision = Literal["32", "bf16", "16"]
 
 # With these names of a job Lightning does not look for SLURM's processes.
 _INTERACTIVE = ("bash", "interactive")
@@ -34,6 +38,25 @@ class Layout(NamedTuple):
     devices: int | str | list[int]
     num_nodes: int
     environment: ClusterEnvironment | None
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that run together, 1 before they have been started."""
+        alone = self.num_nodes == 1 and _count(self.devices) == 1
+        return 1 if alone or not _together() else distributed.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among them."""
+        return distributed.get_rank() if self.world_size > 1 else 0
+
+
+# One process on one device, wherever it was started.
+ONE = Layout(1, 1, LightningEnvironment())
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def choose_layout(devices: int | str | list[int], num_nodes: int | None) -> Layout:
@@ -81,6 +104,76 @@ def choose_layout(devices: int | str | list[int], num_nodes: int | None) -> Layo
     # srun without --ntasks-per-node does not say it, and Lightning asks for it.
     os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
     return Layout(devices, num_nodes, SLURMEnvironment(auto_requeue=False))
+
+
+def start(layout: Layout, accelerator: str) -> torch.device:
+    """Starts the processes of a layout, unless SLURM or torchrun have.
+
+    Each of them runs the program from its beginning, as with Lightning's Trainer, and
+    returns from here once all are there: what follows may be shared out between them
+    before, while and after a Trainer of the same layout trains.
+
+    Args:
+        layout:
+            The processes.
+        accelerator:
+            Lightning's name of the accelerator.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        ValueError: If this machine has no such devices.
+    """
+    plugins: list[Any] = [layout.environment] if layout.environment else []
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=layout.devices,
+            num_nodes=layout.num_nodes,
+            strategy="ddp",
+            plugins=plugins,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Lightning cannot start processes with accelerator={accelerator!r}, "
+            f"devices={layout.devices!r}, num_nodes={layout.num_nodes}: {error}"
+        ) from error
+    if fabric.world_size > 1:
+        fabric.launch()
+    return fabric.device
+
+
+def autocast(device: torch.device, precision: MixedPrecision) -> torch.autocast:
+    """Returns the context that computes in a precision.
+
+    Args:
+        device:
+            Where is computed.
+        precision:
+            "32" for nothing, "bf16" or "16".
+    """
+    dtype = torch.float16 if precision == "16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "32")
+
+
+def check_precision(precision: MixedPrecision, device: torch.device) -> None:
+    """Raises a ValueError for float16 on a CPU, which Lightning does not train in."""
+    if precision == "16" and device.type == "cpu":
+        raise ValueError(
+            'precision="16" is for GPUs, and this computes on the CPU: pass "bf16" or '
+            '"32".'
+        )
+
+
+def lightning_precision(precision: MixedPrecision) -> Precision:
+    """Returns Lightning's word for a precision."""
+    words: dict[MixedPrecision, Precision] = {
+        "32": "32-true",
+        "bf16": "bf16-mixed",
+        "16": "16-mixed",
+    }
+    return words[precision]
 
 
 def _count(devices: int | str | list[int]) -> int | None:

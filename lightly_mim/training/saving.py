@@ -20,6 +20,12 @@ from lightly_mim.checkpoints import load_whole
 from lightly_mim.files import atomic_write
 from lightly_mim.training import signals
 
+# The remedy for a damaged checkpoint of a run directory.
+OVERWRITE = (
+    "copy it again, or pass overwrite to begin the run anew. Of a finished run, "
+    "encoder.safetensors holds the encoder."
+)
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint, the last; leaves room for another `ModelCheckpoint`."""
@@ -141,16 +147,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             Called before each file; raises if it must not be written.
         previous:
             By the path of a checkpoint, where the one that was there is kept.
+        remedy:
+            What to do if one is damaged and there is none before it.
     """
 
     def __init__(
         self,
         may_write: Callable[[], None],
         previous: Mapping[Path, Path] = MappingProxyType({}),
+        remedy: str = OVERWRITE,
     ) -> None:
         super().__init__()
         self.may_write = may_write
         self.previous = previous
+        self.remedy = remedy
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
@@ -201,8 +211,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         remedy = (
             f"To go on from the one before it, rename {previous} to {path.name}."
             if previous is not None and previous.exists()
-            else "There is none before it: copy it again, or pass overwrite to begin "
-            "the run anew. Of a finished run, encoder.safetensors holds the encoder."
+            else f"There is none before it: {self.remedy}"
         )
         foreign = (
             f"{path} is not a checkpoint that a run goes on from: something else wrote "

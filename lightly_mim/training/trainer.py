@@ -20,6 +20,7 @@ from lightly_mim.training.cuda import float32_products
 from lightly_mim.training.logs import EpochLines, MetricsLogger, ProgressBar
 from lightly_mim.training.machine import Layout
 from lightly_mim.training.saving import (
+    OVERWRITE,
     AtomicCheckpointIO,
     LastCheckpoint,
     SaveBetweenBatches,
@@ -62,12 +63,13 @@ def resumable_trainer(
     layout: Layout,
     checkpoint: Path,
     *,
-    log_every: int,
+    ask_every: int,
     save_every_minutes: float,
     show_bar: bool,
     lines: tuple[str, ...] = ("train_loss", "images_per_second"),
     previous: Mapping[Path, Path] = MappingProxyType({}),
     may_write: Callable[[], None] = lambda: None,
+    remedy: str = OVERWRITE,
     loggers: list[Logger] | None = None,
     watching: list[Callback] | None = None,
     callbacks: list[Callback] | None = None,
@@ -81,9 +83,8 @@ def resumable_trainer(
         checkpoint:
             Where the run is saved: at the end of each epoch, now and then, and when a
             signal asks for it.
-        log_every:
-            Optimiser steps between two logs, and between two looks for signals where
-            there are several processes.
+        ask_every:
+            Optimiser steps after which several processes ask each other for signals.
         save_every_minutes:
             Longest time between two checkpoints. 0 for the ends of epochs alone.
         show_bar:
@@ -92,6 +93,8 @@ def resumable_trainer(
             Names of the metrics in those lines.
         previous:
             See `AtomicCheckpointIO`.
+        remedy:
+            What to do if the checkpoint is damaged and there is none before it.
         may_write:
             Called before each file is written; raises if it must not be.
         loggers:
@@ -108,9 +111,8 @@ def resumable_trainer(
     display = ProgressBar(refresh_rate=10) if show_bar else EpochLines(*lines)
     return make_trainer(
         layout,
-        plugins=[AtomicCheckpointIO(may_write, previous)],
+        plugins=[AtomicCheckpointIO(may_write, previous, remedy)],
         logger=[metrics, *(loggers or [])],
-        log_every_n_steps=log_every,
         enable_progress_bar=show_bar,
         callbacks=[
             LastCheckpoint(
@@ -120,7 +122,7 @@ def resumable_trainer(
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
             ),
-            SaveBetweenBatches(checkpoint, save_every_minutes, log_every),
+            SaveBetweenBatches(checkpoint, save_every_minutes, ask_every),
             *(watching or []),
             display,
             *(callbacks or []),
@@ -162,6 +164,8 @@ def fit(
         # A run that goes on writes to the directory that it wrote to before.
         warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")
         warnings.filterwarnings("ignore", "The dirpath has changed")
+        # What is frozen stays in evaluation mode.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         try:
             # Lightning takes names that begin with "http" for addresses.
             where = None if checkpoint is None else checkpoint.absolute()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -319,7 +321,8 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
         ({"baselines": ["chance"]}, "baselines of .* each one of 'random', 'pixels'"),
         ({"layers": [2]}, "layers is one or more of 0 to 1"),
         ({"pools": ["max"]}, "pools of evaluate is"),
-        ({"precision": "16"}, "precision of evaluate is one of"),
+        ({"precision": "fp16"}, "precision of evaluate is one of"),
+        ({"precision": "16"}, '"16" is for GPUs'),
         ({"crop_ratio": 0.0}, "crop_ratio"),
         ({"protocols": [KNN(ks=[24])]}, "23 training image"),
         ({"protocols": [KNN]}, r"has the class KNN. Make an object of it: KNN\("),
@@ -332,6 +335,8 @@ def test_evaluate__no_labels(folder: Path, encoder: MaskedEncoder) -> None:
             "layers 0 to 1",
         ),
         ({"distributed": True}, "has not been initialised"),
+        ({"distributed": True, "devices": 2}, "pass one or the other"),
+        ({"devices": "many"}, "cannot start processes .* devices='many'"),
     ],
 )
 def test_evaluate__bad_arguments(
@@ -350,6 +355,11 @@ def test_evaluate__bad_arguments(
     ("arguments", "unused"),
     [
         ({"protocols": ["knn", KNN()]}, []),
+        ({"protocols": ["linear_mae"], "compile": True}, []),
+        (
+            {"compile": True, "grad_checkpointing": True},
+            ["compile", "grad_checkpointing"],
+        ),
         ({"protocols": ["finetune"], "layers": [0], "pools": ["cls"]},
          ["layers", "pools"]),
         ({"protocols": ["linear_mae"], "layers": [0], "label_free": True}, []),
@@ -626,7 +636,7 @@ def evaluate_in_a_process(rank: int, folder: Path, out: Path) -> None:
     (out / f"{rank}.json").write_text(json.dumps(numbers(results)))
     with pytest.raises(ValueError, match="pass out or cache"):
         evaluate(encoder, folder, ["knn"], distributed=True, **FAST)
-    with pytest.raises(ValueError, match="run in one process, got 2"):
+    with pytest.raises(ValueError, match="pass devices and num_nodes"):
         evaluate(
             encoder,
             folder,
@@ -827,3 +837,45 @@ def test_check_evaluation__without_weights(
     ):
         with pytest.raises(ValueError, match=message):
             check_evaluation(build(), wrong)
+
+
+TRAINED: dict[str, Any] = {
+    "protocols": ["knn", "finetune"],
+    "finetune": FineTune(epochs=2, batch_size=8, micro_batch_size=4),
+    **FAST,
+}
+
+
+def evaluate_on_two_devices(folder: Path, out: Path) -> None:
+    """Runs in a process, and from its beginning in the one that it starts."""
+    torch.manual_seed(0)
+    encoder = masked_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, **OPTIONS
+    )
+    results = evaluate(encoder, folder, devices=2, out=out / "two", **TRAINED)
+    rank = distributed.get_rank()
+    (out / f"{rank}.json").write_text(json.dumps(numbers(results)))
+
+
+@pytest.mark.slow
+def test_evaluate__on_two_devices(
+    folder: Path, tmp_path: Path, encoder: MaskedEncoder
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from tests.evaluation.test_suite import evaluate_on_two_devices\n"
+        'if __name__ == "__main__":\n'
+        f"    paths = Path({str(folder)!r}), Path({str(tmp_path)!r})\n"
+        "    evaluate_on_two_devices(*paths)\n"
+    )
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    words = [sys.executable, str(script)]
+    subprocess.run(words, env=environment, check=True, timeout=600)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    one = numbers(evaluate(encoder, folder, out=tmp_path / "one", **TRAINED))
+    assert found[0]["rows"] == one["rows"]
+    assert [path.name for path in (tmp_path / "two").iterdir()].count("rows") == 0
+    assert (tmp_path / "two" / "results.json").exists()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import csv
+import importlib
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +26,9 @@ from lightly_mim.evaluation import supervised
 from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.protocol import ImageProtocol, LabelledImages
-from lightly_mim.evaluation.supervised import plan_batches
+from lightly_mim.evaluation.supervised import Classifier, plan_batches
 from lightly_mim.optim import NonFiniteLossError
+from lightly_mim.training.machine import ONE, choose_layout, start
 from lightly_mim.training.signals import Preempted
 
 OPTIONS: dict[str, Any] = {
@@ -91,10 +97,22 @@ def run(
     return outcomes[0].ranked
 
 
+def checkpoint(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(
+        out / supervised.CHECKPOINT_FILE, weights_only=True
+    )
+    return content
+
+
 def trained(out: Path) -> dict[str, Tensor]:
-    content = torch.load(out / supervised.CHECKPOINT_FILE, weights_only=True)
-    weights: dict[str, Tensor] = content["trained"]
-    return weights
+    """Weights and statistics, by their names in the part that is trained."""
+    state = checkpoint(out)["state_dict"]
+    names = (re.sub(r"^model\.(probe\.)?", "", name) for name in state)
+    return {
+        name: value
+        for name, value in zip(names, state.values(), strict=True)
+        if not name.startswith("train_loss")
+    }
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -110,18 +128,18 @@ def test_train_and_score__a_cut_training_ends_with_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = run(protocol, encoder, tmp_path / "whole", seed=3)
-    steps = 0
-    step = supervised._step
+    parts = 0
+    step = Classifier.training_step
 
-    def cut_after(*arguments: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps in (1, 3, 5, 6):  # of 2 x 2 steps, some of them made twice
+    def cut_after(self: Classifier, batch: Any, batch_idx: int) -> Tensor:
+        nonlocal parts
+        parts += 1
+        if parts in (2, 5, 8, 12):  # of 2 x 2 x 2 parts of steps, some made again
             raise KeyboardInterrupt
-        return step(*arguments)
+        return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(supervised, "_step", cut_after)
-    monkeypatch.setattr(supervised, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(Classifier, "training_step", cut_after)
+    monkeypatch.setattr(supervised, "SAVE_EVERY_MINUTES", 1e-9)
     cuts = 0
     while cuts < 10:
         torch.rand(cuts + 1)  # what was drawn before does not matter
@@ -130,35 +148,162 @@ def test_train_and_score__a_cut_training_ends_with_the_same_weights(
             break
         except KeyboardInterrupt:
             cuts += 1
-    assert (cuts, steps) == (4, 4 + 4)
+    # Two of the cuts fell on the second part of a step, whose first one was lost.
+    assert (cuts, parts) == (4, 8 + 4 + 2)
     assert_same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
     assert again.equal(whole)
 
     # A training that is done is scored again, without a step.
+    before = parts
     assert run(protocol, encoder, tmp_path / "cut", seed=3).equal(whole)
-    assert steps == 8
+    assert parts == before
 
 
 def test_train_and_score__a_signal_saves_and_ends(
     encoder: MaskedEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(FINETUNE, encoder, tmp_path / "whole")
-    step = supervised._step
+    whole = run(FINETUNE, encoder, tmp_path / "whole")
+    step = Classifier.training_step
 
-    def stopped(*arguments: Any) -> Tensor:
-        loss = step(*arguments)
-        if arguments[2][1:] == (1, 0):  # epoch and step
+    def stopped(self: Classifier, batch: Any, batch_idx: int) -> Tensor:
+        if (self.current_epoch, batch_idx) == (1, 0):
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss
+        return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "_step", stopped)
+        patch.setattr(Classifier, "training_step", stopped)
         with pytest.raises(Preempted):
             run(FINETUNE, encoder, tmp_path / "cut")
-    content = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-    assert (content["epoch"], content["step"]) == (1, 1)
-    run(FINETUNE, encoder, tmp_path / "cut")
+    loader = checkpoint(tmp_path / "cut")["train_loader"]
+    assert (loader["epoch"], loader["batch"]) == (1, 2)  # one step of two parts
+    assert run(FINETUNE, encoder, tmp_path / "cut").equal(whole)
     assert_same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
+
+
+def test_train_and_score__says_how_it_goes(
+    encoder: MaskedEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(FINETUNE, encoder, tmp_path)
+    said = capsys.readouterr().out
+    assert "finetune: 2 epochs of 2 steps of 8 images, 1 x cpu, 32-true" in said
+    assert re.search(r"epoch 2/2  train_loss \S+  images_per_second", said)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"lr", "grad_norm", "train_loss", "train_loss_step"} <= rows[0].keys()
+    assert rows[-1]["epoch"] == "1"
+
+
+def test_train_and_score__a_checkpoint_without_what_is_frozen(
+    encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    run(LINEAR, encoder, tmp_path)
+    names = {*checkpoint(tmp_path)["state_dict"]}
+    assert {name for name in names if "encoder" in name} == set()
+    assert {"model.probe.0.running_mean", "model.probe.1.weight"} <= names
+
+
+@pytest.mark.slow
+def test_train_and_score__several_processes_make_the_weights_of_one(
+    encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    """Each test image is scored once, in its place."""
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path\n"
+        "from tests.evaluation.test_supervised import score_in_processes\n"
+        'if __name__ == "__main__":\n'
+        f"    score_in_processes(Path({str(tmp_path)!r}), processes=2)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    places = [str(root), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env=environment,
+        check=True,
+        timeout=600,
+    )
+    score_in_processes(tmp_path, processes=1)
+    for number in range(len(PROTOCOLS)):
+        one, first, second = (
+            torch.load(tmp_path / f"{number}-{name}.pt", weights_only=True)
+            for name in ("1-0", "2-0", "2-1")
+        )
+        assert len(one) == 11
+        assert first.equal(second)
+        torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-5)
+        found, expected = (trained(tmp_path / f"{number}-{count}") for count in (2, 1))
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        other = checkpoint(tmp_path / f"{number}-1")["identity"]
+        assert checkpoint(tmp_path / f"{number}-2")["identity"] == other | {
+            "processes": 2
+        }
+
+
+def score_in_processes(out: Path, processes: int) -> None:
+    """Keeps the logits of both protocols: runs in each of so many processes."""
+    layout = ONE
+    if processes > 1:
+        layout = choose_layout(processes, None)
+        start(layout, "cpu")
+    torch.manual_seed(0)
+    encoder = masked_encoder("vit_tiny_patch16_224", img_size=16, **OPTIONS)
+    images = stripes(20, 11, num_classes=3)
+    for number, protocol in enumerate(PROTOCOLS):
+        module = importlib.import_module(type(protocol).__module__)
+
+        def keep(*arguments: Any, number: int = number, **options: Any) -> Tensor:
+            logits = supervised.train_and_score(*arguments, **options)
+            torch.save(logits, out / f"{number}-{processes}-{layout.rank}.pt")
+            return logits
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "train_and_score", keep)
+            protocol(
+                encoder,
+                images,
+                3,
+                out=out / f"{number}-{processes}",
+                num_workers=0,
+                layout=layout,
+            )
+
+
+def test_train_and_score__refuses_float16_on_a_cpu(
+    encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match='"16" is for GPUs'):
+        run(FINETUNE, encoder, tmp_path, precision="16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: there is no CUDA")
+@pytest.mark.parametrize("precision", ["32", "bf16", "16"])
+def test_train_and_score__on_a_gpu(
+    encoder: MaskedEncoder, tmp_path: Path, precision: str
+) -> None:
+    run(FINETUNE, encoder, tmp_path / "cpu")
+    run(FINETUNE, encoder, tmp_path / "gpu", device="cuda", precision=precision)
+    found, expected = trained(tmp_path / "gpu"), trained(tmp_path / "cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_train_and_score__gradient_checkpointing_changes_nothing(
+    encoder: MaskedEncoder, tmp_path: Path
+) -> None:
+    plain = FineTune(epochs=1, batch_size=8, drop_path=0.5)
+    run(plain, encoder, tmp_path / "plain")
+    run(plain, encoder, tmp_path / "again", grad_checkpointing=True)
+    assert_same(trained(tmp_path / "again"), trained(tmp_path / "plain"))
+
+
+@pytest.mark.slow
+def test_train_and_score__compiled(encoder: MaskedEncoder, tmp_path: Path) -> None:
+    short = FineTune(epochs=1, batch_size=8)
+    run(short, encoder, tmp_path / "plain")
+    run(short, encoder, tmp_path / "compiled", compile=True)
+    found, expected = trained(tmp_path / "compiled"), trained(tmp_path / "plain")
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -223,13 +368,13 @@ def test_train_and_score__refuses_labels_that_are_no_class(
 def test_train_and_score__a_broken_loss_is_not_saved(
     encoder: MaskedEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervised, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(supervised, "SAVE_EVERY_MINUTES", 1e-9)
     broken = copy.deepcopy(encoder)
     with torch.no_grad():
         broken.vit.blocks[0].mlp.fc1.weight[0, 0] = torch.nan
-    with pytest.raises(NonFiniteLossError, match="linear_mae became NaN .* epoch 1"):
+    with pytest.raises(NonFiniteLossError, match="NaN .* step 0 .* rate of"):
         run(LINEAR, broken, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.ckpt")) == []
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -251,6 +396,13 @@ def test_plan_batches() -> None:
     assert plan_batches(1967, 16_384, 512) == (1964, 4, 1)
     assert plan_batches(7, 16_384, 512) == (7, 1, 1)
     assert plan_batches(7, 16_384, 512, multiple=2) == (6, 1, 1)
+    # Each of several processes takes as many of them.
+    assert plan_batches(1_281_167, 1024, 128, 2, processes=8) == (1024, 8, 1251)
+    assert plan_batches(1_281_167, 1024, 128, 2, processes=32) == (1024, 32, 1251)
+    assert plan_batches(100, 48, 20, processes=2) == (48, 4, 2)
+    assert plan_batches(1967, 16_384, 512, processes=8) == (1960, 8, 1)
+    with pytest.raises(ValueError, match="multiple of 6"):
+        plan_batches(100, 32, 20, 2, processes=3)
     with pytest.raises(ValueError, match="batch_size=31"):
         plan_batches(100, 31, 20, multiple=2)
     with pytest.raises(ValueError, match="at least 2"):

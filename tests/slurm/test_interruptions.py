@@ -27,6 +27,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightly_mim.checkpoints import save_encoder
+from lightly_mim.encoders import masked_encoder
+
 from ..conftest import TINY_VIT
 from .cluster import Cluster
 
@@ -500,3 +503,71 @@ def test_bound_of_requeues(submit: Submit, cluster: Cluster) -> None:
     assert "failed" in study.status()
     # What it had reached is saved all the same.
     assert len(re.findall("saved and told to stop", study.log)) == 2
+
+
+def test_preempted_fine_tuning_goes_on(
+    cluster: Cluster, place: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Two processes, cut within an epoch, end with the losses of two that were not."""
+    torch.manual_seed(0)
+    sizes = {name: TINY_VIT[name] for name in ("embed_dim", "depth", "num_heads")}
+    encoder = masked_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, **sizes)
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    command = [
+        *("evaluate", "--encoder", str(tmp_path / "encoder.safetensors")),
+        *("--data", str(photos), "--protocols", "finetune", "--device", "cpu"),
+        *("--finetune.epochs", "60", "--finetune.batch_size", "4"),
+        *("--finetune.lr", "0.01", "--num_workers", "1"),
+    ]
+    whole = subprocess.run(
+        [
+            *(sys.executable, "-m", "lightly_mim", *command),
+            *("--devices", "2", "--out", str(tmp_path / "whole")),
+        ],
+        cwd=place,
+        env=environment(cluster, tmp_path),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT,
+    ).stdout
+
+    beat = environment(cluster, tmp_path)
+    study = StudyRun(cluster, tmp_path / "s", place, tmp_path, beat)
+    node = cluster.node_names[0]
+    words = ("--gpus-per-node", "2", "--tasks-per-node", "2", "--nodelist", node)
+    study.tool(
+        *("submit", *words, "--study", str(study.path), "--", "lightly-mim", *command)
+    )
+    try:
+        wait_until("epoch 5", lambda: "epoch 5/60" in study.log)
+        options = ("--partition=prio", "--gpus-per-node=2", "--output=/dev/null")
+        cluster.run(
+            *("sbatch", *options, f"--nodelist={node}", "--wrap=srun sleep 1"),
+            check=True,
+        )
+        assert study.end() == "COMPLETED", study.log[-3000:]
+    finally:
+        cluster.run("scancel", *study.jobs)
+    assert cluster.job_field(study.job, "Restarts") == "1"
+    (went_on,) = re.findall(r"going on in epoch (\d+)/60 .* (\d+)", study.log)
+    cut, step = map(int, went_on)
+    assert "told to stop" in study.log
+    # They ask each other after every tenth step; one of four such ends an epoch.
+    assert step % 10 == 0
+    assert (cut - 1) * 8 <= step < cut * 8
+    expected, found = (
+        dict(re.findall(r"epoch (\d+)/60  train_loss (\S+)", text))
+        for text in (whole, study.log)
+    )
+    assert len(expected) == 60
+    # Of the epoch that was cut, a process knows the first part of another's mean.
+    expected[str(cut)] = found[str(cut)]
+    assert found == expected
+    rows = [
+        json.loads((out / "results.json").read_text())["rows"]
+        for out in (tmp_path / "whole", study.task / "run")
+    ]
+    for row in itertools.chain(*rows):
+        del row["seconds"]
+    assert rows[0] == rows[1]

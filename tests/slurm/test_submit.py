@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -181,27 +181,9 @@ def test_dry_run__pretrain(
     assert list(scripts(capsys.readouterr().out)) == ["train", "report"]
 
 
-def evaluate(
-    encoder: str,
-    data: str,
-    out: str | None = None,
-    protocols: Sequence[str] = ("knn",),
-    devices: int | str = "auto",
-    num_nodes: int | None = None,
-    overwrite: bool = False,
-) -> None:
-    """An evaluation that several processes share."""
-
-
 def test_dry_run__fine_tuning_over_nodes(
-    submit: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    cli = importlib.import_module("lightly_mim.cli")
-    monkeypatch.setitem(cli.COMMANDS, "evaluate", evaluate)
-    monkeypatch.setattr(cli, "check_evaluation", lambda *_: None)
     command = "lightly-mim evaluate --data x --protocols finetune"
     words = "--dry-run --partition gpu --nodes 4 --gpus-per-node 8 --study s"
     submit.main(shlex.split(f"{words} --sweep encoder=runs/a,runs/b -- {command}"))

@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -87,6 +87,7 @@ from lightly_mim.evaluation.provenance import (
 from lightly_mim.evaluation.results import RANDOM, results_file, to_text
 from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
+from lightly_mim.training.machine import autocast, check_precision
 from lightly_mim.transforms import EvalTransform
 
 DenseProtocolName = Literal["knn", "linear"]
@@ -170,7 +171,7 @@ def evaluate_dense(
             Where to compute, such as "cpu" or "cuda:1". By default the accelerator, if
             there is one.
         precision:
-            "32", or "bf16" to encode in bfloat16 autocast.
+            "32", "bf16" to encode in bfloat16 autocast, or on GPUs "16".
         on_error:
             What an image or a mask does that cannot be read: "raise" an error that
             names it, or "skip", which leaves both out and says how many, by reason. All
@@ -265,6 +266,7 @@ def evaluate_dense(
         encoders[RANDOM] = at_random(model, seed)
 
     place = choose_device(device)
+    check_precision(precision, place)
     rows: list[DenseResult] = []
     with ExitStack() as stack:
         for each in encoders.values():
@@ -383,11 +385,7 @@ class _Study:
             for name, encoder in self.encoders.items():
                 start = time.perf_counter()
                 pixels = normalize_images(images, encoder.mean, encoder.std)
-                bf16 = torch.autocast(self.device.type, torch.bfloat16)
-                with (
-                    torch.no_grad(),
-                    bf16 if self.precision == "bf16" else nullcontext(),
-                ):
+                with torch.no_grad(), autocast(self.device, self.precision):
                     found = encoder.embed_layers(pixels, layers[name], ["tokens"])
                 for (layer, _), value in found.items():
                     if not bool(value.isfinite().all()):
