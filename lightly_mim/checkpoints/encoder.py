@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightly_mim.checkpoints.spec import read_spec
-from lightly_mim.checkpoints.whole import load_whole
+from lightly_mim.checkpoints.whole import check_claims, load_whole
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.files import atomic_write
 from lightly_mim.runs import RunDirectory
@@ -231,6 +231,7 @@ def encoder_in_checkpoint(
         for name, tensor in state.items()
         if isinstance(tensor, Tensor) and str(name).startswith(_WEIGHTS)
     }
+    check_claims(file, weights)
     return _checked(file, weights, said)
 
 

@@ -13,12 +13,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import ZipFile, is_zipfile
+from zipfile import ZipFile
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightly_mim.checkpoints.whole import load_whole
+from lightly_mim.checkpoints.whole import check_claims, load_whole
 
 # Where a dictionary of weights lies in a file: Lightning and timm, and Meta's code.
 _HOLDERS = ("state_dict", "model")
@@ -139,10 +139,11 @@ def _read_file(file: Path, remedy: str = REMEDY) -> Content:
 
 def _is_program(file: Path) -> bool:
     """Returns whether a whole zip holds what torch.save does not write."""
-    if not is_zipfile(file):  # cut
+    try:
+        with ZipFile(file) as archive:
+            return not any(Path(name).name == "data.pkl" for name in archive.namelist())
+    except Exception:  # cut, or made up: zipfile's own depend on where
         return False
-    with ZipFile(file) as archive:
-        return not any(Path(name).name == "data.pkl" for name in archive.namelist())
 
 
 def _content(file: Path, loaded: Any) -> Content:
@@ -153,6 +154,7 @@ def _content(file: Path, loaded: Any) -> Content:
             isinstance(name, str) and isinstance(value, Tensor)
             for name, value in tensors.items()
         ):
+            check_claims(file, tensors)
             beside = {k: v for k, v in loaded.items() if held and k != held[0]}
             return Content(file, dict(tensors), beside)
     raise ValueError(

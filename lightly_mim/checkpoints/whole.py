@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
+from torch import Tensor
 
 from lightly_mim.files import check_regular
 
@@ -75,6 +76,45 @@ def load_whole(
                 "it with torch.load(..., weights_only=False) and save its state dict "
                 "alone."
             ) from error
+
+
+def check_claims(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Refuses tensors that would be larger than what is in their file.
+
+    Tensors of a PyTorch file may share their numbers, and one number may be all of a
+    tensor: a few bytes claim terabytes, which a model with them would take.
+
+    Args:
+        path:
+            The file.
+        tensors:
+            What was read of it; what is no tensor is passed over.
+
+    Raises:
+        ValueError: If so.
+    """
+    claimed, there = 0, {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{path} is refused: {name} is not a plain tensor, but on "
+                f"{tensor.device} with layout {tensor.layout}."
+            )
+        claimed += tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        there[storage.data_ptr()] = storage.nbytes()
+    if claimed > _SHARED * sum(there.values()) + _SMALL:
+        raise ValueError(
+            f"{path} is refused: its tensors claim {claimed:,} bytes, and "
+            f"{sum(there.values()):,} are there."
+        )
+
+
+# How often the numbers of a file may be shared (layers that are tied share theirs), and
+# how many bytes by which tensors may be larger than that.
+_SHARED, _SMALL = 4, 2**20
 
 
 def _damaged(path: Path, reason: str, remedy: str) -> ValueError:

@@ -315,6 +315,8 @@ def _read_array(
             f"a uint8 array with shape ({in_chans}, height, width) is expected, it "
             f"holds {array.dtype} with shape {array.shape}.{array_remedy(path)}"
         )
+    if array.size == 0:
+        raise ValueError(f"it has no pixels, but shape {array.shape}.")
     _check_size(path, array.shape[1:], min_size)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and array[0].size > 2 * limit:  # as for pictures

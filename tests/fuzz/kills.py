@@ -1,6 +1,7 @@
 """Kills work at random moments, goes on with it, and compares with what never was cut.
 
     python tests/fuzz/kills.py FOLDER_OF_PHOTOS EMPTY_FOLDER [TRIALS]
+    python tests/fuzz/kills.py FOLDER_OF_PHOTOS EMPTY_FOLDER KILLS study
 
 A start of Python takes seconds, so children are forked from this process, which has
 imported everything and computes nothing: PyTorch cannot be forked after it has.
@@ -11,8 +12,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import importlib
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -182,7 +185,125 @@ def main(photos: Path, root: Path, trials: int) -> int:
     return counts["WRONG"]
 
 
+# A study: one that is killed again and again, and one that never is.
+
+TRAIN = """--cluster local --parallel 2 --sweep seed=0,1
+-- lightly-mim pretrain --data {photos} --method MAE
+--method.encoder vit_tiny_patch16_224 --method.img_size 16 --method.patch_size 4
+--method.embed_dim 16 --method.depth 1 --method.num_heads 1 --method.decoder_dim 16
+--method.decoder_depth 1 --method.decoder_num_heads 1 --epochs 3 --batch_size 8
+--precision 32-true --accelerator cpu --num_workers 0 --tensorboard false
+--log_every 1 --save_every_minutes 1e-6"""
+# A job starts for seconds and trains for one: kills come after one of these is written.
+EVENTS = [
+    None,
+    "tasks/*/state.json",
+    "tasks/*/run/config.yaml",
+    "tasks/*/run/checkpoints/last.ckpt",
+]
+OF_THE_TASK = {"images/s", "requeues", "host", "gpus", "commit", "modified", "error"}
+
+
+def submit(words: list[str]) -> None:
+    """Does what slurm/submit.py does."""
+    import submit as script
+
+    try:
+        script.main(words)
+    except SystemExit as error:
+        print(f"submit.py: exit code {error.code}", flush=True)
+
+
+def of_study(path: Path) -> Any:
+    """Returns the numbers of a study and the weights of its runs."""
+    with (path / "study.csv").open() as file:
+        rows = [
+            {k: v for k, v in row.items() if k not in TIMED | OF_THE_TASK}
+            for row in csv.DictReader(file)
+        ]
+    runs = sorted((path / "tasks").glob("*/run"))
+    return rows, [of_run(run) for run in runs]
+
+
+def descendants(parent: int) -> list[int]:
+    """Returns the processes that a process has started, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(
+                stat.read_text().rpartition(")")[2].split()[1]
+            )
+    found = [parent]
+    for process in found:
+        found += [child for child, its in parents.items() if its == process]
+    return found[1:]
+
+
+def kill_study(photos: Path, root: Path, kills: int) -> int:
+    """Returns whether a study that was killed ends otherwise."""
+    rng = random.Random(14)
+    sys.path.insert(0, str(Path(__file__).parents[2] / "slurm"))
+    import status
+    import study as studies
+
+    importlib.import_module("submit")  # what each child would import
+    new = shlex.split(TRAIN.format(photos=photos))
+    start, log = time.perf_counter(), root / "log.txt"
+    whole, path = root / "whole", root / "killed"
+    finish(fork(lambda: submit(["--study", str(whole), *new]), log))
+    seconds = time.perf_counter() - start
+    expected = of_study(whole)
+    print(f"The study takes {seconds:.0f} seconds.", flush=True)
+
+    def go_on() -> int:
+        begun = path.exists()
+        words = ["--resume", str(path)] if begun else ["--study", str(path), *new]
+        return fork(lambda: submit(words), log)
+
+    counts: collections.Counter[str] = collections.Counter()
+    for _ in range(kills):
+        start, child = time.time(), go_on()
+        event = rng.choice(EVENTS)
+        while event is not None and not any(
+            each.stat().st_mtime > start for each in path.glob(event)
+        ):
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.0 if event else seconds / 4))
+        jobs = descendants(child)
+        whom = rng.choice(["submit.py", "a job", "everything", "everything"])
+        killed = {"submit.py": [child], "a job": rng.sample(jobs, min(1, len(jobs)))}
+        for process in killed.get(whom, [child, *jobs]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        counts[f"{whom} after {event}"] += 1
+        if whom == "a job":  # the study goes on without it
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    for _ in range(5):
+        while path.exists() and any(
+            status.is_running_here(studies.Study.load(path), task)
+            for task in studies.Study.load(path).tasks
+        ):
+            time.sleep(0.2)  # what outlived its submit.py
+        finish(go_on())
+        study = studies.Study.load(path)
+        if not any(study.open_stages(task) for task in study.tasks):
+            break
+    finish(
+        fork(lambda: print(importlib.import_module("report").write_report(study)), log)
+    )
+    same = of_study(path) == expected
+    attempts = sum(len(study.state(task)["attempts"]) for task in study.tasks)
+    print(f"{kills} kills: {dict(counts)}, {attempts} attempts, the same: {same}")
+    if not same:
+        print(log.read_text()[-3000:])
+    return int(not same)
+
+
 if __name__ == "__main__":
     folders = [Path(word) for word in sys.argv[1:3]]
     number = int(sys.argv[3]) if len(sys.argv) > 3 else 60
-    sys.exit(min(main(folders[0], folders[1], number), 1))
+    act = kill_study if sys.argv[4:] == ["study"] else main
+    sys.exit(min(act(folders[0], folders[1], number), 1))

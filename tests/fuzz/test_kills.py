@@ -22,3 +22,18 @@ def test_kills(photos: Path, tmp_path: Path) -> None:
     )
     print(done.stdout, done.stderr[-2000:])
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.slow
+def test_kills_of_a_study(photos: Path, tmp_path: Path) -> None:
+    """Through slurm/local.py: submit.py, one of its jobs, or all of them."""
+    script = Path(__file__).with_name("kills.py")
+    done = subprocess.run(
+        [sys.executable, script, photos, tmp_path, "8", "study"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    print(done.stdout, done.stderr[-2000:])
+    assert done.returncode == 0, done.stdout[-5000:]
