@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def report_run(
 ) -> None:
     """Writes the report of a run that has just finished, or warns if it cannot.
 
-    The run is whole, whatever becomes of its report.
+    The run is complete, whatever becomes of its report.
 
     Args:
         directory:
@@ -107,7 +108,7 @@ def report_run(
     except Exception as error:
         warnings.warn(
             f"The report could not be written: {error} The run is complete without it; "
-            f"try `lightly-mim report {directory}`.",
+            f"try `lightly-mim report {shlex.quote(str(directory))}`.",
             stacklevel=2,
         )
     else:

@@ -33,6 +33,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "dashed": {"linewidth": 1.8, "linestyle": (0, (5, 3))},
 }
 _DPI = 160
+_LONGEST = 40  # of a label
 
 
 def write_figures(runs: Sequence[RunFiles], out: Path | str) -> list[Path]:
@@ -189,8 +190,9 @@ def _table(
 
 
 def _plain(text: str) -> str:
-    """Returns a text that matplotlib draws as it is, and takes for no formula."""
-    return text.replace("$", r"\$")
+    """Returns a text that matplotlib has room for, and takes for no formula."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return short.replace("$", r"\$")
 
 
 def _write(drawing: Figure, figure: dict[str, Any], stem: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.resources import files
@@ -76,6 +78,23 @@ def write_page(
 
         write_figures(read, out)
     return path
+
+
+def write_page_or_warn(run: Path) -> None:
+    """Writes the page of a run beside what it has found, or warns if it cannot.
+
+    Args:
+        run:
+            The directory, whose other files stay as they are in any case.
+    """
+    try:
+        write_page([run], run)
+    except Exception as error:
+        warnings.warn(
+            f"The report could not be written: {error} All else is complete; try "
+            f"`lightly-mim report {shlex.quote(str(run))}`.",
+            stacklevel=2,
+        )
 
 
 def read_runs(runs: Sequence[Path | str]) -> list[RunFiles]:
