@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -21,27 +22,18 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 from task import Task
 
-# Options that sbatch has by the same name and that are passed on as they are.
-_PASSED = {
-    "partition": "partition, or several: a,b",
-    "account": "account that is charged",
-    "qos": "quality of service",
-    "constraint": "feature that the nodes must have, such as a100",
-    "exclude": "nodes to leave out",
-    "nodelist": "nodes to use",
-    "comment": "comment for the scheduler",
-    "dependency": "what the first jobs wait for, such as afterok:123",
-    "mail-user": "address for messages about ends, failures and requeues",
+# What is not an option here is sbatch's, and goes on to it as it is. Of these, what the
+# report gets too, what only the first jobs get, and what is the study's to choose.
+_ALL_STAGES = (
+    *("partition", "account", "qos", "constraint", "exclude", "comment"),
+    *("mail-user", "mail-type"),
+)
+_FIRST = ("nodelist", "dependency")
+_CHOSEN = {
+    *("array", "chdir", "error", "export", "gpus", "gpus-per-task", "job-name"),
+    *("kill-on-invalid-dep", "no-requeue", "ntasks", "ntasks-per-node", "open-mode"),
+    *("output", "requeue", "signal", "wckey", "wrap"),
 }
-# What --sbatch may not set: it would replace what the study has chosen.
-_NOT_PASSED = {
-    *_PASSED,
-    *("array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "export"),
-    *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mail-type", "mem"),
-    *("no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"),
-    *("requeue", "signal", "time", "wckey", "wrap"),
-}
-_ALL_STAGES = ("partition", "account", "qos", "constraint", "exclude", "comment")
 _MAIL = "END,FAIL,REQUEUE"
 
 
@@ -111,25 +103,71 @@ def _variable(text: str) -> str:
     return text
 
 
-def _option(text: str) -> tuple[str, str | bool]:
-    name, equals, value = text.removeprefix("--").partition("=")
-    if not re.fullmatch(r"[a-z][a-z-]*", name):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE or NAME, got {text!r}")
-    if name in _NOT_PASSED:
-        raise argparse.ArgumentTypeError(
-            f"{name} is an option of its own here, or the study's to choose"
-        )
-    return name, value if equals else True
+def is_option(word: str) -> bool:
+    """Returns whether a word is an option, and not a value such as '--data x'."""
+    return re.match(r"--[\w-]+(=|$)", word) is not None
 
 
-def add_options(parser: argparse.ArgumentParser) -> set[str]:
-    """Adds the options that may also stand in a site's YAML file.
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Reads words of which those that the parser does not know are sbatch's own.
 
-    Returns:
-        Their names.
+    Args:
+        parser:
+            The parser, with the options of `add_options`.
+        words:
+            Its words. The last one of two with the same name counts.
+
+    Raises:
+        ValueError: If one of sbatch's is the study's to choose, or nearly an option
+            that there is.
     """
-    group = parser.add_argument_group("the cluster (also from --config)")
-    before = set(parser._option_string_actions)
+    options, rest = parser.parse_known_args(_spelled_out(words))
+    known = [name[2:] for name in parser._option_string_actions]
+    passed: list[str] = []
+    for word in rest:
+        if is_option(word):
+            name = word[2:].partition("=")[0]
+            near = difflib.get_close_matches(
+                name, [*known, *_ALL_STAGES, *_FIRST, *_CHOSEN], n=1, cutoff=0.85
+            )
+            if near and near[0] != name:
+                raise ValueError(f"There is no --{name}. Did you mean --{near[0]}?")
+            if name in _CHOSEN:
+                raise ValueError(f"--{name} of sbatch is the study's to choose.")
+            passed.append(word)
+        elif passed and "=" not in passed[-1]:
+            passed[-1] += f"={word}"
+        else:
+            raise ValueError(f"{word!r} stands behind no option; COMMAND, behind --.")
+    cut = (word[2:].partition("=") for word in passed)
+    options.sbatch = {name: value if equals else True for name, equals, value in cut}
+    return options
+
+
+def _spelled_out(words: Sequence[str]) -> Iterator[str]:
+    """Yields words with `--sbatch reservation=night` as `--reservation=night`."""
+    inside = False
+    for word in words:
+        if is_option(word):
+            inside = word.partition("=")[0] == "--sbatch"
+            word = word.removeprefix("--sbatch=") if inside else word
+        if word == "--sbatch":
+            continue
+        word = f"--{word}" if inside else word
+        if is_option(word) and " " in word:  # which argparse takes for a value
+            name, _, value = word.partition("=")
+            yield from (name, value)
+        else:
+            yield word
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that may also stand in a site's YAML file."""
+    group = parser.add_argument_group(
+        "the cluster (also from --config)",
+        "All other options are sbatch's own: --partition gpu --account me --exclusive; "
+        "--sbatch NAME=VALUE says the same.",
+    )
     group.add_argument(
         "--cluster",
         choices=["slurm", "local", "debug"],
@@ -137,8 +175,6 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
         help="slurm; local: this machine, --parallel tasks at a time; debug: this "
         "process, one task after the other (default: slurm)",
     )
-    for name, text in _PASSED.items():
-        group.add_argument(f"--{name}", metavar=name.upper(), help=text)
     numbers = {
         "nodes": ("nodes per task (default: 1)", _count, 1),
         "gpus-per-node": (
@@ -212,23 +248,12 @@ def add_options(parser: argparse.ArgumentParser) -> set[str]:
         "$VARIABLES belong into a line of --setup: 'export NAME=$VALUE'",
     )
     group.add_argument(
-        "--sbatch",
-        nargs="+",
-        type=_option,
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="further options of sbatch for the jobs that compute, such as "
-        "reservation=night exclusive",
-    )
-    group.add_argument(
         "--python",
         metavar="COMMAND",
         help="what starts Python in a job, such as 'apptainer exec --nv "
         "/shared/image.sif python'; jobs start in the study, so paths are absolute "
         "(default: the Python of this command)",
     )
-    added = set(parser._option_string_actions) - before
-    return {option.removeprefix("--") for option in added}
 
 
 def machine(options: argparse.Namespace) -> Machine:
@@ -274,13 +299,14 @@ def parameters(
             Number of tasks, which `--parallel` may lie above.
     """
     training = stage in ("train", "run")
-    given = vars(options)
-    found: dict[str, Any] = {
-        name.replace("-", "_"): given[name.replace("-", "_")]
-        for name in (_PASSED if training else _ALL_STAGES)
-    }
     devices = machine(options).devices
-    found |= {
+    passed = {
+        name: value
+        for name, value in options.sbatch.items()
+        if training
+        or (name in _ALL_STAGES if stage == "report" else name not in _FIRST)
+    }
+    found: dict[str, Any] = {
         "job_name": f"{study.path.name}-{stage}",
         "time": options.time,
         "nodes": options.nodes if training else 1,
@@ -293,23 +319,21 @@ def parameters(
         "setup": _setup(study, options, stage),
         # A rank that fails ends the others, which would wait for it for ever.
         "srun_args": ["--kill-on-bad-exit=1"],
-        "additional_parameters": {"requeue": True},
     }
-    if stage != "report":
-        found["additional_parameters"] |= dict(options.sbatch)
     if number := _gpus(options, stage):
         found["gpus_per_node"] = f"{options.gpus_per_node.type}{number}"
     if stage == "evaluate":
         found["time"] = options.evaluation_time or options.time
     if stage == "report":
-        found["partition"] = options.cpu_partition or options.partition
         found |= {"time": 30, "cpus_per_task": None, "mem": None}
         found["signal_delay_s"] = 60  # it has nothing to save
         if options.cpu_partition:
-            found["constraint"] = None
-    if options.mail_user:
-        found |= {"mail_user": options.mail_user, "mail_type": _MAIL}
+            passed.pop("constraint", None)
+            passed["partition"] = options.cpu_partition
+    if "mail-user" in passed:
+        passed.setdefault("mail-type", _MAIL)
     found = {name: value for name, value in found.items() if value is not None}
+    found["additional_parameters"] = {"requeue": True, **passed}
     # None: submitit's own key is refused by clusters that track keys.
     return found | {"wckey": None}
 
@@ -422,8 +446,8 @@ def check_slurm(options: argparse.Namespace) -> None:
             f"--cluster local. sinfo says: {asked.stderr.strip()}"
         )
     known = sorted(set(asked.stdout.split()))
-    for option in ("partition", "cpu_partition"):
-        for name in (getattr(options, option) or "").split(","):
+    for asked_for in (options.sbatch.get("partition"), options.cpu_partition):
+        for name in str(asked_for or "").split(","):
             if name and name not in known:
                 raise ValueError(
                     f"There is no partition {name!r}. There are: {', '.join(known)}."

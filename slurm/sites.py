@@ -21,18 +21,19 @@ for _tag in ("int", "float", "timestamp"):
     yaml.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_written, _AsWritten)
 
 
-def read_config(path: Path, known: set[str]) -> list[str]:
+def read_config(path: Path, refused: set[str]) -> list[str]:
     """Reads a site's YAML file as words of the command line.
 
     Args:
         path:
             The file.
-        known:
-            Names of the options that it may have.
+        refused:
+            Names of the options that it may not have. All others are the cluster's, or
+            sbatch's own.
 
     Raises:
-        ValueError: If it cannot be read, has keys that are not options, or values that
-            YAML reads as something else than their text.
+        ValueError: If it cannot be read, has such options, or values that YAML reads as
+            something else than their text.
     """
     try:
         stored = yaml.load(path.read_text(), _AsWritten)
@@ -43,10 +44,10 @@ def read_config(path: Path, known: set[str]) -> list[str]:
     words = []
     for key, value in stored.items():
         option = str(key).replace("_", "-")
-        if option not in known:
+        if option in refused:
             raise ValueError(
-                f"--config {path} has the unknown key {key!r}; there are: "
-                f"{', '.join(sorted(known))}."
+                f"--config {path} has {key!r}, which is an option of a study, not of a "
+                "cluster."
             )
         try:
             words += [f"--{option}", *_values(value, option)]

@@ -29,8 +29,10 @@ from cluster import (
     cancel,
     check_slurm,
     executor,
+    is_option,
     machine,
     outside_of_jobs,
+    parse,
     release,
     work,
 )
@@ -76,7 +78,7 @@ def _path(text: str) -> Path:
 
 
 def parser() -> tuple[argparse.ArgumentParser, set[str]]:
-    """Returns the parser of this script, and the options that a site may set."""
+    """Returns the parser of this script, and the options that no site may set."""
     made = argparse.ArgumentParser(
         prog="submit.py",
         usage="submit.py [options] [--sweep KEY=VALUE,... ...] -- COMMAND [options]",
@@ -150,7 +152,9 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
         action="store_true",
         help="print the sbatch scripts and the tasks; write and send nothing",
     )
-    return made, add_options(made)
+    own = {option.removeprefix("--") for option in made._option_string_actions}
+    add_options(made)
+    return made, own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     own, command = spell(words[:cut]), words[cut + 1 :]
-    made, site = parser()
+    made, study = parser()
     try:
-        _main(made, site, own, command)
+        _main(made, study, own, command)
     except (ValueError, OSError, FailedSubmissionError, FailedJobError) as error:
         made.exit(2, f"submit.py: error: {error}\n")
 
@@ -180,13 +184,16 @@ def spell(words: Sequence[str]) -> list[str]:
 
 
 def _main(
-    made: argparse.ArgumentParser, site: set[str], own: list[str], command: list[str]
+    made: argparse.ArgumentParser,
+    study_options: set[str],
+    own: list[str],
+    command: list[str],
 ) -> None:
-    first = made.parse_args(own)
+    first = parse(made, own)
     for name in ("release", "drop", "change"):
         if vars(first)[name] and not first.resume:
             raise ValueError(f"--{name} goes with --resume STUDY.")
-    config = read_config(first.config, site) if first.config else []
+    config = read_config(first.config, study_options) if first.config else []
     if first.resume:
         if command or first.sweep or first.study:
             raise ValueError(
@@ -195,11 +202,11 @@ def _main(
             )
         study = Study.load(first.resume)
         stored = [str(word) for word in study.cluster["words"]]
-        options = _applicable(made.parse_args([*stored, *config, *own]))
+        options = _applicable(parse(made, [*stored, *config, *own]))
         _check_same_machine(study, options)
     else:
-        options = _applicable(made.parse_args([*config, *own]))
-        words = [*config, *_site_words(own, site)]
+        options = _applicable(parse(made, [*config, *own]))
+        words = [*config, *_site_words(own, study_options)]
         study = _plan(options, command, words)
     new = not first.resume
     if options.dry_run:
@@ -269,13 +276,13 @@ def _run_here(study: Study, options: argparse.Namespace) -> int:
     return run(study, options, pending)
 
 
-def _site_words(own: Sequence[str], site: set[str]) -> list[str]:
+def _site_words(own: Sequence[str], study: set[str]) -> list[str]:
     """Returns the words of the command line that are the cluster's."""
     kept: list[str] = []
     keep = False
     for word in own:
-        if word.startswith("--"):
-            keep = word[2:].partition("=")[0] in site
+        if is_option(word):
+            keep = word[2:].partition("=")[0] not in study
         if keep:
             kept.append(word)
     return kept
