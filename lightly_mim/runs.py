@@ -400,8 +400,14 @@ class RunDirectory:
 
     def _remove_results(self) -> None:
         """Removes what a run writes but for its arguments."""
-        written = "checkpoints", "reconstructions", "tensorboard", "features", "rows"
-        for name in written:
+        for name in (
+            "checkpoints",
+            "reconstructions",
+            "tensorboard",
+            "features",
+            "rows",
+            "classifiers",
+        ):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("metrics.csv", "results.json", "dense.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
