@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import rich
@@ -34,11 +34,15 @@ from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     PROTOCOLS,
     DenseResults,
+    Predictions,
     Results,
     check_evaluation,
+    embed,
     evaluate,
     evaluate_dense,
     load_encoder,
+    predict,
+    show,
 )
 from lightly_mim.files import is_file, print_any_name
 from lightly_mim.methods import MaskedImageModel
@@ -69,35 +73,41 @@ def settle(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return given | {"protocols": [arguments[name] for name in named]}
 
 
-def _with_settings() -> Callable[..., Results]:
-    """Returns `evaluate` with the words of `load_encoder` and of every protocol."""
+def _with_settings(
+    function: Callable[..., Any], protocols: Mapping[str, type] = MappingProxyType({})
+) -> Callable[..., Any]:
+    """Returns a function with the words of `load_encoder` and of every protocol.
 
-    def command(**arguments: Any) -> Results:
-        return evaluate(**settle(arguments))
+    Args:
+        function:
+            One that hands arguments on to `load_encoder`, as `loading`.
+        protocols:
+            Classes of settings by the names that its `protocols` take.
+    """
+
+    def command(**arguments: Any) -> Any:
+        return function(**(settle(arguments) if protocols else arguments))
 
     def taken(function: Callable[..., Any], *left_out: str) -> dict[str, Any]:
         parameters = inspect.signature(function).parameters
         return {k: v for k, v in parameters.items() if k not in left_out}
 
-    hints = get_type_hints(load_encoder) | get_type_hints(evaluate)
-    hints["protocols"] = Sequence[Literal[tuple(PROTOCOLS)]]  # type: ignore[misc]
-    hints |= PROTOCOLS
-    words = taken(evaluate, "loading") | taken(load_encoder, "encoder")
-    words |= {
-        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=kind())
-        for name, kind in PROTOCOLS.items()
-    }
+    hints = get_type_hints(load_encoder) | get_type_hints(function) | dict(protocols)
+    words = taken(function, "loading") | taken(load_encoder, "encoder")
+    if protocols:
+        hints["protocols"] = Sequence[Literal[tuple(protocols)]]  # type: ignore[misc]
+    for name, kind in protocols.items():
+        only = inspect.Parameter.KEYWORD_ONLY
+        words[name] = inspect.Parameter(name, only, default=kind())
     parameters = [
         word.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
         for name, word in words.items()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {name: hints[name] for name in words} | {
-        "return": Results
-    }
-    command.__name__ = "evaluate"
-    told, loading = inspect.getdoc(evaluate) or "", inspect.getdoc(load_encoder) or ""
-    settings = "".join(f"    {name}:\n        Settings of it.\n" for name in PROTOCOLS)
+    command.__annotations__ = {name: hints[name] for name in words}
+    command.__name__ = function.__name__
+    told, loading = inspect.getdoc(function) or "", inspect.getdoc(load_encoder) or ""
+    settings = "".join(f"    {name}:\n        Settings of it.\n" for name in protocols)
     loading = loading[loading.index("    img_size:") : loading.index("\nReturns:")]
     start, end = told.index("    loading:"), told.index("\nReturns:")
     command.__doc__ = told[:start] + loading + settings + told[end:]
@@ -106,11 +116,16 @@ def _with_settings() -> Callable[..., Results]:
 
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
-    "evaluate": _with_settings(),
+    "evaluate": _with_settings(evaluate, PROTOCOLS),
     "evaluate-dense": evaluate_dense,
+    "predict": predict,
+    "embed": _with_settings(embed),
+    "show": show,
     "convert": convert,
     "report": report,
 }
+# Their first words stand for the first arguments: predict MODEL IMAGES.
+_IN_ORDER = ("predict", "embed", "show")
 
 
 class _Parser(ArgumentParser):
@@ -174,7 +189,7 @@ def main(args: Sequence[str] | None = None) -> None:
             _say_interrupted(words)
         raise
     first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if isinstance(result, Results | DenseResults) and first:
+    if isinstance(result, Results | DenseResults | Predictions) and first:
         notes = [as_options(note, command, words) for note in result.notes]
         rich.print(dataclasses.replace(result, notes=notes))
 
@@ -258,11 +273,26 @@ def _spell_out(args: Sequence[str]) -> list[str]:
         words.insert(1, "--runs")  # lightly-mim report RUN [RUN ...]
     if words and words[0] in COMMANDS:
         words = _read_files(words, COMMANDS[words[0]])
+        if words[0] in _IN_ORDER:
+            words = _name_first(words, COMMANDS[words[0]])
         words = _join_lists(words, COMMANDS[words[0]])
         words = _say_true(words, COMMANDS[words[0]])
         words = spell_method(words)
         _check_unused(words, COMMANDS[words[0]])
     return words
+
+
+def _name_first(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
+    """Turns `predict MODEL IMAGES` into `predict --model MODEL --images IMAGES`."""
+    first = list(itertools.takewhile(_is_value, words[1:]))
+    parameters = inspect.signature(command).parameters.values()
+    required = [each.name for each in parameters if each.default is each.empty]
+    if len(first) > len(required):
+        given = " ".join(first[len(required) :])
+        raise ValueError(f"{given!r} stands behind no option, such as --out.")
+    named = zip(required, first, strict=False)
+    pairs = [word for name, value in named for word in (f"--{name}", value)]
+    return [words[0], *pairs, *words[1 + len(first) :]]
 
 
 def _split(words: Sequence[str]) -> list[str]:

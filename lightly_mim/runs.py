@@ -426,7 +426,7 @@ class RunDirectory:
         """Removes what a run writes but for its arguments."""
         written = (
             *("checkpoints", "reconstructions", "tensorboard", "features", "rows"),
-            *("gallery", "figures"),
+            *("classifiers", "gallery", "figures"),
         )
         for name in written:
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -1,9 +1,16 @@
 """Evaluates an encoder on labelled images; takes any encoder, knows no method."""
 
 from lightly_mim.evaluation.cache import cached_features
+from lightly_mim.evaluation.classifier import (
+    Classifier,
+    Predictions,
+    load_classifier,
+    predict,
+)
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.dense.protocols import DenseKNN, DenseLinear
 from lightly_mim.evaluation.dense.results import DenseResult, DenseResults
+from lightly_mim.evaluation.embedding import embed
 from lightly_mim.evaluation.evaluate import PROTOCOLS, check_evaluation, evaluate
 from lightly_mim.evaluation.feature_files import FeatureStore
 from lightly_mim.evaluation.features import (
@@ -30,13 +37,11 @@ from lightly_mim.evaluation.probes.knn import KNN, choose_knn, knn_predict_grid
 from lightly_mim.evaluation.probes.linear import (
     Linear,
     choose_linear,
-    fit_and_score_linear,
     fit_linear_grid,
 )
 from lightly_mim.evaluation.probes.logistic import (
     Logistic,
     choose_logistic,
-    fit_and_score_logistic,
     fit_logistic_path,
 )
 from lightly_mim.evaluation.probes.low_label import LowLabel
@@ -44,6 +49,7 @@ from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol, Outc
 from lightly_mim.evaluation.rank import alpha_req, label_free, rank_me, uniformity
 from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
 from lightly_mim.evaluation.scores import wilson_interval
+from lightly_mim.evaluation.show import show
 from lightly_mim.evaluation.splits import draw_per_class
 
 __all__ = [
@@ -55,6 +61,7 @@ __all__ = [
     "AnyEncoder",
     "Attentive",
     "AttentiveProbes",
+    "Classifier",
     "DenseKNN",
     "DenseLinear",
     "DenseResult",
@@ -71,6 +78,7 @@ __all__ = [
     "Logistic",
     "LowLabel",
     "Outcome",
+    "Predictions",
     "RawPixels",
     "Result",
     "Results",
@@ -85,18 +93,20 @@ __all__ = [
     "collect_features",
     "describe_encoder",
     "draw_per_class",
+    "embed",
     "evaluate",
     "evaluate_dense",
     "extract_features",
-    "fit_and_score_linear",
-    "fit_and_score_logistic",
     "fit_attentive_grid",
     "fit_linear_grid",
     "fit_logistic_path",
     "knn_predict_grid",
     "label_free",
+    "load_classifier",
     "load_encoder",
+    "predict",
     "rank_me",
+    "show",
     "uniformity",
     "wilson_interval",
 ]

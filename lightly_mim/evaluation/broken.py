@@ -14,7 +14,7 @@ from lightly_mim.data.loading import default_num_workers
 from lightly_mim.data.notes import by_reason, printable
 from lightly_mim.data.opening import BrokenImageError
 
-Part = Literal["training", "test"]
+Part = Literal["training", "test", "given"]
 
 _AT_A_TIME = 64  # images that a worker tries
 

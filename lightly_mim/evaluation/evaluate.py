@@ -55,6 +55,7 @@ from lightly_mim.encoders import (
 )
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.cache import cached_features
+from lightly_mim.evaluation.classifier import CLASSIFIERS, save_classifier
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
@@ -232,7 +233,8 @@ def evaluate(
             Measure the training images' features without labels as well, see
             `lightly_mim.evaluation.rank`.
         out:
-            Directory that `results.json` is written to.
+            Directory that `results.json` is written to, and the classifiers of
+            "linear", "logistic" and "finetune", see `predict`.
         cache:
             Directory of features on disk, which several evaluations may share. By
             default features/ in `out`, or, without `out`, the memory of this process:
@@ -424,8 +426,20 @@ def evaluate(
     pending = [task for task in tasks if task not in found]
     if pending:
         runner.encode(pending)
+    saved = None if out is None or world.rank else Path(out) / CLASSIFIERS
     for task in pending:
-        found[task] = runner.run(task, keys[task])
+        found[task], outcomes = runner.run(task, keys[task])
+        if saved is not None and task.model == next(iter(models)):
+            for outcome in outcomes:
+                save_classifier(
+                    saved / f"{task.protocol}.safetensors",
+                    outcome,
+                    model,
+                    None if isinstance(encoder, torch.nn.Module) else str(encoder),
+                    found[task]["classes"],
+                    crop_ratio=crop_ratio,
+                    value_range=images.value_range,
+                )
         if world.rank == 0:
             kept.write(keys[task], found[task])
 
@@ -458,6 +472,9 @@ def evaluate(
     if file is not None and world.rank == 0:
         with atomic_write(file) as temporary:
             temporary.write_text(to_text(results.to_dict()))
+        for other in (Path(file.parent) / CLASSIFIERS).glob("*.safetensors"):
+            if other.stem not in chosen:  # of an evaluation that was overwritten
+                other.unlink()
         kept.clear(list(keys.values()))
     return results
 
@@ -617,8 +634,8 @@ class _Runner:
             precision=self.precision,
         )
 
-    def run(self, task: Task, key: str | None) -> dict[str, Any]:
-        """Runs a protocol for a model, and returns its rows."""
+    def run(self, task: Task, key: str | None) -> tuple[dict[str, Any], list[Outcome]]:
+        """Runs a protocol for a model, and returns its rows and outcomes."""
         made: dict[str, Any] = {
             "classes": self.classes,
             "unseen": _alone(self.classes, self.labels[1], self.labels[0]),
@@ -630,7 +647,7 @@ class _Runner:
         if task.protocol == LABEL_FREE:
             measured = measure_features(self._features(task, "pooled")[0])
             made["measures"] = [{"model": task.model, **row} for row in measured]
-            return made
+            return made, []
         seed = seed_from(self.seed, "evaluation", task.protocol)
         protocol = self.protocols[task.protocol]
         outcomes: list[Outcome]
@@ -662,7 +679,7 @@ class _Runner:
             asdict(self._result(task, outcome, feature_seconds, seconds))
             for outcome in outcomes
         ]
-        return made
+        return made, outcomes
 
     def _features(self, task: Task, reads: str) -> list[Features]:
         tokens = reads == "tokens"

@@ -58,6 +58,8 @@ class EvaluationImages:
             held out.
         notes:
             What a reader of results should know of the images.
+        value_range:
+            See below.
 
     Args:
         data:
@@ -93,6 +95,7 @@ class EvaluationImages:
     train: Dataset[Any]
     test: Dataset[Any]
     notes: list[str]
+    value_range: ValueRange | None
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class EvaluationImages:
         progress: bool = False,
     ) -> None:
         self._data = data
+        self.value_range = value_range
         self.notes = []
         train: Any
         test: Any

@@ -295,7 +295,9 @@ def _check_size(encoder: TimmEncoder) -> TimmEncoder:
     return encoder
 
 
-def build_saved(weights: Weights, place: Path | str) -> MaskedEncoder:
+def build_saved(
+    weights: Weights, place: Path | str, strict: bool = True
+) -> MaskedEncoder:
     """Builds the encoder of weights, with them.
 
     Args:
@@ -303,6 +305,9 @@ def build_saved(weights: Weights, place: Path | str) -> MaskedEncoder:
             What `lightly_mim.checkpoints.read_weights` returned.
         place:
             Where they were read, for the error message.
+        strict:
+            Whether they must be all of its weights. False for an encoder whose weights
+            are loaded later.
 
     Raises:
         ValueError: If the weights do not say how to build it, or if there are too few
@@ -322,9 +327,9 @@ def build_saved(weights: Weights, place: Path | str) -> MaskedEncoder:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are copied nowhere
             empty = _build(*what, None, spec["options"])
-            empty.vit.load_state_dict(weights.encoder)
+            empty.vit.load_state_dict(weights.encoder, strict=strict)
         encoder = _build(*what, spec["pos_embed"], spec["options"])
-        encoder.vit.load_state_dict(weights.encoder)
+        encoder.vit.load_state_dict(weights.encoder, strict=strict)
     except Exception as error:  # whatever timm makes of the options in a file
         raise ValueError(
             f"The weights in {place} do not fit timm's '{spec['name']}' as this "

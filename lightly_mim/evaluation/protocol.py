@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightly_mim.encoders import MaskedEncoder
@@ -44,6 +44,10 @@ class Outcome(NamedTuple):
         variant:
             What tells this outcome from others of the same protocol, such as "5 per
             class". Empty if there are no others.
+        classifier:
+            What has predicted, for `save_classifier`: a linear layer that reads the
+            chosen features as they were extracted, or a `FineTuned`. None if it is not
+            to be saved.
     """
 
     key: Key
@@ -51,6 +55,7 @@ class Outcome(NamedTuple):
     selection: list[dict[str, Any]]
     ranked: Tensor
     variant: str = ""
+    classifier: nn.Module | None = None
 
 
 class Choice(Protocol):

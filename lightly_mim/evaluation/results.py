@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,23 @@ class Results:
             "notes": self.notes,
             **self.record,
         }
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Results:
+        """Returns what `to_dict` has made, of this schema or an earlier one.
+
+        Args:
+            written:
+                What `results.json` holds. What its version did not have is empty.
+        """
+        empty = {**dict.fromkeys(Result.__dataclass_fields__), "variant": ""}
+        known = "schema_version", "rows", "measures", "notes"
+        return cls(
+            [Result(**{**empty, **row}) for row in written["rows"]],
+            list(written.get("notes", [])),
+            {name: value for name, value in written.items() if name not in known},
+            list(written.get("measures", [])),
+        )
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions

@@ -195,17 +195,10 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         ),
         "choose_linear": (
             evaluation.choose_linear,
-            {**grid, "features": [features], "epochs": 1, "num_folds": 2},
-        ),
-        "fit_and_score_linear": (
-            evaluation.fit_and_score_linear,
             {
-                "train_features": features,
-                "train_labels": labels,
-                "test_features": features,
-                "num_classes": 3,
-                "learning_rate": 0.1,
-                "epochs": 1,
+                **grid,
+                "features": [features],
+                "settings": evaluation.Linear(epochs=1, num_folds=2),
             },
         ),
         "fit_logistic_path": (
@@ -217,20 +210,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
             {
                 **grid,
                 "features": [features],
-                "cs": [1.0],
-                "num_folds": 2,
-                "max_iterations": 3,
-            },
-        ),
-        "fit_and_score_logistic": (
-            evaluation.fit_and_score_logistic,
-            {
-                "train_features": features,
-                "train_labels": labels,
-                "test_features": features,
-                "num_classes": 3,
-                "c": 1.0,
-                "max_iterations": 3,
+                "settings": evaluation.Logistic([1.0], 2, max_iterations=3),
             },
         ),
         "fit_attentive_grid": (
@@ -243,8 +223,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
                 "tokens": tokens,
                 "labels": labels,
                 "num_classes": 3,
-                "epochs": 1,
-                "num_parts": 2,
+                "settings": evaluation.Attentive(epochs=1, num_parts=2),
             },
         ),
         "draw_per_class": (

@@ -105,6 +105,18 @@ class DenseResults:
         rows = [asdict(row) for row in self.rows]
         return {"rows": rows, "notes": self.notes, **self.record}
 
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> DenseResults:
+        """Returns what `to_dict` has made.
+
+        Args:
+            written:
+                What `dense.json` holds.
+        """
+        rows = [DenseResult(**row) for row in written["rows"]]
+        record = {k: v for k, v in written.items() if k not in ("rows", "notes")}
+        return cls(rows, list(written.get("notes", [])), record)
+
     def __rich__(self) -> Group:
         return Group(_overview(self.rows), _by_class(self.rows), *map(Text, self.notes))
 

@@ -132,24 +132,9 @@ class Attentive:
         Raises:
             ValueError: If the number of features is not a multiple of that of queries.
         """
-        settings: dict[str, Any] = {
-            "kind": self.kind,
-            "queries": self.queries,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "max_numbers": self.max_numbers,
-            "seed": seed,
-            "device": device,
-        }
         choices = {
             key: choose_attentive(
-                values,
-                train.labels,
-                num_classes,
-                self.learning_rates,
-                self.weight_decays,
-                num_parts=self.num_parts,
-                **settings,
+                values, train.labels, num_classes, self, seed=seed, device=device
             )
             for key, values in train.values.items()
         }
@@ -164,7 +149,7 @@ class Attentive:
             num_classes,
             [chosen["learning_rate"]],
             [chosen["weight_decay"]],
-            **settings,
+            **self._training(seed, device),
         )
         values = test.values[key]
         logits = torch.cat(
@@ -176,6 +161,12 @@ class Attentive:
         ranked = rank_classes(logits).cpu()
         variant = "" if self.kind == "single" else f"{self.kind}, {self.queries}"
         return [Outcome(key, chosen, describe_choices(choices), ranked, variant)]
+
+    def _training(self, seed: int, device: torch.device | str) -> dict[str, Any]:
+        """Returns the arguments of `fit_attentive_grid` that the grid shares."""
+        shared = "kind", "queries", "epochs", "batch_size", "max_numbers"
+        given = {name: getattr(self, name) for name in shared}
+        return given | {"seed": seed, "device": device}
 
 
 @checked
@@ -395,21 +386,15 @@ def choose_attentive(
     tokens: Tensor,
     labels: Tensor,
     num_classes: PositiveInt,
-    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES,
-    weight_decays: NonEmpty[NonNegativeFloat] = WEIGHT_DECAYS,
+    settings: Attentive = Attentive(),
     *,
-    num_parts: AtLeastTwo = 10,
-    kind: Kind = "single",
-    queries: PositiveInt = 32,
-    epochs: PositiveInt = 30,
-    batch_size: AtLeastTwo = 128,
-    max_numbers: PositiveInt = MAX_NUMBERS,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> GridChoice:
     """Chooses learning rate and weight decay on a held-out part of the training set.
 
-    The best accuracy wins; of equals the lower cross-entropy, then the first probe.
+    The best accuracy wins; ties go to the lower cross-entropy, then to the first
+    probe.
 
     Args:
         tokens:
@@ -418,23 +403,8 @@ def choose_attentive(
             int64 tensor with shape (num_images,) with values in [0, num_classes).
         num_classes:
             Number of classes.
-        learning_rates:
-            Learning rates to try.
-        weight_decays:
-            Weight decays to try with each of them.
-        num_parts:
-            Number of parts of which one is held out, stratified by class. Default from
-            [0].
-        kind:
-            See `fit_attentive_grid`.
-        queries:
-            See `fit_attentive_grid`.
-        epochs:
-            See `fit_attentive_grid`.
-        batch_size:
-            See `fit_attentive_grid`.
-        max_numbers:
-            See `fit_attentive_grid`.
+        settings:
+            The grid, and how it is trained.
         seed:
             Decides the part that is held out, the first weights and the order of the
             other images.
@@ -449,27 +419,21 @@ def choose_attentive(
         ValueError: If shapes, labels or settings are out of range.
     """
     _check_fit(tokens, labels, num_classes)
-    parts = assign_folds(labels, num_parts, seed)
+    parts = assign_folds(labels, settings.num_parts, seed)
     probes = fit_attentive_grid(
         tokens,
         labels,
         num_classes,
-        learning_rates,
-        weight_decays,
+        settings.learning_rates,
+        settings.weight_decays,
         rows=(parts != 0).nonzero().flatten(),
-        kind=kind,
-        queries=queries,
-        epochs=epochs,
-        batch_size=batch_size,
-        max_numbers=max_numbers,
-        seed=seed,
-        device=device,
+        **settings._training(seed, device),
     )
     held_out = (parts == 0).nonzero().flatten()
     correct = torch.zeros(probes.num_probes, dtype=torch.int64)
     loss = torch.zeros(probes.num_probes, dtype=torch.float64)
-    for start in range(0, len(held_out), batch_size):
-        index = held_out[start : start + batch_size]
+    for start in range(0, len(held_out), settings.batch_size):
+        index = held_out[start : start + settings.batch_size]
         target = labels[index].to(device).expand(probes.num_probes, -1)
         logits = probes(tokens[index].to(device))
         correct += (logits.argmax(dim=2) == target).sum(dim=1).cpu()
@@ -478,7 +442,7 @@ def choose_attentive(
     choices = [
         GridChoice(*pair, hits / len(held_out), lost / len(held_out))
         for pair, hits, lost in zip(
-            itertools.product(learning_rates, weight_decays),
+            itertools.product(settings.learning_rates, settings.weight_decays),
             correct.tolist(),
             loss.tolist(),
             strict=True,

@@ -83,14 +83,7 @@ class KNN:
         """See `FeatureProtocol`. Nothing is random."""
         labels = train.labels.to(device)
         choices = {
-            key: choose_knn(
-                values.to(device),
-                labels,
-                num_classes,
-                self.ks,
-                self.temperatures,
-                chunk_size=self.chunk_size,
-            )
+            key: choose_knn(values.to(device), labels, num_classes, self)
             for key, values in train.values.items()
         }
         key = best_key(choices)
@@ -211,15 +204,11 @@ def choose_knn(
     features: Tensor,
     labels: Tensor,
     num_classes: PositiveInt,
-    ks: NonEmpty[PositiveInt] | None = None,
-    temperatures: NonEmpty[PositiveFloat] = TEMPERATURES,
-    *,
-    chunk_size: PositiveInt = 256,
+    settings: KNN = KNN(),
 ) -> KNNChoice:
     """Chooses k and the temperature by leave-one-out on the training set.
 
-    Of settings that are equally good the first one of the grid is taken, with k in the
-    outer loop.
+    Ties go to the first setting of the grid, with k in the outer loop.
 
     Args:
         features:
@@ -228,13 +217,8 @@ def choose_knn(
             int64 tensor with shape (num_images,) with values in [0, num_classes).
         num_classes:
             Number of classes.
-        ks:
-            Numbers of neighbours to try. None tries those of `KS` that are smaller than
-            the number of images.
-        temperatures:
-            Temperatures to try.
-        chunk_size:
-            Number of images at a time, see `knn_predict_grid`.
+        settings:
+            The grid.
 
     Returns:
         The best setting and its leave-one-out accuracy.
@@ -246,12 +230,19 @@ def choose_knn(
         raise ValueError(
             f"features has shape (num_images, dim), got {tuple(features.shape)}."
         )
-    ks = fitting_ks(len(features)) if ks is None else list(ks)
+    ks = fitting_ks(len(features)) if settings.ks is None else list(settings.ks)
+    temperatures = settings.temperatures
     predictions = knn_predict_grid(
-        None, features, labels, num_classes, ks, temperatures, chunk_size=chunk_size
+        None,
+        features,
+        labels,
+        num_classes,
+        ks,
+        temperatures,
+        chunk_size=settings.chunk_size,
     )
     correct = (predictions[..., 0] == labels).sum(dim=2).flatten()
-    best = int(correct.argmax())  # the first one of equals
+    best = int(correct.argmax())  # the first of ties
     return KNNChoice(
         k=ks[best // len(temperatures)],
         temperature=temperatures[best % len(temperatures)],

@@ -104,7 +104,9 @@ class Linear:
         num_folds:
             Number of parts of the training set of which each is held out once.
         max_numbers:
-            Bounds the memory, see `choose_linear`.
+            Bounds the memory: as much is trained together as keeps features, weights
+            and logits below this many numbers. One part of the cross-validation on one
+            of the features may take more, for that is never cut.
     """
 
     name: ClassVar[str] = "linear"
@@ -136,12 +138,7 @@ class Linear:
             list(train.values.values()),
             train.labels,
             num_classes,
-            self.learning_rates,
-            self.weight_decays,
-            num_folds=self.num_folds,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            max_numbers=self.max_numbers,
+            self,
             seed=seed,
             device=device,
         )
@@ -151,18 +148,30 @@ class Linear:
             "learning_rate": choices[key].learning_rate,
             "weight_decay": choices[key].weight_decay,
         }
-        logits = fit_and_score_linear(
-            train.values[key].to(device),
+        features = train.values[key].to(device)
+        standardize = Standardizer.fit(features)
+        (weight,), (bias,) = fit_linear_grid(
+            standardize(features),
             train.labels.to(device),
-            test.values[key].to(device),
             num_classes,
-            **chosen,
+            [chosen["learning_rate"]],
+            [chosen["weight_decay"]],
             epochs=self.epochs,
             batch_size=self.batch_size,
             seed=seed,
         )
-        ranked = rank_classes(logits).cpu()
-        return [Outcome(key, chosen, describe_choices(choices), ranked)]
+        logits = functional.linear(
+            standardize(test.values[key].to(device)), weight, bias
+        )
+        return [
+            Outcome(
+                key,
+                chosen,
+                describe_choices(choices),
+                rank_classes(logits).cpu(),
+                classifier=standardize.folded_into(weight, bias),
+            )
+        ]
 
 
 @checked
@@ -234,13 +243,8 @@ def choose_linear(
     features: Sequence[Tensor],
     labels: Tensor,
     num_classes: PositiveInt,
-    learning_rates: NonEmpty[PositiveFloat] = LEARNING_RATES,
-    weight_decays: NonEmpty[NonNegativeFloat] = (0.0,),
+    settings: Linear = Linear(),
     *,
-    num_folds: AtLeastTwo = 5,
-    epochs: PositiveInt = 100,
-    batch_size: PositiveInt = 128,
-    max_numbers: PositiveInt = MAX_NUMBERS,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> list[GridChoice]:
@@ -248,8 +252,8 @@ def choose_linear(
 
     By cross-validation on the training set: every image is held out once. On training
     sets of 200 to 2,000 images this found better rates than a single held-out fifth, by
-    0 to 1.2 points of accuracy. The best accuracy wins; of equals the lower
-    cross-entropy, then the first probe.
+    0 to 1.2 points of accuracy. The best accuracy wins; ties go to
+    the lower cross-entropy, then to the first probe.
 
     Features with equally many dimensions are trained together, and so are the parts of
     the cross-validation that hold out equally many images. Which ones meet in a product
@@ -263,20 +267,8 @@ def choose_linear(
             int64 tensor with shape (num_images,) with values in [0, num_classes).
         num_classes:
             Number of classes.
-        learning_rates:
-            Learning rates to try.
-        weight_decays:
-            Weight decays to try with each of them.
-        num_folds:
-            Number of parts of which one at a time is held out, stratified by class.
-        epochs:
-            Number of passes over the others, see `fit_linear_grid`.
-        batch_size:
-            Largest number of images in a batch.
-        max_numbers:
-            Bounds the memory: as much is trained together as keeps features, weights
-            and logits below this many numbers. One part of the cross-validation on one
-            of the features may take more, for that is never cut.
+        settings:
+            The grid, and how it is trained.
         seed:
             Decides which images are held out together and the order of the others.
         device:
@@ -291,9 +283,9 @@ def choose_linear(
     """
     for values in features:
         check_fit(values, labels, num_classes)
-    probes = list(itertools.product(learning_rates, weight_decays))
-    folds = assign_folds(labels, num_folds, seed)
-    sizes = folds.bincount(minlength=num_folds).tolist()
+    probes = list(itertools.product(settings.learning_rates, settings.weight_decays))
+    folds = assign_folds(labels, settings.num_folds, seed)
+    sizes = folds.bincount(minlength=settings.num_folds).tolist()
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, values in enumerate(features):
         for fold, size in enumerate(sizes):
@@ -302,9 +294,9 @@ def choose_linear(
     loss = torch.zeros(len(features), len(probes), dtype=torch.float64)
     for (dim, size), problems in alike.items():
         numbers = (len(labels) - size) * dim + len(probes) * num_classes * (
-            3 * dim + 2 * batch_size
+            3 * dim + 2 * settings.batch_size
         )
-        for chunk in _chunks(problems, max(1, max_numbers // numbers)):
+        for chunk in _chunks(problems, max(1, settings.max_numbers // numbers)):
             scalers = [Standardizer.fit(features[i][folds != f]) for i, f in chunk]
             parts = zip(scalers, chunk, strict=True)
             weights, biases = _train(
@@ -314,8 +306,8 @@ def choose_linear(
                 torch.stack([labels[folds != f] for _, f in chunk]).to(device),
                 num_classes,
                 probes,
-                epochs,
-                batch_size,
+                settings.epochs,
+                settings.batch_size,
                 0.9,
                 seed,
             )
@@ -327,7 +319,7 @@ def choose_linear(
                     bias,
                     scale(features[i][folds == f]).to(device),
                     labels[folds == f].to(device),
-                    max_numbers=max_numbers,
+                    max_numbers=settings.max_numbers,
                 )
                 correct[i] += hits
                 loss[i] += lost
@@ -339,61 +331,6 @@ def choose_linear(
         ]
         choices.append(max(grid, key=merit))
     return choices
-
-
-@checked
-def fit_and_score_linear(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    num_classes: PositiveInt,
-    learning_rate: PositiveFloat,
-    weight_decay: NonNegativeFloat = 0.0,
-    *,
-    epochs: PositiveInt = 100,
-    batch_size: PositiveInt = 128,
-    seed: Seed = 0,
-) -> Tensor:
-    """Fits the chosen probe on the whole training set and scores other images.
-
-    Args:
-        train_features:
-            Tensor with shape (num_train, dim), as extracted.
-        train_labels:
-            int64 tensor with shape (num_train,) with values in [0, num_classes).
-        test_features:
-            Tensor with shape (num_test, dim), as extracted.
-        num_classes:
-            Number of classes.
-        learning_rate:
-            The chosen learning rate.
-        weight_decay:
-            The chosen weight decay.
-        epochs:
-            Number of passes over the training images, see `fit_linear_grid`.
-        batch_size:
-            Largest number of images in a batch.
-        seed:
-            Decides the order of the images.
-
-    Returns:
-        Tensor with shape (num_test, num_classes), the logits.
-
-    Raises:
-        ValueError: If shapes, labels or settings are out of range.
-    """
-    standardize = Standardizer.fit(train_features)
-    weight, bias = fit_linear_grid(
-        standardize(train_features),
-        train_labels,
-        num_classes,
-        [learning_rate],
-        [weight_decay],
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    return functional.linear(standardize(test_features), weight[0], bias[0])
 
 
 def score_linear(

@@ -104,30 +104,26 @@ class Logistic:
         Warns:
             ConvergenceWarning: If the final fit ended at `max_iterations`.
         """
-        settings: dict[str, Any] = {
-            "tolerance": self.tolerance,
-            "max_iterations": self.max_iterations,
-            "max_numbers": self.max_numbers,
-        }
         found = choose_logistic(
             list(train.values.values()),
             train.labels,
             num_classes,
-            self.cs,
-            num_folds=self.num_folds,
+            self,
             seed=seed,
             device=device,
-            **settings,
         )
         choices = dict(zip(train.values, found, strict=True))
         key = best_key(choices)
-        logits, converged = fit_and_score_logistic(
-            train.values[key].to(device),
+        features = train.values[key].to(device)
+        standardize = Standardizer.fit(features)
+        (weight,), (bias,), _, (converged,) = fit_logistic_path(
+            standardize(features),
             train.labels.to(device),
-            test.values[key].to(device),
             num_classes,
-            choices[key].c,
-            **settings,
+            [choices[key].c],
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            max_numbers=self.max_numbers,
         )
         if not converged:
             warnings.warn(
@@ -137,9 +133,18 @@ class Logistic:
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        chosen = {"c": choices[key].c}
-        ranked = rank_classes(logits).cpu()
-        return [Outcome(key, chosen, describe_choices(choices), ranked)]
+        logits = functional.linear(
+            standardize(test.values[key].to(device)), weight, bias
+        )
+        return [
+            Outcome(
+                key,
+                {"c": choices[key].c},
+                describe_choices(choices),
+                rank_classes(logits).cpu(),
+                classifier=standardize.folded_into(weight, bias),
+            )
+        ]
 
 
 class LogisticChoice(NamedTuple):
@@ -268,19 +273,15 @@ def choose_logistic(
     features: Sequence[Tensor],
     labels: Tensor,
     num_classes: PositiveInt,
-    cs: NonEmpty[PositiveFloat] = CS,
+    settings: Logistic = Logistic(),
     *,
-    num_folds: AtLeastTwo = 5,
     standardized: bool = False,
-    tolerance: PositiveFloat = 1e-4,
-    max_iterations: PositiveInt = 1000,
-    max_numbers: PositiveInt = MAX_NUMBERS,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> list[LogisticChoice]:
     """Chooses C for each of several features, by cross-validation.
 
-    The best accuracy wins; of equals the lower cross-entropy, then the first C.
+    The best accuracy wins; ties go to the lower cross-entropy, then to the first C.
 
     Args:
         features:
@@ -290,19 +291,11 @@ def choose_logistic(
             int64 tensor with shape (num_images,) with values in [0, num_classes).
         num_classes:
             Number of classes.
-        cs:
-            Values of C to try.
-        num_folds:
-            Number of parts of which one at a time is held out, stratified by class.
+        settings:
+            The values of C, and how the fits end.
         standardized:
             Whether the features are standardised already. Otherwise each part of the
             cross-validation does so with the statistics of what is not held out.
-        tolerance:
-            See `fit_logistic_path`.
-        max_iterations:
-            See `fit_logistic_path`.
-        max_numbers:
-            See `fit_logistic_path`.
         seed:
             Decides which images are held out together.
         device:
@@ -317,13 +310,13 @@ def choose_logistic(
     """
     for values in features:
         check_fit(values, labels, num_classes)
-    folds = assign_folds(labels, num_folds, seed)
+    folds = assign_folds(labels, settings.num_folds, seed)
     choices = []
     for values in features:
-        correct = torch.zeros(len(cs), dtype=torch.int64)
-        loss = torch.zeros(len(cs), dtype=torch.float64)
-        converged = [True] * len(cs)
-        for fold in range(num_folds):
+        correct = torch.zeros(len(settings.cs), dtype=torch.int64)
+        loss = torch.zeros(len(settings.cs), dtype=torch.float64)
+        converged = [True] * len(settings.cs)
+        for fold in range(settings.num_folds):
             kept, held_out = folds != fold, folds == fold
             train, test = values[kept], values[held_out]
             if not standardized:
@@ -333,17 +326,17 @@ def choose_logistic(
                 train.to(device),
                 labels[kept].to(device),
                 num_classes,
-                cs,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                max_numbers=max_numbers,
+                settings.cs,
+                tolerance=settings.tolerance,
+                max_iterations=settings.max_iterations,
+                max_numbers=settings.max_numbers,
             )
             hits, lost = score_linear(
                 path.weight,
                 path.bias,
                 test.to(device),
                 labels[held_out].to(device),
-                max_numbers=max_numbers,
+                max_numbers=settings.max_numbers,
             )
             correct += hits
             loss += lost
@@ -353,64 +346,11 @@ def choose_logistic(
         grid = [
             LogisticChoice(c, hits / len(labels), lost / len(labels), done)
             for c, hits, lost, done in zip(
-                cs, correct.tolist(), loss.tolist(), converged, strict=True
+                settings.cs, correct.tolist(), loss.tolist(), converged, strict=True
             )
         ]
         choices.append(max(grid, key=merit))
     return choices
-
-
-@checked
-def fit_and_score_logistic(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    num_classes: PositiveInt,
-    c: PositiveFloat,
-    *,
-    tolerance: PositiveFloat = 1e-4,
-    max_iterations: PositiveInt = 1000,
-    max_numbers: PositiveInt = MAX_NUMBERS,
-) -> tuple[Tensor, bool]:
-    """Fits with the chosen C on the whole training set and scores other images.
-
-    Args:
-        train_features:
-            Tensor with shape (num_train, dim), as extracted.
-        train_labels:
-            int64 tensor with shape (num_train,) with values in [0, num_classes).
-        test_features:
-            Tensor with shape (num_test, dim), as extracted.
-        num_classes:
-            Number of classes.
-        c:
-            The chosen C.
-        tolerance:
-            See `fit_logistic_path`.
-        max_iterations:
-            See `fit_logistic_path`.
-        max_numbers:
-            See `fit_logistic_path`.
-
-    Returns:
-        (logits, converged): a tensor with shape (num_test, num_classes), and whether
-        the fit has converged.
-
-    Raises:
-        ValueError: If shapes, labels or settings are out of range.
-    """
-    standardize = Standardizer.fit(train_features)
-    path = fit_logistic_path(
-        standardize(train_features),
-        train_labels,
-        num_classes,
-        [c],
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        max_numbers=max_numbers,
-    )
-    logits = functional.linear(standardize(test_features), path.weight[0], path.bias[0])
-    return logits, path.converged[0]
 
 
 class _Objective:

@@ -36,6 +36,7 @@ from lightly_mim.arguments import (
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.evaluation.probes.logistic import (
+    Logistic,
     choose_logistic,
     fit_logistic_path,
 )
@@ -158,10 +159,6 @@ class LowLabel:
         seed: int,
         device: torch.device | str,
     ) -> Outcome:
-        settings: dict[str, Any] = {
-            "tolerance": self.tolerance,
-            "max_iterations": self.max_iterations,
-        }
         chosen: list[tuple[Key, float]] = []
         selection: list[dict[str, Any]] = []
         ranked = []
@@ -178,12 +175,15 @@ class LowLabel:
                     list(features.values()),
                     labels,
                     num_classes,
-                    self.cs,
-                    num_folds=min(shots, self.num_folds),
+                    Logistic(
+                        self.cs,
+                        num_folds=min(shots, self.num_folds),
+                        tolerance=self.tolerance,
+                        max_iterations=self.max_iterations,
+                    ),
                     standardized=True,
                     seed=seed_from(seed, "low_label", "parts", draw),
                     device=device,
-                    **settings,
                 )
                 choices = dict(zip(features, found, strict=True))
                 key = best_key(choices)
@@ -196,7 +196,8 @@ class LowLabel:
                 labels.to(device),
                 num_classes,
                 [c],
-                **settings,
+                tolerance=self.tolerance,
+                max_iterations=self.max_iterations,
             )
             cut += not path.converged[0]
             logits = functional.linear(

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Standardizer(NamedTuple):
@@ -63,6 +63,22 @@ class Standardizer(NamedTuple):
     def __call__(self, features: Tensor) -> Tensor:
         """Returns standardised features with the shape of the features."""
         return (features - self.mean) / self.scale
+
+    def folded_into(self, weight: Tensor, bias: Tensor) -> nn.Linear:
+        """Returns the linear layer that does both: standardises, and then classifies.
+
+        Args:
+            weight:
+                Tensor with shape (num_classes, dim).
+            bias:
+                Tensor with shape (num_classes,).
+        """
+        folded = weight.double().cpu() / self.scale.double().cpu()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            layer = nn.Linear(folded.shape[1], folded.shape[0])
+            layer.weight.copy_(folded)
+            layer.bias.copy_(bias.double().cpu() - folded @ self.mean.double().cpu())
+        return layer
 
 
 def check_fit(features: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -226,13 +226,14 @@ def test_attentive__finds_the_token_that_tells(kind: attentive.Kind) -> None:
 def test_choose_attentive__equals_a_held_out_part_by_hand() -> None:
     tokens, labels = random_tokens(num_images=40, dim=8)
     tokens[..., 0] += labels[:, None] * 2
-    settings = {"epochs": 4, "batch_size": 10, "seed": 2}
-    choice = attentive.choose_attentive(
-        tokens, labels, 3, RATES, DECAYS, num_parts=4, **settings
+    settings = {"epochs": 4, "batch_size": 10}
+    grid_of = attentive.Attentive(
+        learning_rates=RATES, weight_decays=DECAYS, num_parts=4, **settings
     )
+    choice = attentive.choose_attentive(tokens, labels, 3, grid_of, seed=2)
     held_out = assign_folds(labels, 4, 2) == 0
     probes = attentive.fit_attentive_grid(
-        tokens[~held_out], labels[~held_out], 3, RATES, DECAYS, **settings
+        tokens[~held_out], labels[~held_out], 3, RATES, DECAYS, seed=2, **settings
     ).eval()
     grid = []
     for pair, logits in zip(

@@ -157,7 +157,7 @@ def test_choose_knn__equals_scikit_learn_leave_one_out() -> None:
                 correct += model.predict(bank[n : n + 1].numpy())[0] == labels[n].item()
             grid[k, temperature] = correct / 60
     best = max(grid, key=lambda setting: grid[setting])
-    choice = knn.choose_knn(bank, labels, 4, [1, 5, 15], [0.05, 0.3], chunk_size=13)
+    choice = knn.choose_knn(bank, labels, 4, knn.KNN([1, 5, 15], [0.05, 0.3], 13))
     assert (choice.k, choice.temperature) == best
     assert choice.accuracy == pytest.approx(grid[best])
 

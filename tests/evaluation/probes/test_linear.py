@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.probes import linear
-from lightly_mim.evaluation.probes.linear import GridChoice
+from lightly_mim.evaluation.probes.linear import GridChoice, Linear
+from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.evaluation.splits import assign_folds
 
 
@@ -86,6 +87,14 @@ def digits(num_train: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return features[train], targets[train], features[test], targets[test]
 
 
+def fit_and_score(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, rate: float
+) -> Tensor:
+    scaler = Standardizer.fit(train)
+    weight, bias = linear.fit_linear_grid(scaler(train), labels, num_classes, [rate])
+    return torch.nn.functional.linear(scaler(test), weight[0], bias[0])
+
+
 PENALTIES = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
 
 
@@ -94,7 +103,7 @@ def test_fit_and_score_linear__reaches_logistic_regression(num_train: int) -> No
     train, labels, test, expected = digits(num_train)
     accuracies = []
     for rate in linear.LEARNING_RATES:
-        logits = linear.fit_and_score_linear(train, labels, test, 10, rate)
+        logits = fit_and_score(train, labels, test, 10, rate)
         accuracies.append(float((logits.argmax(1) == expected).float().mean()))
     reference = [
         make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=3000))
@@ -110,7 +119,7 @@ def test_fit_and_score_linear__reaches_logistic_regression(num_train: int) -> No
 def test_choose_linear__reaches_cross_validated_logistic_regression() -> None:
     train, labels, test, expected = digits(600)
     choice = linear.choose_linear([train], labels, 10)[0]
-    logits = linear.fit_and_score_linear(train, labels, test, 10, choice.learning_rate)
+    logits = fit_and_score(train, labels, test, 10, choice.learning_rate)
     accuracy = float((logits.argmax(1) == expected).float().mean())
     search = GridSearchCV(LogisticRegression(max_iter=3000), {"C": PENALTIES})
     model = make_pipeline(StandardScaler(), search).fit(train.numpy(), labels.numpy())
@@ -120,28 +129,30 @@ def test_choose_linear__reaches_cross_validated_logistic_regression() -> None:
 def test_choose_linear__prefers_the_lower_loss_of_equal_accuracies() -> None:
     features = torch.tensor([[-1.0], [1.0]]).repeat(20, 1)
     labels = torch.tensor([0, 1]).repeat(20)
-    [choice] = linear.choose_linear([features], labels, 2, [0.01, 1.0], epochs=3)
+    [choice] = linear.choose_linear(
+        [features], labels, 2, Linear([0.01, 1.0], epochs=3)
+    )
     assert choice.accuracy == 1.0
     assert choice.learning_rate == 1.0
-    other = linear.choose_linear([features], labels, 2, [1.0, 0.01], epochs=3)
+    other = linear.choose_linear([features], labels, 2, Linear([1.0, 0.01], epochs=3))
     assert other == [choice]
 
 
 def test_choose_linear__is_a_function_of_the_seed() -> None:
     features, labels = random_problem(torch.float32)
     rates = [0.01, 0.1]
-    first = linear.choose_linear([features], labels, 3, rates, epochs=5, seed=1)
+    first = linear.choose_linear([features], labels, 3, Linear(rates, epochs=5), seed=1)
     torch.manual_seed(123)  # the global generator plays no part
-    again = linear.choose_linear([features], labels, 3, rates, epochs=5, seed=1)
+    again = linear.choose_linear([features], labels, 3, Linear(rates, epochs=5), seed=1)
     assert again == first
-    other = linear.choose_linear([features], labels, 3, rates, epochs=5, seed=2)
+    other = linear.choose_linear([features], labels, 3, Linear(rates, epochs=5), seed=2)
     assert other != first
 
 
 def test_choose_linear__one_class() -> None:
     features = torch.randn(10, 3)
     labels = torch.zeros(10, dtype=torch.int64)
-    [choice] = linear.choose_linear([features], labels, 1, epochs=2)
+    [choice] = linear.choose_linear([features], labels, 1, Linear(epochs=2))
     assert choice.accuracy == 1.0
 
 
@@ -185,11 +196,7 @@ def test_choose_linear__equals_cross_validation_by_hand(max_numbers: int) -> Non
         several,
         labels,
         3,
-        RATES,
-        DECAYS,
-        num_folds=3,
-        epochs=4,
-        max_numbers=max_numbers,
+        Linear(RATES, DECAYS, num_folds=3, epochs=4, max_numbers=max_numbers),
         seed=2,
     )
     assert choices == [by_hand(values, labels, 3, 2) for values in several]
@@ -217,9 +224,14 @@ def test_linear__takes_half_precision_and_the_best_features() -> None:
         name: best[name] for name in ("learning_rate", "weight_decay")
     }
     # Pixels are whole numbers below 17, so that half precision loses nothing.
-    logits = linear.fit_and_score_linear(
-        train, labels, test[:100], 10, best["learning_rate"], epochs=20, seed=3
+    scaler = Standardizer.fit(train)
+    (weight,), (bias,) = linear.fit_linear_grid(
+        scaler(train), labels, 10, [best["learning_rate"]], epochs=20, seed=3
     )
+    logits = torch.nn.functional.linear(scaler(test[:100]), weight, bias)
+    assert outcome.classifier is not None
+    folded = outcome.classifier(test[:100])
+    torch.testing.assert_close(folded, logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(outcome.ranked[:, 0], logits.argmax(dim=1))
 
 

@@ -130,9 +130,7 @@ def test_choose_logistic__equals_cross_validation_by_hand() -> None:
         [features[:, :20], features],
         labels,
         10,
-        cs,
-        num_folds=3,
-        tolerance=1e-7,
+        logistic.Logistic(cs, num_folds=3, tolerance=1e-7),
         seed=4,
     )
     assert choice == (best[0], best[1], pytest.approx(best[2], rel=1e-4), True)

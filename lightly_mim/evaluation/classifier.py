@@ -1,0 +1,488 @@
+"""Classifiers that outlive their evaluation: saved, loaded, and used on other images.
+
+OUT/classifiers/<protocol>.safetensors holds the head of a linear or logistic probe, and
+says which encoder it belongs to, or the whole fine-tuned network; and the names of the
+classes and how images are prepared. Such a file is data: an encoder that it names is
+taken from this machine, if it is there and its weights are the same, and never fetched.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightly_mim.arguments import PositiveInt, Workers, checked
+from lightly_mim.checkpoints import Weights, encoder_spec, hash_tensors
+from lightly_mim.checkpoints.spec import read_spec
+from lightly_mim.data import ImageDataset, KeyedLoader
+from lightly_mim.data.depth import ValueRange
+from lightly_mim.data.folder import OnError
+from lightly_mim.encoders import Encoder
+from lightly_mim.evaluation.broken import find_readable
+from lightly_mim.evaluation.features import evaluating, normalize_images
+from lightly_mim.evaluation.finetune import FineTuned
+from lightly_mim.evaluation.fingerprints import encoder_fingerprint
+from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.loading import build_saved, load_encoder
+from lightly_mim.evaluation.protocol import Outcome
+from lightly_mim.evaluation.provenance import choose_device
+from lightly_mim.files import atomic_write, printable
+from lightly_mim.transforms import EvalTransform
+
+CLASSIFIERS = "classifiers"  # the folder of an evaluation that they lie in
+
+_METADATA_KEY = "lightly_mim_classifier"
+_SHOWN = 20  # images in a printed table
+
+
+class Classifier(nn.Module):
+    """Gives normalised images logits.
+
+    Attributes:
+        classes:
+            Names of the classes.
+        accuracy:
+            Accuracy on held-out training images, None if none were held out.
+        transform:
+            How images are prepared.
+        value_range:
+            See `lightly_mim.data.open_data`.
+        encoder:
+            The encoder, whose mean and standard deviation normalise images.
+    """
+
+    def __init__(
+        self,
+        encoder: AnyEncoder,
+        model: nn.Module,
+        key: tuple[int, str] | None,
+        said: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.classes: list[str] = said["classes"]
+        self.accuracy: float | None = said["accuracy"]
+        self.transform = EvalTransform(
+            tuple(said["img_size"]), said["crop_ratio"], normalize=None
+        )
+        given = said["value_range"]
+        self.value_range: ValueRange | None = None if given is None else tuple(given)
+        self.encoder = encoder
+        self._model = model
+        self._key = key  # layer and pooling that a probe reads
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits with shape (batch_size, num_classes)."""
+        if self._key is None:
+            logits: Tensor = self._model(images)
+            return logits
+        layer, pool = self._key
+        pools: Any = [pool]
+        found: Any = self.encoder.embed_layers(images, [layer], pools)
+        logits = self._model(found[self._key].float())
+        return logits
+
+
+def save_classifier(
+    path: Path,
+    outcome: Outcome,
+    encoder: AnyEncoder,
+    source: str | None,
+    classes: list[str],
+    *,
+    crop_ratio: float,
+    value_range: ValueRange | None = None,
+) -> None:
+    """Writes what an outcome has predicted with, if it can be used without it.
+
+    Args:
+        path:
+            The file to write.
+        outcome:
+            The outcome, see `Outcome.classifier`.
+        encoder:
+            The encoder that was evaluated.
+        source:
+            Where it comes from, a path or a name. None for a module.
+        classes:
+            Names of the classes.
+        crop_ratio:
+            See `EvalTransform`.
+        value_range:
+            See `lightly_mim.data.open_data`.
+
+    Raises:
+        OSError: If the file cannot be written. What was there before is left as it was.
+    """
+    model = outcome.classifier
+    if model is None or getattr(encoder, "names_features", False):
+        return
+    accuracies = [entry["accuracy"] for entry in outcome.selection]
+    said: dict[str, Any] = {
+        "version": 1,
+        "classes": classes,
+        "accuracy": max(accuracies) if accuracies else None,
+        "img_size": list(encoder.img_size),
+        "crop_ratio": crop_ratio,
+        "value_range": None if value_range is None else list(value_range),
+    }
+    if isinstance(model, FineTuned):
+        said |= {"pool": model.pool, "encoder": encoder_spec(model.encoder)}
+    else:
+        is_file = source is not None and Path(source).exists()
+        said |= {
+            "key": list(outcome.key),
+            "source": str(Path(source).absolute()) if source and is_file else source,
+            "fingerprint": encoder_fingerprint(encoder),
+        }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    text = json.dumps(said)
+    checksum = hash_tensors(sorted(tensors.items()), text)
+    try:
+        with atomic_write(path) as temporary:
+            # One entry, since the order of several is left to chance.
+            whole = json.dumps({"said": text, "sha256": checksum})
+            save_file(tensors, temporary, {_METADATA_KEY: whole})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"Cannot write {path}: {error}") from error
+
+
+@checked
+def load_classifier(
+    model: Path | str, encoder: Encoder | Path | None = None
+) -> Classifier:
+    """Reads a classifier.
+
+    Args:
+        model:
+            A file that an evaluation has left in classifiers/, or the directory of the
+            evaluation: of several, the one that was best on held-out training images.
+        encoder:
+            What a probe's features come from, see `load_encoder`. By default where the
+            file says that it was.
+
+    Returns:
+        The classifier, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: If there is no such file, if it is damaged, or if the encoder is not
+            the one that the probe was fitted on.
+        OSError: If the file cannot be read.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return _best_of(path, encoder)
+    said, tensors = _read(path)
+    if "pool" in said:
+        if encoder is not None:
+            raise ValueError(
+                f"{path} holds the whole fine-tuned network: leave encoder out."
+            )
+        built = _build_finetuned(path, said, tensors)
+        return Classifier(built.encoder, built, None, said).eval()
+    found = _find_encoder(path, said, encoder)
+    shape = tensors["weight"].shape
+    with torch.random.fork_rng(devices=[]):
+        head = nn.Linear(shape[1], shape[0])
+    head.load_state_dict(tensors)
+    layer, pooling = said["key"]
+    return Classifier(found, head, (layer, pooling), said).eval()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of images. `rich.print` shows it as a table.
+
+    Attributes:
+        filenames:
+            Name of each image.
+        classes:
+            Names of the classes.
+        probabilities:
+            Tensor with shape (num_images, num_classes).
+        top:
+            How many classes of an image are shown and written, the most probable first.
+        notes:
+            What a reader should know.
+    """
+
+    filenames: list[str]
+    classes: list[str]
+    probabilities: Tensor
+    top: int
+    notes: list[str]
+
+    def rows(self) -> Iterator[list[str]]:
+        """Yields the name of an image, and classes and probabilities in turn."""
+        best = self.probabilities.topk(self.top, dim=1)
+        for name, values, numbers in zip(self.filenames, *best, strict=True):
+            row = [name]
+            for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
+                row += [self.classes[number], f"{value:.6f}"]
+            yield row
+
+    def header(self) -> list[str]:
+        """Returns the names of the columns of `rows`."""
+        numbers = range(1, self.top + 1)
+        pairs = ([f"class {n}", f"probability {n}"] for n in numbers)
+        return ["file", *(name for pair in pairs for name in pair)]
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in self.header():
+            table.add_column(name, overflow="fold")
+        for number, row in enumerate(self.rows()):
+            if number == _SHOWN:
+                break
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        yield table
+        if (more := len(self.filenames) - _SHOWN) > 0:
+            yield Text(f"and {more} more images; out writes all of them.")
+        yield from map(Text, self.notes)
+
+
+@checked
+def predict(
+    model: Path | str,
+    images: Path | str,
+    *,
+    encoder: Encoder | Path | None = None,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    top: PositiveInt = 3,
+    batch_size: PositiveInt = 64,
+    num_workers: Workers | None = None,
+    device: str | None = None,
+    on_error: OnError = "raise",
+    progress: bool | None = None,
+) -> Predictions:
+    """Tells the classes of images by a classifier that an evaluation has saved.
+
+    Args:
+        model:
+            A file that an evaluation has left in classifiers/, or the directory of the
+            evaluation: of several, the one that was best on held-out training images.
+        images:
+            An image, or a folder of images, also in sub-folders.
+        encoder:
+            What a probe's features come from. By default where the file says.
+        out:
+            A CSV file to write, with the name of each image, and its most probable
+            classes and their probabilities.
+        overwrite:
+            Replace a file that is there.
+        top:
+            How many classes of an image to show and to write.
+        batch_size:
+            Number of images at a time.
+        num_workers:
+            Number of processes that read images. By default chosen by the loader.
+        device:
+            Where to compute, such as "cpu" or "cuda:1". By default the accelerator, if
+            there is one.
+        on_error:
+            What an image does that cannot be read: "raise" an error that names it, or
+            "skip", which leaves it out and says how many, by reason.
+        progress:
+            Show a progress bar. By default on a terminal.
+
+    Returns:
+        The probabilities of all classes.
+
+    Raises:
+        ValueError: If there is no such model, encoder or image, or if `out` is there
+            already.
+        OSError: If a file cannot be read or written.
+    """
+    if out is not None:
+        refuse_file(Path(out), (".csv",), overwrite)
+    classifier = load_classifier(model, encoder)
+    show = sys.stdout.isatty() if progress is None else progress
+    data, notes = open_images(
+        Path(images),
+        classifier.transform,
+        classifier.encoder.in_chans,
+        classifier.value_range,
+        on_error,
+        num_workers,
+        show,
+    )
+    place = choose_device(device)
+    loader = KeyedLoader(data, batch_size, training=False, num_workers=num_workers)
+    parts, filenames = [], []
+    mean, std = classifier.encoder.mean, classifier.encoder.std
+    with evaluating(classifier, place), torch.inference_mode():
+        for batch in track(loader, "Predicting", disable=not show):
+            pixels = normalize_images(batch[0].to(place), mean, std)
+            parts.append(classifier(pixels).softmax(dim=1).cpu())
+            filenames += batch[2]
+    top = min(top, len(classifier.classes))
+    found = Predictions(filenames, classifier.classes, torch.cat(parts), top, notes)
+    if out is not None:
+        with atomic_write(out) as temporary:
+            with temporary.open(
+                "w", newline="", encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                csv.writer(file).writerows([found.header(), *found.rows()])
+    return found
+
+
+def refuse_file(path: Path, endings: tuple[str, ...], overwrite: bool) -> None:
+    """Raises a ValueError if a file cannot be written there.
+
+    Args:
+        path:
+            The file.
+        endings:
+            How its name may end.
+        overwrite:
+            Whether it may be replaced.
+    """
+    if path.suffix not in endings:
+        raise ValueError(f"out ends with {' or '.join(endings)}, got out={path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass a file as out.")
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"{path} is there already: pass overwrite, or another file as out."
+        )
+
+
+def open_images(
+    images: Path,
+    transform: EvalTransform,
+    in_chans: int,
+    value_range: ValueRange | None,
+    on_error: OnError,
+    num_workers: int | None,
+    progress: bool,
+) -> tuple[ImageDataset, list[str]]:
+    """Opens an image, or a folder of images, which need no labels.
+
+    Returns:
+        Data set of (image, label, filename), and notes of images that are left out.
+
+    Raises:
+        ValueError: If there is no such image.
+    """
+    if not images.exists():
+        raise ValueError(f"There is no file or folder {printable(str(images))}.")
+    alone = not images.is_dir()
+    root = images.absolute().parent if alone else images
+    data = ImageDataset(
+        root, transform, in_chans=in_chans, value_range=value_range, on_error="raise"
+    )
+    if alone:
+        if images.name not in data.filenames:
+            raise ValueError(f"{printable(str(images))} is no image.")
+        data = data.take([data.filenames.index(images.name)])
+    if on_error == "raise":
+        return data, []
+    found = find_readable(data, "given", num_workers, progress)
+    return data.take(found.indices), found.notes
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what a file says, and its tensors."""
+    remedy = "Evaluate once more to get it again."
+    try:
+        with safe_open(path, framework="pt") as content:
+            text = (content.metadata() or {}).get(_METADATA_KEY)
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no classifier, or damaged: {error}") from error
+    if text is None:
+        raise ValueError(
+            f"{path} is no classifier. Pass a file from the folder {CLASSIFIERS} of an "
+            "evaluation, or the evaluation's directory."
+        )
+    try:
+        whole = json.loads(text)
+        if whole["sha256"] != hash_tensors(sorted(tensors.items()), whole["said"]):
+            raise ValueError("its checksum is another")
+        said: dict[str, Any] = json.loads(whole["said"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from error
+    if said.get("version") != 1:
+        raise ValueError(f"{path} is of another version of lightly_mim. {remedy}")
+    return said, tensors
+
+
+def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
+    """Returns the classifier of an evaluation that was best on training images."""
+    place = folder / CLASSIFIERS if (folder / CLASSIFIERS).is_dir() else folder
+    files = sorted(place.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} holds no classifier. Evaluate with out={folder} and one of the "
+            "protocols linear, logistic and finetune."
+        )
+    accuracies = {path: _read(path)[0]["accuracy"] for path in files}
+    if len(files) > 1 and None in accuracies.values():
+        names = ", ".join(str(path) for path in files)
+        raise ValueError(
+            "Fine-tuning holds out no training images that classifiers could be "
+            f"compared by. Pass one of {names}."
+        )
+    return load_classifier(max(files, key=lambda path: accuracies[path] or 0), encoder)
+
+
+def _find_encoder(
+    path: Path, said: Mapping[str, Any], given: Encoder | Path | None
+) -> AnyEncoder:
+    """Returns the encoder of a probe, on this machine and with the same weights."""
+    source = said["source"]
+    if given is None and (source is None or not Path(source).exists()):
+        raise ValueError(
+            f"{path} belongs to the encoder {source or 'that was passed as a module'}, "
+            "which is not a file on this machine. Pass it as encoder."
+        )
+    img_size = (said["img_size"][0], said["img_size"][1])
+    found = load_encoder(source if given is None else given)
+    if tuple(found.img_size) != img_size:
+        found = load_encoder(source if given is None else given, img_size=img_size)
+    expected, is_now = said["fingerprint"], encoder_fingerprint(found)
+    if is_now is None or is_now["weights"] != expected["weights"]:
+        raise ValueError(
+            f"{path} was fitted on other weights than those of "
+            f"{source if given is None else 'the given encoder'}. Pass the encoder "
+            "that it was fitted on as encoder, or evaluate once more."
+        )
+    return found
+
+
+def _build_finetuned(
+    path: Path, said: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> FineTuned:
+    prefix = "encoder.vit."
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    try:
+        spec = read_spec(json.dumps(said["encoder"]), own)
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_saved(Weights("ours", spec, {}), path, strict=False)
+            built = FineTuned(encoder, len(said["classes"]), said["pool"], 1.0)
+            built.load_state_dict(tensors)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be built: {error}") from error
+    return built
