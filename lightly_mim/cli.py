@@ -44,6 +44,7 @@ from lightly_mim.evaluation import (
     predict,
     show,
 )
+from lightly_mim.evaluation.provenance import to_json
 from lightly_mim.files import is_file, print_any_name
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
@@ -64,7 +65,7 @@ def settle(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     named = list(arguments["protocols"])
     for name, kind in PROTOCOLS.items():
-        if name not in named and arguments[name] != kind():
+        if name not in named and to_json(arguments[name]) != to_json(kind()):
             warnings.warn(
                 f"{name} does nothing here: protocols={named} does not name it.",
                 stacklevel=3,
@@ -401,9 +402,17 @@ def _spelled(error: Exception, words: Sequence[str]) -> str:
     """Returns a message in the words of the command line."""
     command = COMMANDS.get(words[0] if words else "")
     if isinstance(error, argparse.ArgumentError):
-        options = inspect.signature(command).parameters if command else ()
+        options = _options(command) if command else ()
         return shorten(error.message, words[0] if command else "", options)
     return as_options(str(error), command, words)
+
+
+def _options(function: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the options of a command, those of its settings (`linear.epochs`) too."""
+    for name, hint in get_type_hints(function).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            yield from _options(hint, f"{prefix}{name}.")
 
 
 def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:

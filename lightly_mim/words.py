@@ -208,7 +208,7 @@ def meant(name: str, known: Iterable[str]) -> str:
             What could be meant.
     """
     by_lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
     return f" Did you mean {by_lower[near[0]]}?" if near else ""
 
 
@@ -295,8 +295,13 @@ def spelled_warnings(
     """
     shown = warnings.formatwarning
 
-    def spelled(message: Warning | str, *place: Any) -> str:
-        return shown(as_options(str(message), function, words), *place)
+    def spelled(
+        message: Warning | str, category: type[Warning], *place: Any, **line: Any
+    ) -> str:
+        text = as_options(str(message), function, words)
+        if category is UserWarning:  # for the user, whom no line of code helps
+            return f"lightly-mim: warning: {text}\n"
+        return shown(text, category, *place, **line)
 
     warnings.formatwarning = spelled  # type: ignore[assignment]
     try:

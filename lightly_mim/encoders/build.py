@@ -299,6 +299,12 @@ def copy_settings(source: MaskedEncoder, target: MaskedEncoder) -> None:
         setattr(target, name, getattr(source, name))
 
 
+def near(name: str) -> str:
+    """Returns a question for the names of timm that are nearest, if any is near."""
+    close = difflib.get_close_matches(name.split(".")[0], timm.list_models())
+    return f"Did you mean {' or '.join(close)}?" if close else ""
+
+
 def _build(
     name: str,
     img_size: Size | None,
@@ -309,9 +315,7 @@ def _build(
     """Lets timm build a model by its name, and wraps it."""
     base_name = name.split(".")[0]
     if ":" not in name and not timm.is_model(base_name):
-        close = difflib.get_close_matches(base_name, timm.list_models())
-        hint = f"Did you mean {' or '.join(close)}?" if close else _SUPPORTED
-        raise ValueError(f"timm has no model '{name}'. {hint}")
+        raise ValueError(f"timm has no model '{name}'. {near(name) or _SUPPORTED}")
     if "checkpoint_path" in options:
         raise ValueError(
             "checkpoint_path would be recorded as if it were part of the architecture: "

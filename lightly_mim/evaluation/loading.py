@@ -28,6 +28,7 @@ from lightly_mim.encoders import (
     masked_encoder,
     resize_encoder,
 )
+from lightly_mim.encoders.build import near
 from lightly_mim.encoders.tables import Tables
 from lightly_mim.evaluation.features import evaluating
 from lightly_mim.evaluation.foreign_encoders import (
@@ -121,8 +122,8 @@ def load_encoder(
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(
             f"'{name}' is neither the directory of a run, nor a file of weights, nor "
-            "the name of a timm model. Check the path, or see "
-            "timm.list_models('*vit*') for names."
+            "the name of a timm model. "
+            + (near(name) or "Check the path, or see timm.list_models() for names.")
         )
     return _build_timm(name, img_size, in_chans, pretrained)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,35 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightly_mim.files import atomic_write
+
+
+@contextmanager
+def quiet(world_size: int) -> Iterator[None]:
+    """Keeps Lightning from saying what our own lines say, or what nobody can change.
+
+    Args:
+        world_size:
+            Number of processes. With several, what it says while they look for each
+            other stays: it tells where a run hangs.
+    """
+    talkers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in _LIGHTNING]
+    levels = [logger.level for logger in talkers]
+    with warnings.catch_warnings():
+        # `choose_layout` refuses a SLURM job in which this matters.
+        warnings.filterwarnings("ignore", "The `srun` command is available")
+        # Of Lightning's own call of PyTorch.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
+        for logger in talkers:
+            if world_size == 1:
+                logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(talkers, levels, strict=True):
+                logger.setLevel(level)
+
+
+_LIGHTNING = "pytorch_lightning", "lightning_fabric"
 
 
 def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import Logger
 from lightly_mim.data.seeding import repeatable
 from lightly_mim.runs import TakenOverError
 from lightly_mim.training.cuda import float32_products
-from lightly_mim.training.logs import EpochLines, MetricsLogger, ProgressBar
+from lightly_mim.training.logs import EpochLines, MetricsLogger, ProgressBar, quiet
 from lightly_mim.training.machine import Layout
 from lightly_mim.training.saving import (
     OVERWRITE,
@@ -51,7 +51,8 @@ def make_trainer(layout: Layout, **options: Any) -> pl.Trainer:
     if layout.environment is not None:
         options["plugins"] = [*options.get("plugins", []), layout.environment]
     try:
-        return pl.Trainer(**options)
+        with quiet(layout.world_size):
+            return pl.Trainer(**options)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(
             f"Lightning cannot train with accelerator={options['accelerator']!r}, "
@@ -157,7 +158,7 @@ def fit(
     # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore
     with (
-        warnings.catch_warnings(),
+        quiet(trainer.world_size),
         repeatable(device),
         float32_products(device, str(trainer.precision)),
     ):
