@@ -261,7 +261,7 @@ def kill_study(photos: Path, root: Path, kills: int) -> int:
         return fork(lambda: submit(words), log)
 
     counts: collections.Counter[str] = collections.Counter()
-    for _ in range(kills):
+    for number in range(kills):
         start, child = time.time(), go_on()
         event = rng.choice(EVENTS)
         while event is not None and not any(
@@ -272,14 +272,17 @@ def kill_study(photos: Path, root: Path, kills: int) -> int:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 1.0 if event else seconds / 4))
         jobs = descendants(child)
-        whom = rng.choice(["submit.py", "a job", "everything", "everything"])
-        killed = {"submit.py": [child], "a job": rng.sample(jobs, min(1, len(jobs)))}
-        for process in killed.get(whom, [child, *jobs]):
+        rng.shuffle(jobs)
+        whom = rng.choice(["a job first", "everything", "submit.py first"])
+        order = [child, *jobs] if whom == "submit.py first" else [*jobs, child]
+        if number == kills - 1:  # its jobs run on, and end unseen
+            whom, order = "submit.py", [child]
+        for process in order:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+            if whom.endswith("first") and process == order[0]:
+                time.sleep(rng.uniform(0, 1))
         counts[f"{whom} after {event}"] += 1
-        if whom == "a job":  # the study goes on without it
-            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     for _ in range(5):
         while path.exists() and any(

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lightly_mim import MAE, evaluate, pretrain, pretraining
+from lightly_mim import MAE, convert, evaluate, pretrain, pretraining
 from lightly_mim.evaluation import KNN, Linear
 
 from .kills import build, of_run
@@ -37,8 +38,6 @@ RUN: dict[str, Any] = {
     "num_workers": 0,
     "tensorboard": False,
 }
-# What nothing is read from again.
-UNREAD = (".png", "finished.json")
 
 
 class Cut(Exception):
@@ -108,6 +107,9 @@ def scenes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             patch.setattr(pretraining.Pretraining, "on_train_epoch_start", once)
             pretrain(cut, photos, build_model, **RUN)
         expected = score(finished, photos, kept)
+        evaluated = root / "evaluated"
+        shutil.copytree(finished, evaluated)
+        score(evaluated, photos, evaluated)
         # An evaluation that was killed before the end has features and rows.
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Cut):
             patch.setattr(ENTRY, "to_text", stop)
@@ -124,7 +126,31 @@ def scenes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             of_run(finished)[0],
         ),
         "go on": (kept, lambda out: score(finished, photos, out), expected),
+        # A finished and evaluated run: what is said of it, and that it is finished.
+        "card": (evaluated, lambda out: told(out, evaluated), told(evaluated)),
+        "again": (
+            evaluated,
+            lambda out: weights(pretrain(out, resume=True)),
+            weights(pretrain(evaluated, resume=True)),
+        ),
     }
+
+
+def weights(method: torch.nn.Module) -> Any:
+    return {name: tensor.tolist() for name, tensor in method.state_dict().items()}
+
+
+def told(run: Path, was: Path | None = None) -> Any:
+    """Returns what a model card says of a run, behind which are its results."""
+    out = run.with_name(f"{run.name}-card")
+    try:
+        convert(run, "safetensors", out)
+        card = (out / "README.md").read_text()
+        for path, name in ((out, "OUT"), (run, "RUN"), (was, "RUN")):
+            card = card.replace(str(path), name)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return card
 
 
 @pytest.mark.slow
@@ -139,7 +165,6 @@ def test_directories(scenes: dict[str, Any], tmp_path: Path) -> None:
         copy = tmp_path / f"{number}"
         shutil.copytree(folder, copy)
         files = [path for path in sorted(copy.rglob("*")) if path.is_file()]
-        files = [path for path in files if not path.name.endswith(UNREAD)]
         path, other = rng.choice(files), rng.choice(files)
         how = mutate(path, other, rng)
         told = f"{name}, {path.relative_to(copy)}, {how}"
