@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
 )
 
-from lightly_mim.training.machine import choose_layout
+from lightly_mim.training.machine import (
+    Layout,
+    autocast,
+    check_precision,
+    choose_layout,
+    start,
+)
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "study"}
 
@@ -103,3 +112,31 @@ def test_choose_layout__leaves_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -
     pretend(monkeypatch, **STEP, SLURM_NTASKS="2", SLURM_NNODES="2")
     pretend(monkeypatch, TORCHELASTIC_RUN_ID="x", RANK="0", GROUP_RANK="0")
     assert choose_layout(4, 2) == (4, 2, None)
+
+
+def test_start__one_process_finds_no_others() -> None:
+    layout = Layout(1, 1, LightningEnvironment())
+    assert start(layout, "cpu") == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+    assert (layout.world_size, layout.rank) == (1, 0)
+
+
+@pytest.mark.parametrize("devices", [0, "many", [-1]])
+def test_start__refuses_devices_that_are_not_there(devices: Any) -> None:
+    layout = Layout(devices, 1, LightningEnvironment())
+    with pytest.raises(ValueError, match=f"devices={re.escape(repr(devices))}"):
+        start(layout, "cpu")
+
+
+def test_autocast() -> None:
+    cpu = torch.device("cpu")
+    matrix = torch.ones(2, 2)
+    with autocast(cpu, "32"):
+        assert (matrix @ matrix).dtype == torch.float32
+    with autocast(cpu, "bf16"):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    with autocast(cpu, "16"):
+        assert (matrix @ matrix).dtype == torch.float16
+    check_precision("16", torch.device("cuda"))
+    with pytest.raises(ValueError, match='"16" is for GPUs'):
+        check_precision("16", cpu)
