@@ -7,12 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from lightly_mim.arguments import NonEmpty, checked
 from lightly_mim.config import is_named_only
 from lightly_mim.data import open_data
 from lightly_mim.data.sources import Data
+from lightly_mim.evaluation.record import choose_device
 from lightly_mim.files import printable
 from lightly_mim.gallery import write_gallery
 from lightly_mim.methods.base import MaskedImageModel
@@ -53,7 +55,8 @@ def report(
             on, for example where their folder has moved. For one run.
         features:
             Whether to look at images with the encoder, if that has not been done since
-            it was trained.
+            it was trained. Those are the images that the run's config.yaml names, some
+            of which the page then shows.
         figures:
             Whether to write each figure as PNG and JSON file as well, into `figures/`,
             and all curves as `curves.png`.
@@ -86,7 +89,11 @@ def report(
 
 
 def report_run(
-    directory: Path | str, method: MaskedImageModel, images: Dataset[Any], name: str
+    directory: Path | str,
+    method: MaskedImageModel,
+    images: Dataset[Any],
+    name: str,
+    device: torch.device,
 ) -> None:
     """Writes the report of a run that has just finished, or warns if it cannot.
 
@@ -96,14 +103,22 @@ def report_run(
         directory:
             The run directory.
         method:
-            What was trained.
+            What was trained. It is where it was afterwards.
         images:
             See `write_gallery`.
         name:
             See `write_gallery`.
+        device:
+            Where to compute.
     """
+    home = next(method.parameters()).device
     try:
-        write_gallery(directory, method, images, name)
+        write_gallery(directory, method.to(device), images, name)
+    except Exception as error:
+        warnings.warn(f"The report shows no features: {error}", stacklevel=2)
+    finally:
+        method.to(home)
+    try:
         write_page([directory], directory, figures=True)
     except Exception as error:
         warnings.warn(
@@ -143,7 +158,7 @@ def look_at(directory: Path | str, data: Data | None = None) -> str:
         own = config.get("data")
         if data is None and (not isinstance(own, str) or is_named_only(own)):
             return "its images are a data set of its own: pass data."
-        method = from_pretrained(run.path)
+        method = from_pretrained(run.path).to(choose_device(None))
         encoder = method.encoder
         value_range = config.get("value_range")
         train, val = open_data(

@@ -242,7 +242,7 @@ def test_page__odd_values_everywhere(tmp_path: Path) -> None:
             text = json.dumps({**config, name: value})
             (run / "config.yaml").write_text(text)
             write_page([run], run)
-        for name in [*result, "per_class", "draws", "top5", "seconds"]:
+        for name in [*result, "draws", "top5", "seconds"]:
             write_results(run, {**result, name: value}, data={"classes": value})
             write_page([run], run)
         for name in ("facts", "sessions", "changes"):
@@ -435,7 +435,7 @@ def test_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(1.25, "1.2 s"), (59.6, "60 s"), (61, "1 min 1 s"), (3661, "1 h 1 min")],
+    [(1.25, "1.2 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (3661, "1 h 1 min")],
 )
 def test_duration(seconds: float, words: str) -> None:
     assert duration(seconds) == words

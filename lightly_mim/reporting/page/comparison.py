@@ -87,8 +87,6 @@ def _settings(run: RunFiles) -> dict[str, Any]:
     flat |= config
     if not run.config and run.results:
         flat["encoder"] = dig(run.results, "encoder", "name")
-    if run.row:
-        flat["row"] = as_text(run.row.get("row", ""), 80)
     return {str(k): v for k, v in flat.items() if k not in _NOT_SETTINGS}
 
 

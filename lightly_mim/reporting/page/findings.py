@@ -139,8 +139,9 @@ def sentences(run: RunFiles) -> list[str]:
                 + compare(row, other, BASELINES[other["model"]])
             )
     if said:
-        tested = {row.get("num_test") for row in own}
-        count = f"the {tested.pop()} test images" if len(tested) == 1 else "test images"
+        tested = {as_number(row.get("num_test")) for row in own}
+        one = tested.pop() if len(tested) == 1 else None
+        count = f"the {one:g} test images" if one is not None else "test images"
         seed = words_of(dig(run.results, "arguments", "seed"))
         said.append(
             f"The intervals (95 %) cover the draw of {count}, not another seed of "
@@ -283,7 +284,8 @@ def classes(run: RunFiles) -> list[dict[str, Any]]:
         labels = (
             [as_text(n, 60) for n in names] if named else list(map(str, range(count)))
         )
-        draws = len(row["draws"]) if isinstance(row.get("draws"), list) else 1
+        draws = len(row["draws"]) if isinstance(row.get("draws"), list) else 0
+        draws = max(draws, 1)
         found.append(
             {
                 "key": f"classes_{len(found)}",

@@ -13,12 +13,13 @@ import json
 import shlex
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from lightly_mim.files import atomic_write, printable
@@ -132,18 +133,10 @@ def render(
         max_frames:
             How many epochs of pictures there are at most.
     """
-    folder = files("lightly_mim.reporting.page")
-    style, script, template = (
-        folder.joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.css", "page.js", "page.html.j2")
-    )
+    template, style, script = _parts()
     digest = hashlib.sha256(script.encode()).digest()
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    context = _context(runs, title, max_frames)
-    return environment.from_string(template).render(
-        context,
+    text = template.render(
+        _context(runs, title, max_frames),
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
@@ -152,6 +145,21 @@ def render(
         interval_axis=findings.interval_axis,
         columns=COLUMNS,
     )
+    # A path need not be UTF-8: what is none becomes, as in Python, \\udce4.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@cache
+def _parts() -> tuple[Template, str, str]:
+    """Returns the template, the style and the script of every page."""
+    text, style, script = (
+        files("lightly_mim.reporting.page").joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html.j2", "page.css", "page.js")
+    )
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(text), style, script
 
 
 def _context(
