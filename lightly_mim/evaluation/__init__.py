@@ -11,7 +11,7 @@ from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.dense.protocols import DenseKNN, DenseLinear
 from lightly_mim.evaluation.dense.results import DenseResult, DenseResults
 from lightly_mim.evaluation.embedding import embed
-from lightly_mim.evaluation.evaluate import PROTOCOLS, check_evaluation, evaluate
+from lightly_mim.evaluation.evaluate import check_evaluation, evaluate
 from lightly_mim.evaluation.feature_files import FeatureStore
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
@@ -46,6 +46,7 @@ from lightly_mim.evaluation.probes.logistic import (
 )
 from lightly_mim.evaluation.probes.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol, Outcome
+from lightly_mim.evaluation.protocols import PROTOCOLS
 from lightly_mim.evaluation.rank import alpha_req, label_free, rank_me, uniformity
 from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
 from lightly_mim.evaluation.scores import wilson_interval

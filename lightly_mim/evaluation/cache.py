@@ -160,7 +160,7 @@ def _plan(
             shards.append((number, wanted))
     needed = 0
     for name, keys in missing.items():
-        shapes = functions[name].shapes()
+        shapes = functions[name].shapes
         needed += sum(stores[name].bytes_to_write(key, shapes[key]) for key in keys)
     if needed:
         check_room(next(iter(stores.values())).path, needed)

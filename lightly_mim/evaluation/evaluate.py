@@ -12,24 +12,17 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from rich.progress import track
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from lightly_mim.arguments import (
     InnerShare,
     NonEmpty,
     PositiveInt,
-    Rule,
     Seed,
     Share,
     Workers,
@@ -38,60 +31,46 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import (
     ImageDataset,
-    KeyedLoader,
     keyed_random_state,
-    seed_from,
 )
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
-from lightly_mim.data.notes import printable, some
 from lightly_mim.data.sources import Data
 from lightly_mim.encoders import (
     Encoder,
     MaskedEncoder,
     Pool,
-    choose_attention,
     resize_encoder,
 )
-from lightly_mim.encoders.base import AnyPool
-from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.classifier import CLASSIFIERS, save_classifier
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
-    Features,
     Precision,
-    collect_features,
-    evaluating,
 )
-from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
 from lightly_mim.evaluation.images import (
     EvaluationImages,
-    class_names,
     image_notes,
     own_value_range,
-    read_labels,
     shared_notes,
 )
-from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.loading import (
     at_random,
     describe_encoder,
     load_encoder,
     origin_notes,
 )
-from lightly_mim.evaluation.probes.attentive import Attentive
-from lightly_mim.evaluation.probes.knn import KNN
-from lightly_mim.evaluation.probes.linear import Linear
-from lightly_mim.evaluation.probes.logistic import Logistic
-from lightly_mim.evaluation.probes.low_label import LowLabel
 from lightly_mim.evaluation.processes import World
 from lightly_mim.evaluation.protocol import (
-    ChecksLabels,
     FeatureProtocol,
     ImageProtocol,
-    LabelledImages,
-    Outcome,
+)
+from lightly_mim.evaluation.protocols import (
+    LABEL_FREE,
+    PROTOCOLS,
+    ProtocolName,
+    check_encoder,
+    resolve_protocols,
 )
 from lightly_mim.evaluation.provenance import (
     choose_device,
@@ -99,7 +78,6 @@ from lightly_mim.evaluation.provenance import (
     package_versions,
     to_json,
 )
-from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.results import (
     PIXELS,
     RANDOM,
@@ -110,34 +88,22 @@ from lightly_mim.evaluation.results import (
     to_text,
 )
 from lightly_mim.evaluation.resume import Kept, Task
-from lightly_mim.evaluation.scores import score
+from lightly_mim.evaluation.runner import (
+    Runner,
+    check_labels_of,
+    class_notes,
+    num_images,
+)
 from lightly_mim.files import atomic_write
 from lightly_mim.training.machine import (
     ONE,
-    Layout,
     check_precision,
     choose_layout,
     start,
 )
 from lightly_mim.transforms import EvalTransform
 
-# A protocol of this package is one file, and one name here.
-PROTOCOLS: dict[str, type[Any]] = {
-    each.name: each
-    for each in (KNN, Linear, Logistic, Attentive, LowLabel, LinearMAE, FineTune)
-}
-ProtocolName = Annotated[
-    str,
-    Rule(
-        f"one of {', '.join(map(repr, PROTOCOLS))}",
-        lambda name: isinstance(name, str) and name in PROTOCOLS,
-        alone=True,
-    ),
-]
 Baseline = Literal["random", "pixels"]
-
-LABEL_FREE = "label_free"
-
 
 # Images that settings are checked for before there are any.
 _MANY = 1_000_000
@@ -168,7 +134,6 @@ def evaluate(
     devices: int | str | list[int] | None = None,
     num_nodes: PositiveInt | None = None,
     compile: bool = False,
-    grad_checkpointing: bool = False,
     precision: Precision = "32",
     on_error: OnError = "raise",
     value_range: ValueRange | None = None,
@@ -260,8 +225,6 @@ def evaluate(
             Number of machines. By default 1, or with `devices` those of the SLURM step.
         compile:
             Compile what "linear_mae" and "finetune" train with `torch.compile`.
-        grad_checkpointing:
-            Trade time for memory in "finetune": recompute the encoder's activations.
         precision:
             "32", "bf16" to compute in bfloat16 autocast, several times as fast where
             the hardware has it, or on GPUs "16" for float16 autocast.
@@ -340,17 +303,20 @@ def evaluate(
     train, test = images.train, images.test
     resized = loading.get("img_size") is not None
     notes = [*origin_notes(model, resized=resized), *images.notes]
-    notes += [note for each in chosen.values() for note in each.check(_len(train))]
+    notes += [
+        note for each in chosen.values() for note in each.check(num_images(train))
+    ]
     if isinstance(train, ImageDataset):
-        _check_labels(chosen.values(), torch.tensor(train.targets), train.classes)
+        check_labels_of(chosen.values(), torch.tensor(train.targets), train.classes)
     if holdout is not None:
         notes.append(
-            f"Scored are {_len(test)} held-out training images, not the test images."
+            f"Scored are {num_images(test)} held-out training images, not the test "
+            "images."
         )
     notes += image_notes(test, transform, model)
     notes += shared_notes(train, test)
     taken = _pools(model, layers, pools, notes)
-    _check_encoder(chosen, model, distributed)
+    check_encoder(chosen, model, distributed)
 
     models: dict[str, AnyEncoder] = {model_name(encoder, model): model}
     if "random" in baselines:
@@ -404,7 +370,7 @@ def evaluate(
     found: dict[Task, dict[str, Any]] = world.from_first(
         lambda: {task: row for task in tasks if (row := kept.read(keys[task]))}
     )
-    runner = _Runner(
+    runner = Runner(
         models,
         chosen,
         images.labelled(),
@@ -421,7 +387,6 @@ def evaluate(
         progress=show,
         layout=layout,
         compile=compile,
-        grad_checkpointing=grad_checkpointing,
     )
     pending = [task for task in tasks if task not in found]
     if pending:
@@ -446,25 +411,18 @@ def evaluate(
     rows = [Result(**row) for task in tasks for row in found[task]["rows"]]
     measures = [row for task in tasks for row in found[task]["measures"]]
     classes = found[tasks[0]]["classes"]
-    if len(classes) == 1:
-        notes.append("All images are of one class, so every accuracy is 1.")
-    if unseen := found[tasks[0]]["unseen"]:
-        notes.append(
-            f"There are test images, but no training images, of "
-            f"{some([printable(name) for name in unseen])}: no probe can be right "
-            "about them."
-        )
-    if untested := found[tasks[0]]["untested"]:
-        notes.append(
-            f"There are no test images of {some([printable(n) for n in untested])}."
-        )
+    notes += class_notes(found[tasks[0]])
     if any(len(row.draws or ()) > 1 for row in rows):
         notes.append("± is the standard deviation over draws of the training images.")
     record = {
         "command": shlex.join(sys.orig_argv),
         "arguments": _record(given, chosen),
         "encoder": describe_encoder(model),
-        "data": {"classes": classes, "num_train": _len(train), "num_test": _len(test)},
+        "data": {
+            "classes": classes,
+            "num_train": num_images(train),
+            "num_test": num_images(test),
+        },
         "versions": package_versions(),
     }
     results = Results(rows, [*notes, *kept.notes], record, measures)
@@ -510,233 +468,9 @@ def check_evaluation(
     if encoder is None:
         return
     _pools(encoder, given["layers"], given["pools"], [])
-    _check_encoder(chosen, encoder, given["distributed"])
+    check_encoder(chosen, encoder, given["distributed"])
     if (img_size := loading.get("img_size")) is not None:
         resize_encoder(encoder, img_size, loading.get("tables"))
-
-
-def resolve_protocols(
-    protocols: Sequence[str | FeatureProtocol | ImageProtocol],
-) -> dict[str, Any]:
-    """Returns protocols by their names.
-
-    Args:
-        protocols:
-            Names of `PROTOCOLS`, and protocols.
-
-    Raises:
-        ValueError: If one is a class, if a name cannot be one, or if two protocols
-            with different settings have the same name.
-    """
-    found: dict[str, Any] = {}
-    for each in protocols:
-        protocol = PROTOCOLS[each]() if isinstance(each, str) else each
-        if isinstance(protocol, type):
-            raise ValueError(
-                f"protocols has the class {protocol.__name__}. Make an object of it: "
-                f"{protocol.__name__}(...)."
-            )
-        name = protocol.name
-        if not (isinstance(name, str) and name.isprintable() and name.strip()):
-            raise ValueError(f"The name of a protocol is text, got {name!r}.")
-        if name == LABEL_FREE or found.setdefault(name, protocol) != protocol:
-            raise ValueError(
-                f"Two protocols are called {name!r}, with different settings. Evaluate "
-                "one after the other, or give one another name."
-            )
-    return found
-
-
-@dataclass
-class _Runner:
-    """Makes the features that tasks need, and runs them."""
-
-    models: Mapping[str, AnyEncoder]
-    protocols: Mapping[str, Any]
-    images: LabelledImages
-    train: Dataset[Any]
-    kept: Kept
-    world: World
-    layers: Sequence[int]
-    pools: Sequence[Pool]
-    seed: int
-    batch_size: int
-    num_workers: int | None
-    device: torch.device
-    precision: Precision
-    progress: bool
-    layout: Layout
-    compile: bool
-    grad_checkpointing: bool
-    features: list[dict[str, Features]] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-
-    def encode(self, tasks: Sequence[Task]) -> None:
-        """Passes over training and test images, or reads what was found before."""
-        functions: dict[str, EncoderFeatures] = {}
-        for name, encoder in self.models.items():
-            read = {self._reads(task.protocol) for task in tasks if task.model == name}
-            if needed := read - {"images"}:
-                pools: list[AnyPool] = [*self.pools] if "pooled" in needed else []
-                pools += ["tokens"] if "tokens" in needed else []
-                if getattr(encoder, "names_features", False):
-                    functions[name] = EncoderFeatures(encoder)
-                else:
-                    functions[name] = EncoderFeatures(encoder, self.layers, pools)
-        with ExitStack() as stack:
-            for function in functions.values():
-                encoder = function.encoder
-                choose_attention(encoder, self.device, self.precision == "bf16")
-                stack.enter_context(evaluating(encoder, self.device))
-            for part, images in enumerate((self.train, self.images.test)):
-                found = self._collect(functions, images, part) if functions else {}
-                self.features.append(found)
-                self.labels.append(
-                    next(iter(found.values())).labels
-                    if found
-                    else read_labels(images, self.num_workers)
-                )
-        self.classes = class_names(self.train, self.labels)
-        # Before a protocol has run: only folders tell their labels at once.
-        wanted = {task.protocol for task in tasks} & self.protocols.keys()
-        _check_labels(
-            [self.protocols[name] for name in wanted], self.labels[0], self.classes
-        )
-
-    def _reads(self, protocol: str) -> str:
-        return "pooled" if protocol == LABEL_FREE else self.protocols[protocol].reads
-
-    def _collect(
-        self, functions: Mapping[str, EncoderFeatures], images: Dataset[Any], part: int
-    ) -> dict[str, Features]:
-        description = f"Encoding {('training', 'test')[part]} images"
-        if self.kept.cache is not None:
-            return cached_features(
-                functions,
-                {name: self.kept.store(name, part, _len(images)) for name in functions},
-                images,
-                batch_size=self.batch_size,
-                num_workers=self.num_workers,
-                device=self.device,
-                precision=self.precision,
-                description=description,
-                progress=self.progress,
-                world=self.world,
-            )
-        loader = KeyedLoader(
-            images, self.batch_size, training=False, num_workers=self.num_workers
-        )
-        return collect_features(
-            functions,
-            track(loader, description, disable=not self.progress),
-            device=self.device,
-            precision=self.precision,
-        )
-
-    def run(self, task: Task, key: str | None) -> tuple[dict[str, Any], list[Outcome]]:
-        """Runs a protocol for a model, and returns its rows and outcomes."""
-        made: dict[str, Any] = {
-            "classes": self.classes,
-            "unseen": _alone(self.classes, self.labels[1], self.labels[0]),
-            "untested": _alone(self.classes, self.labels[0], self.labels[1]),
-            "rows": [],
-            "measures": [],
-        }
-        start = time.perf_counter()
-        if task.protocol == LABEL_FREE:
-            measured = measure_features(self._features(task, "pooled")[0])
-            made["measures"] = [{"model": task.model, **row} for row in measured]
-            return made, []
-        seed = seed_from(self.seed, "evaluation", task.protocol)
-        protocol = self.protocols[task.protocol]
-        outcomes: list[Outcome]
-        feature_seconds = 0.0
-        if protocol.reads == "images":
-            with self.kept.checkpoints(key) as folder:
-                outcomes = protocol(
-                    self.models[task.model],
-                    self.images,
-                    len(self.classes),
-                    out=folder,
-                    seed=seed,
-                    device=self.device,
-                    precision=self.precision,
-                    num_workers=self.num_workers,
-                    progress=self.progress,
-                    layout=self.layout,
-                    compile=self.compile,
-                    grad_checkpointing=self.grad_checkpointing,
-                )
-        else:
-            train, test = self._features(task, protocol.reads)
-            feature_seconds = train.seconds + test.seconds
-            # Probes compute in float64 in places, which Apple's accelerator does not.
-            place = self.device if self.device.type == "cuda" else torch.device("cpu")
-            outcomes = protocol(train, test, len(self.classes), seed=seed, device=place)
-        seconds = (time.perf_counter() - start) / len(outcomes)
-        made["rows"] = [
-            asdict(self._result(task, outcome, feature_seconds, seconds))
-            for outcome in outcomes
-        ]
-        return made, outcomes
-
-    def _features(self, task: Task, reads: str) -> list[Features]:
-        tokens = reads == "tokens"
-        found = [part[task.model].select(tokens) for part in self.features]
-        if not found[0].values:
-            what = "'tokens'" if tokens else "pooled features"
-            raise ValueError(
-                f"{task.protocol} reads {what}, which feature_function does not "
-                "return. Add them, or leave the protocol out."
-            )
-        return found
-
-    def _result(
-        self, task: Task, outcome: Outcome, feature_seconds: float, seconds: float
-    ) -> Result:
-        labels = self.labels[1]
-        found = score(
-            outcome.ranked, labels, len(self.classes), seed_from(self.seed, "bootstrap")
-        )
-        layer, pooling = outcome.key
-        top5 = found.top5
-        return Result(
-            model=task.model,
-            protocol=task.protocol,
-            variant=outcome.variant,
-            layer=layer,
-            pooling=pooling,
-            hyperparameters=outcome.hyperparameters,
-            top1=found.top1.value,
-            top1_low=found.top1.low,
-            top1_high=found.top1.high,
-            top5=None if top5 is None else top5.value,
-            top5_low=None if top5 is None else top5.low,
-            top5_high=None if top5 is None else top5.high,
-            mean_class=found.mean_class.value,
-            mean_class_low=found.mean_class.low,
-            mean_class_high=found.mean_class.high,
-            per_class=found.per_class,
-            confusion=found.confusion,
-            draws=found.draws,
-            feature_seconds=feature_seconds,
-            seconds=seconds,
-            num_train=_len(self.train),
-            num_test=len(labels),
-            selection=outcome.selection,
-        )
-
-
-def _len(data: Dataset[Any]) -> int:
-    return len(data)  # type: ignore[arg-type]
-
-
-def _alone(classes: Sequence[str], labels: Tensor, others: Tensor) -> list[str]:
-    """Returns the classes that are among the labels and not among the others."""
-    here, there = (part.bincount(minlength=len(classes)) for part in (labels, others))
-    missing = ((here > 0) & (there == 0)).nonzero().flatten()
-    return [classes[number] for number in missing.tolist()]
 
 
 def _check_loading(loading: Mapping[str, Any]) -> dict[str, Any]:
@@ -769,43 +503,12 @@ def _unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str
             unused = {"layers": why, "pools": why}
     if all(each.reads != "images" for each in chosen.values()):
         unused["compile"] = f"protocols={list(chosen)} has none that trains an encoder"
-    if not any(isinstance(each, FineTune) for each in chosen.values()):
-        unused["grad_checkpointing"] = f"protocols={list(chosen)} has no 'finetune'"
     if "pixels" not in baselines:
         unused["pixel_size"] = f"baselines={baselines} does not name 'pixels'"
     parameters = inspect.signature(evaluate).parameters
     for name, why in unused.items():
         if to_json(given[name]) != to_json(parameters[name].default):
             yield f"{name} does nothing here: {why}."
-
-
-def _check_labels(
-    protocols: Iterable[Any], labels: Tensor, classes: Sequence[str]
-) -> None:
-    for each in protocols:
-        if isinstance(each, ChecksLabels):
-            each.check_labels(labels, classes)
-
-
-def _check_encoder(
-    protocols: Mapping[str, Any], model: AnyEncoder, distributed: bool
-) -> None:
-    """Refuses what cannot train through the encoder."""
-    training = [name for name, each in protocols.items() if each.reads == "images"]
-    if training and not isinstance(model, MaskedEncoder):
-        raise ValueError(
-            f"{' and '.join(training)} (training through the encoder) needs one of our "
-            "encoders, a run of ours, or a timm ViT, BEiT, EVA or Swin, got "
-            f"{type(model.model).__name__}. Leave it out."
-        )
-    if training and distributed:
-        raise ValueError(
-            f"{' and '.join(training)} train in processes that Lightning knows of: in "
-            "the place of distributed pass devices and num_nodes, which take those of "
-            "torchrun and SLURM, or start them."
-        )
-    for name in training:
-        protocols[name].check_encoder(model)
 
 
 def _pools(

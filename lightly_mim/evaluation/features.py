@@ -119,10 +119,11 @@ class EncoderFeatures:
         """
         if not getattr(self.encoder, "names_features", False):
             return [(n, pool) for n in self.layers for pool in self.pools]
-        return list(self.shapes())
+        return list(self.shapes)
 
+    @functools.cached_property
     def shapes(self) -> dict[Key, tuple[int, ...]]:
-        """Returns the shape of one image's features, by encoding images of zeros."""
+        """The shape of one image's features, told by images of zeros."""
         size = (2, self.encoder.in_chans, *self.encoder.img_size)
         with torch.no_grad():
             zeros = torch.zeros(size, device=_device_of(self.encoder))

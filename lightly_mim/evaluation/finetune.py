@@ -302,6 +302,8 @@ class FineTune:
             Largest norm of the gradient, 0 for no clipping.
         pool:
             "mean" as in [0] and [1]; "cls" and "cls+mean" keep the encoder's own norm.
+        grad_checkpointing:
+            Trade time for memory: recompute the encoder's activations.
     """
 
     name: ClassVar[str] = "finetune"
@@ -324,6 +326,7 @@ class FineTune:
     min_scale: Share | None = None
     clip_grad: NonNegativeFloat | None = None
     pool: Pool = "mean"
+    grad_checkpointing: bool = False
 
     def check(self, num_train: int) -> list[str]:
         """See `ImageProtocol`."""
@@ -407,7 +410,6 @@ class FineTune:
         progress: bool = False,
         layout: Layout = ONE,
         compile: bool = False,
-        grad_checkpointing: bool = False,
     ) -> list[Outcome]:
         """See `ImageProtocol`."""
         device = torch.device(device)
@@ -422,7 +424,7 @@ class FineTune:
             model = FineTuned(encoder, num_classes, self.pool, recipe.head_std)
         if recipe.drop_path is not None:
             model.encoder.set_drop_path(recipe.drop_path)
-        if grad_checkpointing:
+        if self.grad_checkpointing:
             model.encoder.set_grad_checkpointing()
         model.encoder.choose_attention(device, bf16=precision == "bf16")
         model.to(device)

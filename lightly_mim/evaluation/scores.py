@@ -12,12 +12,11 @@ there, and only there, Wilson's score of as many images gives the interval.
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lightly_mim.arguments import (
@@ -210,10 +209,5 @@ def wilson_interval(
     """
     if correct > total:
         raise ValueError(f"{correct} of {total} images do not make an accuracy.")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    accuracy = correct / total
-    centre = accuracy + z**2 / (2 * total)
-    spread = z * math.sqrt(accuracy * (1 - accuracy) / total + z**2 / (4 * total**2))
-    shrink = 1 + z**2 / total
-    low, high = (centre - spread) / shrink, (centre + spread) / shrink
-    return max(low, 0.0), min(high, 1.0)
+    found = binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)

@@ -292,7 +292,8 @@ def test_train_and_score__gradient_checkpointing_changes_nothing(
 ) -> None:
     plain = FineTune(epochs=1, batch_size=8, drop_path=0.5)
     run(plain, encoder, tmp_path / "plain")
-    run(plain, encoder, tmp_path / "again", grad_checkpointing=True)
+    again = dataclasses.replace(plain, grad_checkpointing=True)
+    run(again, encoder, tmp_path / "again")
     assert_same(trained(tmp_path / "again"), trained(tmp_path / "plain"))
 
 

@@ -12,7 +12,6 @@ import inspect
 import io
 import random
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +42,7 @@ from lightly_mim import (
     targets,
 )
 from lightly_mim.arguments import Workers, fits
+from lightly_mim.evaluation import runner
 from lightly_mim.evaluation.dense import evaluate as dense
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.probes.standardize import Standardizer
@@ -50,9 +50,6 @@ from lightly_mim.pretraining import entry
 from lightly_mim.words import public_classes
 
 from ..conftest import SHORT_RUN, TINY_VIT
-
-# The function `evaluate` hides the module of this name.
-ENTRY: Any = sys.modules["lightly_mim.evaluation.evaluate"]
 
 ODD: list[Any] = [
     *(None, "", "false", "no such thing", b"x", True, False),
@@ -287,7 +284,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry, "fit", _reach)
         patch.setattr(entry, "epochs_in", _reach)
-        patch.setattr(ENTRY._Runner, "encode", _reach)
+        patch.setattr(runner.Runner, "encode", _reach)
         patch.setattr(dense, "_Study", _reach)
         patch.chdir(root)
         yield table

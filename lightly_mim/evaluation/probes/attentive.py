@@ -10,12 +10,11 @@
 Masked image modelling does not put what it knows in one token or in the mean. A probe
 that may choose where to look tells more of such an encoder than a linear one.
 
-All probes of the grid see the same batches, so that a batch is read once for all of
-them, and their products are one product. Keys and values of all tokens are never made,
-which is what costs in an attention layer: with queries that are the same for all
-images, q (K x) = (q K) x, and since the attention sums to one, the values of all tokens
-averaged are the value of the averaged token. The numbers are those of the plain layer,
-with a fraction of the multiplications: 20 times fewer for 64 tokens of 192 dimensions.
+All probes of the grid see the same batches, and their products are one product. Keys
+and values of all tokens, which are what costs in an attention layer, are never made:
+with queries that are the same for all images, q (K x) = (q K) x, and the average of the
+tokens' values is the value of their average. The numbers are those of the plain layer,
+with 20 times fewer multiplications for 64 tokens of 192 dimensions.
 
 The tokens are standardised per dimension with the statistics of the training tokens,
 and what has been pooled goes through a BatchNorm without affine parameters, as in [1]
