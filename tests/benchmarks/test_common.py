@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightly_mim.methods import SimMIM
-from lightly_mim.pretraining import NonFiniteLossError
+from lightly_mim.optim import NonFiniteLossError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

@@ -11,9 +11,14 @@ from torch import Tensor
 from lightly_mim.reporting import reconstruction_grid
 
 
-def four_images(channels: int = 3, size: tuple[int, int] = (24, 32)) -> list[Tensor]:
+def four_images(
+    channels: int = 3, size: tuple[int, int] = (24, 32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(2, channels, *size, generator=generator) for _ in range(4)]
+    first, second, third, fourth = (
+        torch.rand(2, channels, *size, generator=generator) for _ in range(4)
+    )
+    return first, second, third, fourth
 
 
 def find(picture: Image.Image, image: Tensor) -> tuple[int, int]:
@@ -62,16 +67,18 @@ def test_reconstruction_grid__says_which_channels_are_shown() -> None:
 
 
 def test_reconstruction_grid__clamps_and_keeps_large_images() -> None:
-    images = [torch.full((1, 3, 8, 200), value) for value in (-1.0, 0.5, 2.0, 1.0)]
-    pixels = np.asarray(reconstruction_grid(*images))
+    below, grey, above, white = (
+        torch.full((1, 3, 8, 200), value) for value in (-1.0, 0.5, 2.0, 1.0)
+    )
+    pixels = np.asarray(reconstruction_grid(below, grey, above, white))
     row = pixels[-10, :, 0]
     assert [int((row == value).sum()) for value in (0, 128)] == [200, 200]
     assert row.max() == 255
 
 
 def test_reconstruction_grid__half_precision_and_gradients() -> None:
-    images = [image.bfloat16().requires_grad_() for image in four_images()]
-    assert reconstruction_grid(*images).mode == "RGB"
+    a, b, c, d = (image.bfloat16().requires_grad_() for image in four_images())
+    assert reconstruction_grid(a, b, c, d).mode == "RGB"
 
 
 def test_reconstruction_grid__writes_png(tmp_path: Path) -> None:
