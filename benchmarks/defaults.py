@@ -40,7 +40,7 @@ from lightly.models.modules.masked_vision_transformer_timm import (
 from lightly.transforms.mae_transform import MAETransform
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 from common import METHODS, key_value, run_script, whole_number  # isort: skip  # before PyTorch
 import pytorch_lightning as pl
 import torch
-from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.interpolate import RectBivariateSpline  # type: ignore[import-untyped]
-from scipy.optimize import brentq  # type: ignore[import-untyped]
+from scipy.interpolate import RectBivariateSpline
+from scipy.optimize import brentq
 from torch import Tensor
 
 Tables = Literal["timm", "simmim"]

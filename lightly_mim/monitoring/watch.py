@@ -18,7 +18,7 @@ from lightly.transforms.torchvision_v2_compatibility import (
 )
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset

@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import t as student_t  # type: ignore[import-untyped]
+from scipy.stats import t as student_t
 
 from lightly_mim.files import atomic_write, printable, read_sealed
 from lightly_mim.runs import RunDirectory

@@ -62,9 +62,12 @@ def test_choice__is_scored_on_training_images(
     defaults: Any, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(
-        defaults, "score", lambda *args: seen.append(args) or {"knn": 1.0}
-    )
+
+    def score(*args: Any) -> dict[str, float]:
+        seen.append(args)
+        return {"knn": 1.0}
+
+    monkeypatch.setattr(defaults, "score", score)
     row = defaults.measure(
         "digits", "SimMIM", 0, 64, defaults.CHOICES["target"]["pixels"], 64
     )

@@ -235,7 +235,7 @@ def test_main__two_methods_in_one_table(
 
 @pytest.mark.slow
 def test_script__two_processes_and_two_seeds(data_dir: Path, tmp_path: Path) -> None:
-    words = [*TINY, "--data-dir", data_dir, "--out", tmp_path / "out"]
+    words = [*TINY, "--data-dir", str(data_dir), "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, FOLDER / "imagenette.py", *words, "--devices", "2",
          "--seeds", "0", "1"],

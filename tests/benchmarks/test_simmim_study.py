@@ -448,7 +448,7 @@ def test_tables__refuses_another_study(
 def test_script__workers_and_fine_tuning(
     script: ModuleType, finished: Path, photos: Path, tmp_path: Path
 ) -> None:
-    words = [*WORDS, *ROWS, "--data", photos, "--out", tmp_path / "out"]
+    words = [*WORDS, *ROWS, "--data", str(photos), "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, FOLDER / "simmim_study.py", *words, "--workers", "2",
          "--finetune"],
@@ -477,7 +477,7 @@ def test_workers__one_that_fails_is_told(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Dead(multiprocessing.get_context("spawn").Process):  # type: ignore[misc,name-defined]
+    class Dead(multiprocessing.get_context("spawn").Process):  # type: ignore[misc]
         exitcode = 1
 
         def start(self) -> None: ...
@@ -702,4 +702,5 @@ def test_main__plot(
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["avgdist.png", "masks.png"]
     picture = Image.open(tmp_path / "avgdist.png")
-    assert min(picture.size) > 500 and len(picture.convert("RGB").getcolors(2**20)) > 50
+    colours = picture.convert("RGB").getcolors(2**20)
+    assert min(picture.size) > 500 and colours is not None and len(colours) > 50

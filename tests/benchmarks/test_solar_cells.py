@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-import lightly_mim.data.named
 from lightly_mim import defaults
 from lightly_mim.data.named import solar_cells
 
@@ -65,7 +64,7 @@ def test_main__without_the_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find_spec: Any = lambda name: None  # noqa: E731
-    monkeypatch.setattr(lightly_mim.data.named.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     with pytest.raises(SystemExit) as exit_:
         script.main(["--out", str(tmp_path / "out")])
     assert exit_.value.code == 2

@@ -15,7 +15,7 @@ from torch import nn
 from lightly_mim.checkpoints import put_encoder, read_encoder, save_encoder
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 
-OPTIONS = {"depth": 2, "embed_dim": 24, "num_heads": 2, "reg_tokens": 1}
+OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 2, "reg_tokens": 1}
 
 
 def small_encoder() -> MaskedEncoder:
@@ -45,7 +45,7 @@ def test_read_encoder__round_trip(tmp_path: Path) -> None:
 def test_save_encoder__timm_reads_it(tmp_path: Path) -> None:
     encoder = small_encoder().eval()
     save_encoder(encoder, tmp_path / "encoder.safetensors")
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), in_chans=1, **OPTIONS
     ).eval()
     model.load_state_dict(load_file(tmp_path / "encoder.safetensors"))

@@ -140,7 +140,7 @@ def test_official_mae__target(tmp_path: Path, said: Any, target: Any) -> None:
 
 def test_official_mae__encoder_alone_and_fine_tuned(tmp_path: Path) -> None:
     state = official.mae(full=False)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0
     ).eval()
     model.load_state_dict(state)
@@ -159,7 +159,7 @@ def test_official_mae__encoder_alone_and_fine_tuned(tmp_path: Path) -> None:
     ).eval()  # fmt: skip
     model.load_state_dict(state)
     encoder = load_encoder(tmp_path / "b.pth").eval()
-    assert encoder.pool == "mean"  # type: ignore[attr-defined]
+    assert encoder.pool == "mean"
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)
     torch.testing.assert_close(encoder(images), pooled)
 
@@ -243,7 +243,7 @@ def test_official_simmim_swin__paints_what_timm_encodes(
     assert isinstance(model.target, target)
     assert model.encoder.img_size == (32, 32)
     assert model.encoder.stride == (8, 8)
-    reference = timm.create_model(
+    reference: Any = timm.create_model(
         "swinv2_tiny_window8_256" if second else "swin_tiny_patch4_window7_224",
         num_classes=0,
         img_size=32,
@@ -339,13 +339,14 @@ def test_official_simmim__its_configuration(
 
 
 def test_timm__state_dict(tmp_path: Path) -> None:
-    for name, options in {
+    models: dict[str, dict[str, Any]] = {
         "vit_tiny_patch16_224": {"depth": 1, "reg_tokens": 2, "init_values": 0.1},
         "deit3_small_patch16_224": {"depth": 1},
         "beit_base_patch16_224": {"depth": 1, "embed_dim": 32, "num_heads": 2},
         "swin_tiny_patch4_window7_224": {"embed_dim": 16, "num_heads": (1, 1, 2, 2)},
-    }.items():
-        model = timm.create_model(name, num_classes=5, **options).eval()
+    }
+    for name, options in models.items():
+        model: Any = timm.create_model(name, num_classes=5, **options).eval()
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         torch.save(model.state_dict(), tmp_path / "a.pt")
@@ -360,10 +361,10 @@ def test_timm__state_dict(tmp_path: Path) -> None:
 
 
 def test_timm__folder_of_its_own(tmp_path: Path) -> None:
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "vit_small_patch16_dinov3", img_size=64, depth=1, num_classes=3
     ).eval()
-    timm.models.save_for_hf(model, tmp_path)
+    timm.models.save_for_hf(model, str(tmp_path))
     images = pictures()
     encoder: Any = load_encoder(tmp_path).eval()
     expected = model.forward_features(images)

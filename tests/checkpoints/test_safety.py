@@ -163,7 +163,7 @@ def test_run_directory_is_data(tmp_path: Path, monkeypatch: Any) -> None:
     ):
         (folder / "config.yaml").write_text(yaml.safe_dump(good | {"method": method}))
         torch.save(state | {"method": json.dumps(method)}, last)
-        nested = method["class_path"].startswith("lightly_mim")
+        nested = str(method["class_path"]).startswith("lightly_mim")
         if nested:
             with pytest.raises(ValueError, match="subprocess.Popen is not of"):
                 MAE.from_pretrained(folder)

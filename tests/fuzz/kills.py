@@ -22,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def main(photos: Path, root: Path, trials: int) -> int:
     for kind, (work, read) in KINDS.items():
         out = root / kind
         start = time.perf_counter()
-        if not finish(fork(lambda w=work, o=out: w(photos, o, run), log)):
+        if not finish(fork(partial(work, photos, out, run), log)):
             print(f"{kind} fails without a kill:\n{log.read_text()}")
             return 1
         seconds[kind] = time.perf_counter() - start

@@ -273,9 +273,9 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         "seed_from": (data.seed_from, {"key": 1}),
     }
     for base in (masking.Masking, targets.Target, heads.Head, losses.Loss):
-        for part in public_classes(base):
-            if part.__module__.startswith("lightly_mim."):
-                table[part.__name__] = (part, {})
+        for known in public_classes(base):
+            if known.__module__.startswith("lightly_mim."):
+                table[known.__name__] = (known, {})
     table["MixtureMasking"][1]["maskings"] = [masking.RandomMasking()]
     for name in ("KNN", "Linear", "Logistic", "Attentive", "LowLabel", "LinearMAE"):
         table[name] = (getattr(evaluation, name), {})

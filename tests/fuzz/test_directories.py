@@ -102,7 +102,8 @@ def scenes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
             def once(self: Any) -> None:
                 step(self)
-                (next(seen) or (lambda: None))()
+                if then := next(seen):
+                    then()
 
             patch.setattr(pretraining.Pretraining, "on_train_epoch_start", once)
             pretrain(cut, photos, build_model, **RUN)

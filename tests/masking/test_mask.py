@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ def test_of__refuses() -> None:
     with pytest.raises(ValueError, match=r"bool tensor .* shape \(0, 2, 2\)"):
         Mask.of(torch.ones(0, 2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="bool tensor .* got ndarray"):
-        Mask.of(CELLS.numpy())
+        Mask.of(cast(Any, CELLS.numpy()))
     uneven = torch.tensor([[[True, False]], [[True, True]]])
     with pytest.raises(ValueError, match="got 1 to 2 of 2"):
         Mask.of(uneven)
@@ -146,5 +148,5 @@ def test_index__of_inference_mode_is_not_kept() -> None:
     with torch.inference_mode():
         mask.index()
     values = torch.randn(1, 16, requires_grad=True)
-    values.gather(1, mask.index()[0]).sum().backward()
+    torch.autograd.backward(values.gather(1, mask.index()[0]).sum())
     assert values.grad is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_mixes_mixtures_and_functions() -> None:
         return torch.tensor([[[True, False]]]).expand(batch_size, 1, 2)
 
     inner = MixtureMasking([RandomMasking(16, 0.5), BlockMasking(16, 0.5)])
-    mask = MixtureMasking([inner, left])(50, SIZE, generator=seeded())
+    mask = MixtureMasking([inner, cast(Any, left)])(50, SIZE, generator=seeded())
     assert mask.count == Mask.of(mask.cells).count == 12
     halves = mask.cells[:, :, :2].all(dim=(1, 2))
     assert 10 < halves.sum() < 40

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
@@ -20,7 +21,7 @@ from lightly_mim.masking import (
     UnitMasking,
 )
 
-ANY_RATIO = [
+ANY_RATIO: list[Callable[..., UnitMasking]] = [
     RandomMasking,
     BlockMasking,
     SquareMasking,
@@ -64,7 +65,12 @@ def sides(cells: Tensor) -> tuple[int, int]:
     st.integers(0, 2**31),
 )
 def test_counts_are_exact_on_any_grid(
-    cls: type[UnitMasking], h: int, w: int, share: int, batch_size: int, seed: int
+    cls: Callable[..., UnitMasking],
+    h: int,
+    w: int,
+    share: int,
+    batch_size: int,
+    seed: int,
 ) -> None:
     count = -(-h * w * share // 100)
     assume(0 < count < h * w)

@@ -25,7 +25,8 @@ METRICS = "epoch,step,train_loss_step\n0,9,0.75\n"
 @pytest.fixture
 def two_tasks(status: Any, study: Any) -> Any:
     """A study with a run in its first task, and a failed second one."""
-    for task, state in zip(study.tasks, ({"status": "running"}, FAILED), strict=True):
+    states: list[dict[str, Any]] = [{"status": "running"}, FAILED]
+    for task, state in zip(study.tasks, states, strict=True):
         study.update_state(task, attempts=[attempt("train", "7_0")], **state)
     write_run(study, study.tasks[0], METRICS)
     run = study.run(study.tasks[0]) / "SimMIM-seed0"

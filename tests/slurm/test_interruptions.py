@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class StudyRun:
     @property
     def job(self) -> str:
         jobs = json.loads((self.path / "study.json").read_text())["submissions"][-1]
-        return next(iter(next(iter(jobs["jobs"].values())).values()))
+        return str(next(iter(next(iter(jobs["jobs"].values())).values())))
 
     @property
     def task(self) -> Path:
@@ -200,10 +201,11 @@ class StudyRun:
         """Waits for the end of the training job, and the report, and returns how."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         for job in self.jobs if report else [self.job]:
-            wait_until(
-                f"the end of {job}", lambda job=job: self.cluster.jobs()[job] in over
-            )
+            wait_until(f"the end of {job}", partial(self._is, job, over))
         return self.cluster.jobs()[self.job]
+
+    def _is(self, job: str, states: tuple[str, ...]) -> bool:
+        return self.cluster.jobs()[job] in states
 
     def tool(self, script: str, *options: str) -> None:
         """Runs a script of `slurm/` as the user would.
