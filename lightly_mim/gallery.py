@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.decomposition import PCA  # type: ignore[import-untyped]
-from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 

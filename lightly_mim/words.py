@@ -303,7 +303,7 @@ def spelled_warnings(
             return f"lightly-mim: warning: {text}\n"
         return shown(text, category, *place, **line)
 
-    warnings.formatwarning = spelled  # type: ignore[assignment]
+    warnings.formatwarning = spelled
     try:
         yield
     finally:

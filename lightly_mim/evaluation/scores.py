@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.stats import binomtest
 from torch import Tensor
 
 from lightly_mim.arguments import (

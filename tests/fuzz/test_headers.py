@@ -233,6 +233,14 @@ def big(*shape: int) -> torch.Tensor:
     return torch.zeros(1).expand(*shape)
 
 
+EMPTY_SPARSE = torch.sparse_coo_tensor(
+    torch.zeros(3, 0, dtype=torch.int64),
+    torch.zeros(0),
+    (2**20, 3, 2),
+    check_invariants=True,
+)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
     "tensors",
@@ -241,7 +249,7 @@ def big(*shape: int) -> torch.Tensor:
         {PATCHES: torch.ones(1).as_strided((2**17, 3, 4, 4), (0,) * 4)},
         {PATCHES: torch.ones(8, 3, 4, 4), "pos_embed": big(1, 2**40, 8)},
         {PATCHES: torch.empty(2**20, 3, 16, 16, device="meta")},
-        {PATCHES: torch.sparse_coo_tensor(size=(2**20, 3, 2), check_invariants=True)},
+        {PATCHES: EMPTY_SPARSE},
         {f"blocks.{n}.mlp.fc1.weight": view for n, view in
          enumerate([torch.zeros(2**17).view(2**8, 2**9)] * 99)},
     ],

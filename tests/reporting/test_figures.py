@@ -120,8 +120,10 @@ def test_reconstruction_grid__clamps_and_keeps_large_images() -> None:
 
 def test_reconstruction_grid__half_precision_and_gradients() -> None:
     original, pasted, masked = grid_input()
-    images = [image.bfloat16().requires_grad_() for image in (original, pasted)]
-    assert reconstruction_grid(*images, masked).mode == "RGB"
+    original, pasted = (
+        image.bfloat16().requires_grad_() for image in (original, pasted)
+    )
+    assert reconstruction_grid(original, pasted, masked).mode == "RGB"
 
 
 def test_reconstruction_grid__writes_png(tmp_path: Path) -> None:

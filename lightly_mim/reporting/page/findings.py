@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.stats import binomtest
 
 from lightly_mim.reporting.page.facts import duration, training_seconds, words_of
 from lightly_mim.reporting.page.reading import (
