@@ -208,21 +208,7 @@ def test_train_and_score__several_processes_make_the_weights_of_one(
     encoder: MaskedEncoder, tmp_path: Path
 ) -> None:
     """Each test image is scored once, in its place."""
-    (tmp_path / "script.py").write_text(
-        "from pathlib import Path\n"
-        "from tests.evaluation.test_supervised import score_in_processes\n"
-        'if __name__ == "__main__":\n'
-        f"    score_in_processes(Path({str(tmp_path)!r}), processes=2)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    places = [str(root), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
-    subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")],
-        env=environment,
-        check=True,
-        timeout=600,
-    )
+    in_two_processes(tmp_path, "score_in_processes(path, processes=2)")
     score_in_processes(tmp_path, processes=1)
     for number in range(len(PROTOCOLS)):
         one, first, second = (
@@ -239,6 +225,24 @@ def test_train_and_score__several_processes_make_the_weights_of_one(
         assert checkpoint(tmp_path / f"{number}-2")["identity"] == other | {
             "processes": 2
         }
+
+
+def in_two_processes(path: Path, call: str) -> None:
+    """Runs a function of this file, which starts a second process."""
+    (path / "script.py").write_text(
+        "from pathlib import Path\n"
+        "from tests.evaluation.test_supervised import *\n"
+        'if __name__ == "__main__":\n'
+        f"    path = Path({str(path)!r})\n"
+        f"    {call}\n"
+    )
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [sys.executable, str(path / "script.py")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        check=True,
+        timeout=600,
+    )
 
 
 def score_in_processes(out: Path, processes: int) -> None:
@@ -268,6 +272,35 @@ def score_in_processes(out: Path, processes: int) -> None:
                 num_workers=0,
                 layout=layout,
             )
+
+
+def cut_in_processes(out: Path) -> None:
+    """Stops a training of two processes, of which one is told to, and goes on."""
+    layout = choose_layout(2, None)
+    start(layout, "cpu")
+    torch.manual_seed(0)
+    encoder = masked_encoder("vit_tiny_patch16_224", img_size=16, **OPTIONS)
+    run(FINETUNE, encoder, out / "whole", layout=layout)
+    step = Classifier.training_step
+
+    def stopped(self: Classifier, batch: Any, batch_idx: int) -> Tensor:
+        if (self.current_epoch, batch_idx, self.global_rank) == (1, 0, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "training_step", stopped)
+        patch.setattr(supervised, "LOG_EVERY", 1)
+        with pytest.raises(Preempted):
+            run(FINETUNE, encoder, out / "cut", layout=layout)
+    assert checkpoint(out / "cut")["global_step"] == 3  # of 4
+    run(FINETUNE, encoder, out / "cut", layout=layout)
+
+
+@pytest.mark.slow
+def test_train_and_score__several_processes_go_on(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, "cut_in_processes(path)")
+    assert_same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
 
 
 def test_train_and_score__refuses_float16_on_a_cpu(
