@@ -84,6 +84,7 @@ from lightly_mim.monitoring import (
 )
 from lightly_mim.optim import NonFiniteLossError, Recipe, build_optimizer
 from lightly_mim.preemption import Preempted, deferred, listening
+from lightly_mim.report import report_run
 from lightly_mim.runs import CHANGEABLE, Changes, RunDirectory, TakenOverError
 from lightly_mim.sessions import SessionNotes
 from lightly_mim.settings import (
@@ -590,6 +591,7 @@ def pretrain(
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
     progress: bool | None = None,
+    report: bool = True,
     resume: bool = False,
     allow_changes: Sequence[str] = (),
     overwrite: bool = False,
@@ -730,6 +732,9 @@ def pretrain(
         progress:
             Show a progress bar. By default on a terminal; elsewhere a line is printed
             for every epoch.
+        report:
+            Write `report.html` at the end, see `lightly_mim.report`: what was run, its
+            curves and pictures, and features of up to 300 images.
         resume:
             Go on with the run in `out`, or begin it if there is none. `out` is enough:
             without data or without method, all that is left at its default is the run's
@@ -955,6 +960,8 @@ def pretrain(
                     + "\n  ".join(by_reason(unreadable))
                 )
             print(f"Finished. The encoder is in {run.encoder}.", flush=True)
+            if report:
+                report_run(run.path, method, *images.shown(), device)
             testable = images.val is not None and getattr(images.val, "classes", None)
             named = all(isinstance(part, str | Path | None) for part in (data, val))
             if named and testable and method.encoder.name:
@@ -1237,6 +1244,12 @@ class _Images(pl.LightningDataModule):
         dataset = copy.copy(self.train)
         dataset.transform = self.eval_transform  # type: ignore[attr-defined]
         return dataset
+
+    def shown(self) -> tuple[Dataset[Any], str]:
+        """Returns the images that a report shows features of, and what they are."""
+        if self.val is not None:
+            return self.val, "validation images"
+        return self.plain(), "training images"
 
     def unreadable(self) -> dict[str, str]:
         """Returns the files that were replaced, on all devices, and why."""

@@ -111,6 +111,7 @@ from lightly_mim.evaluation.results import (
 from lightly_mim.evaluation.scores import score
 from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
+from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.transforms import EvalTransform
 
 ProtocolName = Literal[
@@ -217,7 +218,7 @@ def evaluate(
             Measure the training images' features without labels as well, see
             `lightly_mim.evaluation.rank`.
         out:
-            Directory that `results.json` is written to.
+            Directory that `results.json` is written to, and `report.html`.
         cache:
             Directory of features on disk, which several evaluations may share. By
             default features/ in `out`, or, without `out`, the memory of this process:
@@ -459,6 +460,7 @@ def evaluate(
         with atomic_write(file) as temporary:
             temporary.write_text(to_text(results.to_dict()))
         keeper.clear(list(keys.values()))
+        write_page_or_warn(file.parent)
     return results
 
 
