@@ -48,7 +48,7 @@ from lightly_mim.files import (
 _FREE = {
     *("out", "val", "validate", "num_workers", "progress", "loggers", "tensorboard"),
     *("reconstruct_every", "probe", "probe_every", "rank_every", "avg_dist"),
-    *("log_every", "save_every_minutes"),
+    *("log_every", "save_every_minutes", "report"),
 }
 # Arguments that it may change if the user says so: the result is another one then.
 CHANGEABLE = (

@@ -32,6 +32,7 @@ SHORT_RUN: dict[str, Any] = {
     "num_workers": 0,
     "tensorboard": False,
     "log_every": 2,
+    "report": False,  # takes as long as the run
 }
 
 

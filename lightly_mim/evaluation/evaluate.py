@@ -95,6 +95,7 @@ from lightly_mim.evaluation.runner import (
     num_images,
 )
 from lightly_mim.files import atomic_write
+from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.training.machine import (
     ONE,
     check_precision,
@@ -198,8 +199,8 @@ def evaluate(
             Measure the training images' features without labels as well, see
             `lightly_mim.evaluation.rank`.
         out:
-            Directory that `results.json` is written to, and the classifiers of
-            "linear", "logistic" and "finetune", see `predict`.
+            Directory that `results.json` and `report.html` are written to, and the
+            classifiers of "linear", "logistic" and "finetune", see `predict`.
         cache:
             Directory of features on disk, which several evaluations may share. By
             default features/ in `out`, or, without `out`, the memory of this process:
@@ -434,6 +435,7 @@ def evaluate(
             if other.stem not in chosen:  # of an evaluation that was overwritten
                 other.unlink()
         kept.clear(list(keys.values()))
+        write_page_or_warn(file.parent)
     return results
 
 

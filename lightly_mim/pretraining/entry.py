@@ -48,6 +48,7 @@ from lightly_mim.pretraining.length import epochs_in
 from lightly_mim.pretraining.module import Pretraining
 from lightly_mim.pretraining.summary import summary
 from lightly_mim.pretraining.watchers import drawing, watching
+from lightly_mim.report import report_run
 from lightly_mim.runs import Changes, RunDirectory
 from lightly_mim.sessions import SessionNotes
 from lightly_mim.settings import (
@@ -114,6 +115,7 @@ def pretrain(
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
     progress: bool | None = None,
+    report: bool = True,
     resume: bool = False,
     allow_changes: Sequence[str] = (),
     overwrite: bool = False,
@@ -255,6 +257,9 @@ def pretrain(
         progress:
             Show a progress bar. By default on a terminal; elsewhere a line is printed
             for every epoch.
+        report:
+            Write `report.html` at the end, see `lightly_mim.report`: what was run, its
+            curves and pictures, and features of up to 300 images.
         resume:
             Go on with the run in `out`, or begin it if there is none. `out` is enough:
             without data or without method, all that is left at its default is the run's
@@ -471,6 +476,8 @@ def pretrain(
                     + "\n  ".join(by_reason(unreadable))
                 )
             print(f"Finished. The encoder is in {run.encoder}.", flush=True)
+            if report:
+                report_run(run.path, method, *images.shown(), device)
             testable = images.val is not None and getattr(images.val, "classes", None)
             named = all(isinstance(part, str | Path | None) for part in (data, val))
             if named and testable and method.encoder.name:

@@ -145,6 +145,12 @@ class PretrainingImages(pl.LightningDataModule):
         dataset.transform = self.eval_transform  # type: ignore[attr-defined]
         return dataset
 
+    def shown(self) -> tuple[Dataset[Any], str]:
+        """Returns the images that a report shows features of, and what they are."""
+        if self.val is not None:
+            return self.val, "validation images"
+        return self.plain(), "training images"
+
     def unreadable(self) -> dict[str, str]:
         """Returns the files that were replaced, on all devices, and why."""
         trainer = self.trainer

@@ -26,10 +26,16 @@ from lightly_mim.masking import Mask
 
 COMMIT = "a" * 40
 CONFIG = transformers.ViTMAEConfig(
-    **{"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3},
-    **{"intermediate_size": 192, "image_size": 32, "patch_size": 8},
-    **{"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1},
-    **{"decoder_num_attention_heads": 4, "decoder_intermediate_size": 128},
+    hidden_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    intermediate_size=192,
+    image_size=32,
+    patch_size=8,
+    decoder_hidden_size=32,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=4,
+    decoder_intermediate_size=128,
     layer_norm_eps=1e-6,  # MAE's own; 1e-12 there moves a class token of 0.02
 )
 
@@ -82,7 +88,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def main(port: int, root: Path) -> None:
     torch.manual_seed(0)
-    theirs = transformers.ViTMAEForPreTraining(CONFIG).eval()
+    theirs = transformers.ViTMAEForPreTraining(CONFIG)
+    theirs.eval()  # type: ignore[no-untyped-call]
     theirs.save_pretrained(root / "safetensors")
     (root / "bin").mkdir()
     shutil.copy(root / "safetensors" / "config.json", root / "bin")
