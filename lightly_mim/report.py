@@ -14,7 +14,7 @@ from lightly_mim.arguments import NonEmpty, checked
 from lightly_mim.config import is_named_only
 from lightly_mim.data import open_data
 from lightly_mim.data.sources import Data
-from lightly_mim.evaluation.record import choose_device
+from lightly_mim.evaluation.provenance import choose_device
 from lightly_mim.files import printable
 from lightly_mim.gallery import write_gallery
 from lightly_mim.methods.base import MaskedImageModel
