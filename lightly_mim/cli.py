@@ -175,6 +175,9 @@ def main(args: Sequence[str] | None = None) -> None:
     print_any_name()
     try:
         words = _spell_out(sys.argv[1:] if args is None else args)
+        if words[:1] == ["--completion"]:
+            print(completion(" ".join(words[1:])))
+            return
         command = COMMANDS.get(words[0] if words else "")
         with spelled_warnings(command, words):
             result = auto_cli(COMMANDS, args=words, **_PARSER)
@@ -212,6 +215,23 @@ def read(args: Sequence[str]) -> dict[str, Any]:
         return check_arguments(COMMANDS[found.subcommand], given)
     except (ValueError, argparse.ArgumentError) as error:
         raise ValueError(_spelled(error, words)) from error
+
+
+def completion(shell: str) -> str:
+    """Returns a script that completes commands and options in a shell.
+
+    Args:
+        shell:
+            "bash", "zsh" or "tcsh".
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    if shell not in (shells := ("bash", "zsh", "tcsh")):
+        raise ValueError(f"--completion takes one of {', '.join(shells)}, got {shell}.")
+    parser = auto_parser(COMMANDS, **_PARSER)
+    script: str = parser.get_completion_script(f"shtab-{shell}")
+    return script
 
 
 def check(

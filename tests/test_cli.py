@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lightly_mim
-from lightly_mim import cli
+from lightly_mim import __main__, cli
 from lightly_mim.cli import main
 from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options
@@ -316,6 +316,7 @@ ROOT = Path(lightly_mim.__file__).parents[1]
     [
         "-P;-c;from lightly_mim.cli import main\nmain()",  # as the console script
         "-m;lightly_mim",
+        "-m;lightly_mim;pretrain",
         "{root}/benchmarks/solar_cells.py",
         "{root}/slurm/submit.py",
     ],
@@ -374,15 +375,47 @@ def test_check__batch_of_a_run_that_goes_on() -> None:
     cli.check(["pretrain", "--out", "x", "--resume", "--batch_size", "8"])
 
 
-def test_module_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lightly_mim", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
+def program(*words: str) -> str:
+    command = [sys.executable, "-m", "lightly_mim", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_help__names_every_command() -> None:
+    told = program("--help")
+    assert told == program() == __main__.HELP
+    named = re.findall(r"^  ([\w-]+)  ", told, re.MULTILINE)
+    assert sorted(named) == sorted(cli.COMMANDS)
+
+
+def test_help__leaves_pytorch_alone() -> None:
+    code = (
+        "import sys; sys.argv[1:] = ['--help']; from lightly_mim import __main__; "
+        "__main__.main(); assert 'torch' not in sys.modules"
     )
-    assert "pretrain" in done.stdout
-    assert "evaluate" in done.stdout
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version() -> None:
+    assert program("--version") == f"lightly-mim {lightly_mim.__version__}\n"
+
+
+def test_completion__in_a_real_bash() -> None:
+    script = program("--completion", "bash")
+    ask = """
+    COMP_WORDS=(lightly-mim pretrain --save_every_mi); COMP_CWORD=2
+    $(complete -p lightly-mim | sed 's/.*-F \\([^ ]*\\).*/\\1/') 2>/dev/null
+    echo "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["--save_every_minutes"], done.stderr
+
+
+def test_completion__of_another_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--completion", "fish"])
+    assert "takes one of bash, zsh, tcsh, got fish" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["pretrain small a", "convert a.pth --to timm"])
