@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from lightly_mim.encoders import masked_encoder
-from lightly_mim.evaluation.finetune import FineTuned
+from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.methods import MAE
 from lightly_mim.optim import (
     Recipe,

@@ -19,13 +19,11 @@ from lightly_mim.evaluation.features import (
     collect_features,
     extract_features,
 )
-from lightly_mim.evaluation.finetune import FineTune, FineTuned
 from lightly_mim.evaluation.foreign_encoders import (
     AdaptedEncoder,
     AnyEncoder,
     RawPixels,
 )
-from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
 from lightly_mim.evaluation.probes.attentive import (
     Attentive,
@@ -52,6 +50,8 @@ from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
 from lightly_mim.evaluation.scores import wilson_interval
 from lightly_mim.evaluation.show import show
 from lightly_mim.evaluation.splits import draw_per_class
+from lightly_mim.evaluation.supervised.finetune import FineTune, FineTuned
+from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
 
 __all__ = [
     "KNN",

@@ -35,12 +35,12 @@ from lightly_mim.data.folder import OnError
 from lightly_mim.encoders import Encoder
 from lightly_mim.evaluation.broken import find_readable
 from lightly_mim.evaluation.features import evaluating, normalize_images
-from lightly_mim.evaluation.finetune import FineTuned
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.evaluation.loading import build_saved, load_encoder
 from lightly_mim.evaluation.protocol import Outcome
 from lightly_mim.evaluation.provenance import choose_device
+from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import atomic_write, printable
 from lightly_mim.transforms import EvalTransform
 

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 from lightly_mim.arguments import Rule
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.evaluation.finetune import FineTune
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
-from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.evaluation.probes.knn import KNN
 from lightly_mim.evaluation.probes.linear import Linear
 from lightly_mim.evaluation.probes.logistic import Logistic
 from lightly_mim.evaluation.probes.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol
+from lightly_mim.evaluation.supervised.finetune import FineTune
+from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
 
 # A protocol of this package is one file, and one name here.
 PROTOCOLS: dict[str, type[Any]] = {

@@ -34,9 +34,9 @@ from lightly_mim.evaluation import (
     evaluate_dense,
 )
 from lightly_mim.evaluation.dense.results import DenseResult
-from lightly_mim.evaluation.finetune import FineTune
-from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.probes.attentive import Attentive
+from lightly_mim.evaluation.supervised.finetune import FineTune
+from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
 from lightly_mim.monitoring import check_finite_images
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.reporting import results_markdown

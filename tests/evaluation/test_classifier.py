@@ -17,6 +17,7 @@ from lightly_mim.data import ImageDataset
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import (
     KNN,
+    FineTune,
     Linear,
     Logistic,
     Outcome,
@@ -29,7 +30,7 @@ from lightly_mim.evaluation import (
     show,
 )
 from lightly_mim.evaluation.classifier import save_classifier
-from lightly_mim.evaluation.finetune import FineTuned
+from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import sealed
 from lightly_mim.transforms import EvalTransform
 
@@ -170,6 +171,17 @@ def test_finetuned__is_saved_whole(
         load_classifier(file, encoder)
     with safe_open(file, framework="pt") as content:
         assert json.loads(content.metadata()["lightly_mim_classifier"])["sha256"]
+
+
+def test_finetuned__predicts_as_it_was_evaluated(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = masked_encoder("vit_tiny_patch16_224", **VIT)
+    settings = FineTune(epochs=2, batch_size=8, lr=1e-2, warmup_epochs=0)
+    done = evaluate(encoder, photos, [settings], out=tmp_path, crop_ratio=0.9, **FAST)
+    found = predict(tmp_path, photos / "val", **FAST)
+    labels = torch.tensor(ImageDataset(photos / "val").targets)
+    right = (found.probabilities.argmax(dim=1) == labels).double().mean()
+    assert float(right) == pytest.approx(done.rows[0].top1)  # type: ignore[union-attr]
 
 
 def test_finetuned__of_another_class(tmp_path: Path) -> None:

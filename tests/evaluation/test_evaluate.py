@@ -36,12 +36,12 @@ from lightly_mim.evaluation import (
     evaluate,
     runner,
 )
-from lightly_mim.evaluation.finetune import FineTune
-from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.evaluation.probes.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
 from lightly_mim.evaluation.resume import Kept
+from lightly_mim.evaluation.supervised.finetune import FineTune
+from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
 from lightly_mim.files import sealed
 
 # The function `evaluate` hides the module of this name.

@@ -33,7 +33,7 @@ from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
-from lightly_mim.evaluation.supervised import (
+from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
     Classification,
     plan_batches,

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation import supervised
-from lightly_mim.evaluation.finetune import FineTune
-from lightly_mim.evaluation.linear_mae import LinearMAE
 from lightly_mim.evaluation.protocol import ImageProtocol, LabelledImages
-from lightly_mim.evaluation.supervised import Classifier, plan_batches
+from lightly_mim.evaluation.supervised import supervised
+from lightly_mim.evaluation.supervised.finetune import FineTune
+from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
+from lightly_mim.evaluation.supervised.supervised import Classifier, plan_batches
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.training.machine import ONE, choose_layout, start
 from lightly_mim.training.signals import Preempted

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation import finetune
-from lightly_mim.evaluation.finetune import (
+from lightly_mim.evaluation.supervised import finetune
+from lightly_mim.evaluation.supervised.finetune import (
     RECIPES,
     FineTune,
     FineTuned,

@@ -47,7 +47,7 @@ from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
-from lightly_mim.evaluation.supervised import (
+from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
     Classification,
     plan_batches,
@@ -456,7 +456,7 @@ class FineTune:
             encoder,
             num_classes,
             identity={
-                **dataclasses.asdict(self),
+                **dataclasses.asdict(self) | {"grad_checkpointing": None},
                 "protocol": "finetune",
                 "recipe": name,
                 "encoder": encoder_fingerprint(encoder),
@@ -483,6 +483,7 @@ class FineTune:
                 },
                 [],
                 rank_classes(logits),
+                classifier=model,
             )
         ]
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from lightly_mim.data import KeyedLoader
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation.features import normalize_images
-from lightly_mim.evaluation.linear_mae import LinearMAE, build_lars
+from lightly_mim.evaluation.supervised.linear_mae import LinearMAE, build_lars
 from lightly_mim.transforms import MAETransform
 
 from .test_supervised import OPTIONS, Stripes, stripes, trained
