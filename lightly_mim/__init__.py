@@ -6,7 +6,7 @@ threads which spin instead do a fraction of the work. OpenMP reads both while Py
 loaded; a program that imports PyTorch first sets GOMP_SPINCOUNT itself.
 """
 
-import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -76,12 +76,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"lightly_mim.{_HOMES[name]}"), name)
-    try:
+    if name.isidentifier() and importlib.util.find_spec(f"lightly_mim.{name}"):
         return importlib.import_module(f"lightly_mim.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"lightly_mim.{name}":
-            raise
-        raise AttributeError(f"module 'lightly_mim' has no {name!r}") from None
+    raise AttributeError(f"module 'lightly_mim' has no {name!r}")
 
 
 def __dir__() -> list[str]:
