@@ -277,7 +277,9 @@ def _check(
         check_batch(data, method, arguments)
         return method
     if found.subcommand == "evaluate":
-        check_evaluation(encoder, settle(parser.instantiate(found).evaluate.as_dict()))
+        arguments = parser.instantiate(found).evaluate.as_dict()
+        del arguments["config"]
+        check_evaluation(encoder, settle(arguments))
     return None
 
 

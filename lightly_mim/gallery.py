@@ -191,7 +191,7 @@ def _reconstruct(
     method: MaskedImageModel, images: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """Returns images with their masked pixels painted, in [0, 1], and the masks."""
-    if not method.target.drawable:
+    if not getattr(method.target, "drawable", False):
         return None
     generator = Generator().manual_seed(seed_from(0, "gallery"))
     painted, masks = [], []
@@ -235,9 +235,9 @@ def _draw(
         masked[chosen],
         folder / "reconstructed.png",
         title=f"best, typical and worst of {count} images",
-        note=method.target.picture_note,
+        note=getattr(method.target, "picture_note", ""),
     )
-    return {"rows": rows, "of": count, "note": method.target.picture_note}
+    return {"rows": rows, "of": count, "note": getattr(method.target, "picture_note", "")}
 
 
 # Patches.

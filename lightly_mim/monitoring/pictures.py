@@ -124,7 +124,7 @@ def draw_reconstructions(
         mask.pixels((images.shape[-2], images.shape[-1])),
         path,
         title=title,
-        note=method.target.picture_note,
+        note=getattr(method.target, "picture_note", ""),
     )
 
 

@@ -733,7 +733,7 @@ def test_snapshot__has_new_files_and_no_caches(
     study = load(monkeypatch, "study")
     study.snapshot(tmp_path / "code")
     names = {str(f.relative_to(tmp_path / "code")) for f in tmp_path.rglob("*.*")}
-    assert {"lightly_mim/pretraining.py", "benchmarks/common.py"} <= names
+    assert {"lightly_mim/pretraining/entry.py", "benchmarks/common.py"} <= names
     assert {"slurm/task.py", "lightly_mim/methods/simmim.py"} <= names
     assert not any(".git" in name or "__pycache__" in name for name in names)
     for name in ("lightly_mim/cli.py", "slurm/study.py"):
