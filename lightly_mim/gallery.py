@@ -237,7 +237,11 @@ def _draw(
         title=f"best, typical and worst of {count} images",
         note=getattr(method.target, "picture_note", ""),
     )
-    return {"rows": rows, "of": count, "note": getattr(method.target, "picture_note", "")}
+    return {
+        "rows": rows,
+        "of": count,
+        "note": getattr(method.target, "picture_note", ""),
+    }
 
 
 # Patches.

@@ -545,6 +545,7 @@ def test_evaluate__goes_on_where_it_was_cut(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "classifiers",
         "features",
+        "report.html",
         "results.json",
     ]
 
@@ -612,7 +613,8 @@ def test_evaluate__data_set_without_a_fingerprint(
     results = evaluate(encoder, train, ["knn"], val=test, out=tmp_path, **FAST)
     assert "begins anew" in results.notes[-1]
     assert "the data set cannot be told from others" in results.notes[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"report.html", "results.json"}
     train.fingerprint = test.fingerprint = 1  # type: ignore[attr-defined]
     results = evaluate(
         encoder, train, ["knn"], val=test, out=tmp_path, overwrite=True, **FAST
