@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightly_mim import defaults
 from lightly_mim.checkpoints import encoder_spec
-from lightly_mim.cli import main
+from lightly_mim.cli import COMMANDS, main
 from lightly_mim.data import depth, open_data
 from lightly_mim.encoders import masked_encoder, resize_encoder
 from lightly_mim.evaluation import evaluate, load_encoder
@@ -523,7 +523,7 @@ def test_arrays_of_another_number_of_channels(
         assert f"pass --method.in_chans {shape[0]}." in said
         words = ["evaluate"]
         assert f"pass --in_chans {shape[0]}." in as_options(
-            str(error.value), evaluate, words
+            str(error.value), COMMANDS["evaluate"], words
         )
 
 

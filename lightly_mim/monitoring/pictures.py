@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from lightly_mim.masking import Mask, average_distance
@@ -49,14 +48,17 @@ class ReconstructionPictures(Callback):
         self.directory = Path(directory)
         self.every_n_epochs = every_n_epochs
 
-    @rank_zero_only
     def on_train_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Writes the pictures when it is time."""
         if not is_due(trainer, self.every_n_epochs):
             return
-        epoch, loss = trainer.current_epoch + 1, trainer.callback_metrics["train_loss"]
+        # All processes ask for the loss: it is the mean over them.
+        loss = trainer.callback_metrics["train_loss"]
+        if not trainer.is_global_zero:
+            return
+        epoch = trainer.current_epoch + 1
         method = method_of(pl_module)
         picture = draw_reconstructions(
             method,

@@ -16,6 +16,7 @@ from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.optim import Recipe
 from lightly_mim.pretraining.images import PretrainingImages
 from lightly_mim.pretraining.module import Pretraining
+from lightly_mim.training.logs import quiet
 from lightly_mim.training.machine import Layout, Precision
 from lightly_mim.training.trainer import make_trainer
 
@@ -84,7 +85,7 @@ def epochs_in(
     copied.fit_target(images.sample)
     seed, compile = arguments["seed"], arguments["compile"]
     module = Pretraining(copied, settings, settings.batch_size, seed, compile)
-    with keyed_random_state(seed, "speed"), warnings.catch_warnings():
+    with keyed_random_state(seed, "speed"), quiet(1):
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer.fit(module, datamodule=images)
     per_epoch = speed.seconds * images.steps_per_epoch * arguments["accumulate"]

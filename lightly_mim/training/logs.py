@@ -123,12 +123,13 @@ class EpochLines(Callback):
         """Takes the time."""
         self.on_train_start(trainer, pl_module)
 
-    @rank_zero_only
     def on_train_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Prints the line."""
-        metrics = trainer.callback_metrics
+        metrics = trainer.callback_metrics  # of all processes, which all ask for them
+        if not trainer.is_global_zero:
+            return
         values = "  ".join(
             f"{name} {float(metrics[name]):.4g}"
             for name in self.names
