@@ -606,6 +606,8 @@ def learning_curves(rows: Sequence[dict[str, Any]]) -> Figure:
             means = [statistics.mean(scores[number]) for number in images]
             panel.plot(images, means, marker="o", label=f"{pictures:,} pictures")
         panel.set(title=f"{model}, {protocol}", xscale="log", ylabel="top-1 %")
+        panel.minorticks_off()
+        panel.set_xticks(images, labels=[f"{number:,}" for number in images])
         panel.grid(alpha=0.3)
     for panel in panels[-1]:
         panel.set_xlabel("images seen in pretraining")

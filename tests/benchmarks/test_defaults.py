@@ -134,4 +134,5 @@ def test_learning_curves__a_line_per_number_of_pictures(defaults: Any) -> None:
     assert set(untrained.get_ydata()) == {60.0}
     assert [line.get_label() for line in lines] == ["50 pictures", "300 pictures"]
     assert list(lines[0].get_xdata()) == [4000, 8000]
+    assert list(figure.axes[0].get_xticks()) == [4000, 8000]
     assert list(lines[0].get_ydata()) == [41.0, 81.0]
