@@ -211,7 +211,7 @@ class GlobalBatches(Sampler[list[Key]]):
             )
         if training and batch_size > num_images:
             raise ValueError(
-                f"A batch of {batch_size} images is larger than the data set, which "
+                f"A batch of {batch_size} images is larger than the dataset, which "
                 f"has {num_images}. Incomplete batches are dropped, so nothing would "
                 f"be left: take a batch_size of at most {num_images}."
             )
@@ -323,8 +323,11 @@ class KeyedLoader(DataLoader[Any]):
         labels: bool | None = True,
         **options: Any,
     ) -> None:
+        num_images = len(dataset)  # type: ignore[arg-type]
+        if num_images == 0:
+            raise ValueError("The dataset has no images.")
         batches = GlobalBatches(
-            len(dataset),  # type: ignore[arg-type]
+            num_images,
             batch_size,
             training=training,
             seed=seed,

@@ -29,7 +29,7 @@ def _seed_sequence(*key: int | str) -> np.random.SeedSequence:
             continue
         if not fits(element, NonNegativeInt):
             raise ValueError(
-                f"A seed is made of strings and of whole numbers from 0, got "
+                "The key of a seed is made of strings and of whole numbers from 0, got "
                 f"{element!r} in {key}."
             )
         number = int(element)

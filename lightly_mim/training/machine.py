@@ -134,7 +134,10 @@ def start(layout: Layout, accelerator: str) -> torch.device:
             strategy="ddp",
             plugins=plugins,
         )
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (
+        *(MisconfigurationException, TypeError, ValueError),
+        *(MemoryError, OverflowError),  # of very many devices
+    ) as error:
         raise ValueError(
             f"Lightning cannot start processes with accelerator={accelerator!r}, "
             f"devices={layout.devices!r}, num_nodes={layout.num_nodes}: {error}"

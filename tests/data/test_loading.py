@@ -127,7 +127,7 @@ class TestGlobalBatches:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"batch_size": 11}, "11 images is larger than the data set, which has 10"),
+            ({"batch_size": 11}, "11 images is larger than the dataset, which has 10"),
             ({"batch_size": 5, "world_size": 2}, "multiple of .* 2, got 5"),
             ({"batch_size": 0}, "at least 1, got batch_size=0"),
             ({"batch_size": 4, "rank": 1}, r"rank must be in 0\.\.0"),

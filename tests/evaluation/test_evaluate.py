@@ -843,8 +843,7 @@ def test_check_evaluation__without_weights(
 
 
 TRAINED: dict[str, Any] = {
-    "protocols": ["knn", "finetune"],
-    "finetune": FineTune(epochs=2, batch_size=8, micro_batch_size=4),
+    "protocols": ["knn", FineTune(epochs=2, batch_size=8, micro_batch_size=4)],
     **FAST,
 }
 
@@ -867,7 +866,7 @@ def test_evaluate__on_two_devices(
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from tests.evaluation.test_suite import evaluate_on_two_devices\n"
+        "from tests.evaluation.test_evaluate import evaluate_on_two_devices\n"
         'if __name__ == "__main__":\n'
         f"    paths = Path({str(folder)!r}), Path({str(tmp_path)!r})\n"
         "    evaluate_on_two_devices(*paths)\n"

@@ -231,7 +231,7 @@ def in_two_processes(path: Path, call: str) -> None:
     """Runs a function of this file, which starts a second process."""
     (path / "script.py").write_text(
         "from pathlib import Path\n"
-        "from tests.evaluation.test_supervised import *\n"
+        "from tests.evaluation.supervised.test_supervised import *\n"
         'if __name__ == "__main__":\n'
         f"    path = Path({str(path)!r})\n"
         f"    {call}\n"
