@@ -20,7 +20,7 @@ test: $(READY)  ## the tests, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not slurm and not browser"
 
 test-slow: $(READY)  ## the long tests
-	$(BIN)/python -m pytest -m "slow and not slurm and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not slurm and not browser"
 
 browser-test: $(READY)  ## the report in a browser; installs Chromium as root on Debian
 	command -v chromium >/dev/null || \
