@@ -25,6 +25,7 @@ MAKE: list[Callable[[], LearnedTarget]] = [
 def test_learned_target__state_goes_into_a_new_one(
     make: Callable[[], LearnedTarget], channels: int
 ) -> None:
+    torch.manual_seed(0)  # not every draw has values in three of five bins
     images = torch.randn(2, channels, 16, 24)
     first, second = make(), make()
     model, other = nn.ModuleDict({"target": first}), nn.ModuleDict({"target": second})
