@@ -430,7 +430,10 @@ class RunDirectory:
         )
         for name in written:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("metrics.csv", "results.json", "dense.json", "report.html"):
+        for name in (
+            *("metrics.csv", "results.json", "dense.json"),
+            *("report.html", "curves.png"),
+        ):
             (self.path / name).unlink(missing_ok=True)
         self.encoder.unlink(missing_ok=True)
 

@@ -434,14 +434,16 @@ def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
             f"{folder} holds no classifier. Evaluate with out={folder} and one of the "
             "protocols linear, logistic and finetune."
         )
+    if len(files) == 1:
+        return load_classifier(files[0], encoder)
     accuracies = {path: _read(path)[0]["accuracy"] for path in files}
-    if len(files) > 1 and None in accuracies.values():
+    if None in accuracies.values():
         names = ", ".join(str(path) for path in files)
         raise ValueError(
             "Fine-tuning holds out no training images that classifiers could be "
             f"compared by. Pass one of {names}."
         )
-    return load_classifier(max(files, key=lambda path: accuracies[path] or 0), encoder)
+    return load_classifier(max(files, key=lambda path: accuracies[path]), encoder)
 
 
 def _find_encoder(

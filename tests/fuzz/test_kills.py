@@ -12,10 +12,10 @@ import pytest
 
 @pytest.mark.slow
 def test_kills(photos: Path, tmp_path: Path) -> None:
-    """Of pretraining, evaluation and fine-tuning: 60 with those of a study."""
+    """Of pretraining, evaluation and fine-tuning."""
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(
-        [sys.executable, script, photos, tmp_path, "52"],
+        [sys.executable, script, photos, tmp_path, "60"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
