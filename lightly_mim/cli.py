@@ -126,7 +126,7 @@ COMMANDS: dict[str, Any] = {
     "report": report,
 }
 # Their first words stand for the first arguments: predict MODEL IMAGES.
-_IN_ORDER = ("predict", "embed", "show")
+_IN_ORDER = ("predict", "embed", "show", "report")
 
 
 class _Parser(ArgumentParser):
@@ -292,8 +292,6 @@ def _spell_out(args: Sequence[str]) -> list[str]:
         raise ValueError(
             "--config stands behind the command: lightly-mim pretrain --config FILE."
         )
-    if words[:1] == ["report"] and len(words) > 1 and _is_value(words[1]):
-        words.insert(1, "--runs")  # lightly-mim report RUN [RUN ...]
     if words and words[0] in COMMANDS:
         words = _read_files(words, COMMANDS[words[0]])
         if words[0] in _IN_ORDER:
@@ -306,16 +304,21 @@ def _spell_out(args: Sequence[str]) -> list[str]:
 
 
 def _name_first(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
-    """Turns `predict MODEL IMAGES` into `predict --model MODEL --images IMAGES`."""
+    """Turns `predict MODEL IMAGES` into `predict --model MODEL --images IMAGES`.
+
+    A last argument that may be a list takes what is left: `report RUN RUN`.
+    """
     first = list(itertools.takewhile(_is_value, words[1:]))
     parameters = inspect.signature(command).parameters.values()
     required = [each.name for each in parameters if each.default is each.empty]
-    if len(first) > len(required):
+    lists = dict(_list_options(command, "--"))
+    if len(first) > len(required) and f"--{required[-1]}" not in lists:
         given = " ".join(first[len(required) :])
         raise ValueError(f"{given!r} stands behind no option, such as --out.")
     named = zip(required, first, strict=False)
     pairs = [word for name, value in named for word in (f"--{name}", value)]
-    return [words[0], *pairs, *words[1 + len(first) :]]
+    left = first[len(required) :]
+    return [words[0], *pairs, *left, *words[1 + len(first) :]]
 
 
 def _split(words: Sequence[str]) -> list[str]:
