@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lightly_mim.files import printable
 from lightly_mim.gallery import write_gallery
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.methods.pretrained import from_pretrained
-from lightly_mim.reporting.page import REPORT, find_runs, write_page
+from lightly_mim.reporting.page import find_runs, write_page, write_page_or_warn
 from lightly_mim.reporting.page.reading import GALLERY, GALLERY_FILE
 from lightly_mim.runs import RunDirectory
 from lightly_mim.transforms import EvalTransform
@@ -118,16 +117,8 @@ def report_run(
         warnings.warn(f"The report shows no features: {error}", stacklevel=2)
     finally:
         method.to(home)
-    try:
-        write_page([directory], directory, figures=True)
-    except Exception as error:
-        warnings.warn(
-            f"The report could not be written: {error} The run is complete without it; "
-            f"try `lightly-mim report {shlex.quote(str(directory))}`.",
-            stacklevel=2,
-        )
-    else:
-        print(f"The report is in {Path(directory) / REPORT}.", flush=True)
+    if page := write_page_or_warn(directory, figures=True):
+        print(f"The report is in {page}.", flush=True)
 
 
 def look_at(directory: Path | str, data: Data | None = None) -> str:

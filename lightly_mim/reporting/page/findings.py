@@ -17,14 +17,11 @@ from lightly_mim.reporting.page.reading import (
     as_text,
     dig,
 )
+from lightly_mim.reporting.study import PIXELS, RANDOM
 
 Row = Mapping[str, Any]
 
-# As `lightly_mim.evaluation.results` calls them, which is a floor above.
-BASELINES = {
-    "random initialisation": "random initialisation",
-    "raw pixels": "raw pixels",
-}
+BASELINES = RANDOM, PIXELS
 _PROTOCOLS = {
     "knn": "kNN",
     "linear": "linear probe",
@@ -134,10 +131,7 @@ def sentences(run: RunFiles) -> list[str]:
         ]
         name = protocol_name(row)
         for other in others:
-            said.append(
-                f"{as_beginning(name)}: "
-                + compare(row, other, BASELINES[other["model"]])
-            )
+            said.append(f"{as_beginning(name)}: {compare(row, other, other['model'])}")
     if said:
         tested = {as_number(row.get("num_test")) for row in own}
         one = tested.pop() if len(tested) == 1 else None

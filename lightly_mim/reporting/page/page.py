@@ -81,21 +81,27 @@ def write_page(
     return path
 
 
-def write_page_or_warn(run: Path) -> None:
+def write_page_or_warn(run: Path | str, figures: bool = False) -> Path | None:
     """Writes the page of a run beside what it has found, or warns if it cannot.
 
     Args:
         run:
             The directory, whose other files stay as they are in any case.
+        figures:
+            See `write_page`.
+
+    Returns:
+        The page's path, or None.
     """
     try:
-        write_page([run], run)
+        return write_page([run], run, figures=figures)
     except Exception as error:
         warnings.warn(
-            f"The report could not be written: {error} All else is complete; try "
-            f"`lightly-mim report {shlex.quote(str(run))}`.",
+            f"The report could not be written: {error} The run is complete without it; "
+            f"try `lightly-mim report {shlex.quote(str(run))}`.",
             stacklevel=2,
         )
+        return None
 
 
 def read_runs(runs: Sequence[Path | str]) -> list[RunFiles]:
