@@ -237,6 +237,7 @@ def train_ours(
             rank_every=0,
             reconstruct_every=0,
             tensorboard=False,
+            report=False,
             progress=False,
             overwrite=True,
             **pretraining,

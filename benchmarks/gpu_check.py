@@ -395,6 +395,7 @@ class Check:
                 num_workers=0,
                 rank_every=0,
                 tensorboard=False,
+                report=False,
                 progress=False,
                 callbacks=[Cut()] if cut else None,
                 resume=resume,

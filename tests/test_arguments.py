@@ -323,7 +323,7 @@ def test_checked__home_at_every_entry(
 UNCHECKED = {
     *("MIMOutput", "MaskedEncoder", "MaskedImageModel", "BrokenImageError"),
     *("DenseResult", "DenseResults", "Features", "Result", "Results"),
-    *("ReplacementName", "FeatureEncoder", "Classifier", "Outcome", "Predictions"),
+    *("ReplacementName", "Classifier", "Outcome", "Predictions"),
     *("FeatureProtocol", "ImageProtocol"),  # what a protocol of one's own is
     *("collate", "keyed_random_state", "seed_from"),
 }
