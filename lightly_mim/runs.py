@@ -210,7 +210,7 @@ class RunDirectory:
         """
         try:
             config: dict[str, Any] = read_yaml(self.config, _whole_config)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             if not self._began():  # somebody else's
