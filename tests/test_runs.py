@@ -687,16 +687,16 @@ def begin_killed(path: Path, how: str, count: int) -> bool:
 
         overwrite = how == "overwrite"
         started = RunDirectory(path)
-        started.check(NEW, False, overwrite)
+        started.check(NEW, how == "resume", overwrite)
         sys.addaudithook(audit)
-        started.begin(NEW, overwrite, fresh=not overwrite, facts={"processes": 1})
+        started.begin(NEW, overwrite, fresh=how == "fresh", facts={"processes": 1})
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL)
     return bool(status)
 
 
-@pytest.mark.parametrize("how", ["fresh", "overwrite"])
+@pytest.mark.parametrize("how", ["fresh", "overwrite", "resume"])
 def test_kill_between_first_writes__goes_on_or_is_replaced(
     cut: Path, tmp_path: Path, how: str
 ) -> None:
