@@ -43,7 +43,7 @@ def draw(folder: Path, count: int, size: tuple[int, int], seed: int) -> None:
     for number in range(count):
         mask = Image.new("L", size)
         pen = ImageDraw.Draw(mask)
-        x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
+        x, y = int(rng.integers(0, width // 2)), int(rng.integers(0, height // 2))
         pen.ellipse((x, y, x + width // 2, y + height // 2), fill=3)
         x = int(rng.integers(width // 2, width - 12))
         pen.rectangle((x, 0, x + 12, height), fill=7)
@@ -420,9 +420,8 @@ def break_folder(folder: Path, how: str) -> None:
             (folder / "train" / name).mkdir(parents=True)
             (folder / "val" / name).mkdir(parents=True)
             (folder / name / "a").rename(folder / "train" / name / "a")
-        image, mask = Image.new("RGB", (48, 32)), Image.new("L", (48, 32), 255)
-        image.save(folder / "val" / "images" / "0.png")
-        mask.save(folder / "val" / "masks" / "0.png")
+        Image.new("RGB", (48, 32)).save(folder / "val" / "images" / "0.png")
+        Image.new("L", (48, 32), 255).save(folder / "val" / "masks" / "0.png")
     elif how == "ignored":
         for path in (folder / "masks" / "a").iterdir():
             Image.new("L", (48, 32), 255).save(path)
