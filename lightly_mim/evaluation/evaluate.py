@@ -10,7 +10,6 @@ there, so an evaluation that was cut goes on with what is missing.
 from __future__ import annotations
 
 import inspect
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,24 +28,13 @@ from lightly_mim.arguments import (
     check_arguments,
     checked,
 )
-from lightly_mim.data import (
-    ImageDataset,
-    keyed_random_state,
-)
+from lightly_mim.data import ImageDataset, keyed_random_state
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.sources import Data
-from lightly_mim.encoders import (
-    Encoder,
-    MaskedEncoder,
-    Pool,
-    resize_encoder,
-)
+from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, resize_encoder
 from lightly_mim.evaluation.classifier import CLASSIFIERS, save_classifier
-from lightly_mim.evaluation.features import (
-    EncoderFeatures,
-    Precision,
-)
+from lightly_mim.evaluation.features import EncoderFeatures, Precision
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
 from lightly_mim.evaluation.images import (
     EvaluationImages,
@@ -62,10 +50,7 @@ from lightly_mim.evaluation.loading import (
     origin_notes,
 )
 from lightly_mim.evaluation.processes import World
-from lightly_mim.evaluation.protocol import (
-    FeatureProtocol,
-    ImageProtocol,
-)
+from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol
 from lightly_mim.evaluation.protocols import (
     LABEL_FREE,
     PROTOCOLS,
@@ -75,6 +60,7 @@ from lightly_mim.evaluation.protocols import (
 )
 from lightly_mim.evaluation.provenance import (
     choose_device,
+    evaluation_record,
     model_name,
     package_versions,
     to_json,
@@ -97,12 +83,7 @@ from lightly_mim.evaluation.runner import (
 )
 from lightly_mim.files import atomic_write
 from lightly_mim.reporting.page import write_page_or_warn
-from lightly_mim.training.machine import (
-    ONE,
-    check_precision,
-    choose_layout,
-    start,
-)
+from lightly_mim.training.machine import ONE, check_precision, choose_layout, start
 from lightly_mim.transforms import EvalTransform
 
 Baseline = Literal["random", "pixels"]
@@ -416,17 +397,16 @@ def evaluate(
     notes += class_notes(found[tasks[0]])
     if any(len(row.draws or ()) > 1 for row in rows):
         notes.append("± is the standard deviation over draws of the training images.")
-    record = {
-        "command": shlex.join(sys.orig_argv),
-        "arguments": _record(given, chosen),
-        "encoder": describe_encoder(model),
-        "data": {
+    record = evaluation_record(
+        given,
+        chosen,
+        describe_encoder(model),
+        {
             "classes": classes,
             "num_train": num_images(train),
             "num_test": num_images(test),
         },
-        "versions": package_versions(),
-    }
+    )
     results = Results(rows, [*notes, *kept.notes], record, measures)
     world.wait()  # all have seen that there were no results
     if file is not None and world.rank == 0:
@@ -474,14 +454,6 @@ def check_evaluation(
     check_encoder(chosen, encoder, given["distributed"])
     if (img_size := loading.get("img_size")) is not None:
         resize_encoder(encoder, img_size, loading.get("tables"))
-
-
-def _record(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments as `results.json` has them: settings by their protocol."""
-    record = {name: to_json(given[name]) for name in given if name != "loading"}
-    record["protocols"] = list(chosen)
-    record |= {name: to_json(each) for name, each in chosen.items()}
-    return record | {name: to_json(v) for name, v in given["loading"].items()}
 
 
 def _unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -85,3 +88,32 @@ def package_versions() -> dict[str, str]:
     )
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **versions}
+
+
+def evaluation_record(
+    given: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what it takes to run an evaluation again, see `Results.record`.
+
+    Args:
+        given:
+            The arguments by name, with those of `load_encoder` as `loading`.
+        chosen:
+            The protocols by name.
+        encoder:
+            What `describe_encoder` says.
+        data:
+            What there is to say of the images.
+    """
+    plain = {name: value for name, value in given.items() if name != "loading"}
+    plain |= {"protocols": list(chosen)} | dict(chosen) | dict(given["loading"])
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "arguments": {name: to_json(value) for name, value in plain.items()},
+        "encoder": dict(encoder),
+        "data": dict(data),
+        "versions": package_versions(),
+    }

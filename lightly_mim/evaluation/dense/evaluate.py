@@ -20,7 +20,6 @@ Shapes: B images, C classes, (H, W) pixels, (h, w) patches, D features, P patche
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -63,9 +62,9 @@ from lightly_mim.evaluation.loading import (
 from lightly_mim.evaluation.protocols import resolve_protocols
 from lightly_mim.evaluation.provenance import (
     choose_device,
+    evaluation_record,
     model_name,
     package_versions,
-    to_json,
 )
 from lightly_mim.evaluation.results import RANDOM, results_file, to_text
 from lightly_mim.evaluation.resume import Kept, Task
@@ -277,18 +276,12 @@ def evaluate_dense(
             found[task] = {"rows": [asdict(runner.run(task))]}
             kept.write(keys[task], found[task])
     rows = [DenseResult(**row) for task in tasks for row in found[task]["rows"]]
-    arguments = {name: to_json(value) for name, value in given.items()}
-    del arguments["loading"]
-    record = {
-        "command": shlex.join(sys.orig_argv),
-        "arguments": arguments
-        | {"protocols": list(chosen)}
-        | {name: to_json(each) for name, each in chosen.items()}
-        | {name: to_json(value) for name, value in given["loading"].items()},
-        "encoder": describe_encoder(model),
-        "data": {"classes": names, "num_train": len(train), "num_test": len(test)},
-        "versions": package_versions(),
-    }
+    record = evaluation_record(
+        given,
+        chosen,
+        describe_encoder(model),
+        {"classes": names, "num_train": len(train), "num_test": len(test)},
+    )
     results = DenseResults(rows, [*notes, *kept.notes], record)
     if file is not None:
         with atomic_write(file) as temporary:

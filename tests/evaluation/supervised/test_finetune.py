@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation.supervised import finetune
-from lightly_mim.evaluation.supervised.finetune import (
-    RECIPES,
-    FineTune,
-    FineTuned,
+from lightly_mim.evaluation.supervised import finetune, recipes
+from lightly_mim.evaluation.supervised.augmentation import (
     FineTuneTransform,
-    default_recipe,
     mixed_loss,
 )
+from lightly_mim.evaluation.supervised.finetune import FineTune, FineTuned
+from lightly_mim.evaluation.supervised.recipes import RECIPES, default_recipe
 from lightly_mim.optim import learning_rate_factor
 
 from .test_supervised import OPTIONS, stripes, trained
@@ -59,7 +57,7 @@ def encoder() -> MaskedEncoder:
 # The loss.
 
 
-def recipe_with(**changes: Any) -> finetune.FineTuneRecipe:
+def recipe_with(**changes: Any) -> recipes.FineTuneRecipe:
     return dataclasses.replace(RECIPES["mae_vit_base"], **(PLAIN | changes))
 
 
@@ -314,7 +312,7 @@ def test_recipes__published_values() -> None:
         assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
         assert (recipe.random_erasing, recipe.weight_decay) == (0.25, 0.05)
         assert recipe.rand_augment == "rand-m9-mstd0.5-inc1"
-    assert tuple(RECIPES) == finetune.RecipeName.__args__  # type: ignore[attr-defined]
+    assert tuple(RECIPES) == recipes.RecipeName.__args__  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
