@@ -42,7 +42,7 @@ from lightly_mim.encoders import (
     Pool,
     resize_encoder,
 )
-from lightly_mim.evaluation.classifier import CLASSIFIERS, save_classifier
+from lightly_mim.evaluation.classifier_files import CLASSIFIERS, save_classifier
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Precision,

@@ -29,7 +29,7 @@ from lightly_mim.evaluation import (
     predict,
     show,
 )
-from lightly_mim.evaluation.classifier import save_classifier
+from lightly_mim.evaluation.classifier_files import save_classifier
 from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import sealed
 from lightly_mim.transforms import EvalTransform

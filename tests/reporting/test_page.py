@@ -219,7 +219,7 @@ def test_page__damaged_file(tmp_path: Path, name: str, content: str) -> None:
     run = write_run(tmp_path / "run", "epoch,step,train_loss\n0,3,0.5\n")
     (run / name).write_bytes(content.encode(errors="surrogateescape"))
     text = write_page([run], run).read_text()
-    assert f"{name} cannot be read and is left out" in text
+    assert f"{name} is damaged: " in text and "It is left out." in text
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,6 @@ def result_lines(run: RunFiles) -> list[dict[str, Any]]:
     """
     lines = []
     for row in run.results["rows"] if run.results else []:
-        chosen = as_mapping(row.get("hyperparameters"))
         spent = [as_number(row.get(n)) for n in ("feature_seconds", "seconds")]
         lines.append(
             {
@@ -79,10 +78,7 @@ def result_lines(run: RunFiles) -> list[dict[str, Any]]:
                 "protocol": protocol_name(row),
                 "layer": words_of(row["layer"]) if row.get("layer") is not None else "",
                 "pooling": as_text(row.get("pooling", ""), 40),
-                "chosen": ", ".join(
-                    f"{_SHORT.get(str(k), as_text(k, 40))} {words_of(v)}"
-                    for k, v in chosen.items()
-                ),
+                "chosen": _chosen(row),
                 "top1": as_number(row["top1"]),
                 "low": as_number(row["top1_low"]),
                 "high": as_number(row["top1_high"]),
@@ -97,6 +93,13 @@ def result_lines(run: RunFiles) -> list[dict[str, Any]]:
     return lines
 
 
+def _chosen(row: Row) -> str:
+    return ", ".join(
+        f"{_SHORT.get(str(name), as_text(name, 40))} {words_of(value)}"
+        for name, value in as_mapping(row.get("hyperparameters")).items()
+    )
+
+
 def dense_lines(run: RunFiles) -> list[dict[str, Any]]:
     """Returns the rows of the table of a dense evaluation."""
     return [
@@ -108,6 +111,10 @@ def dense_lines(run: RunFiles) -> list[dict[str, Any]]:
             "top1": as_number(row.get("miou")),
             "low": as_number(row.get("miou_low")),
             "high": as_number(row.get("miou_high")),
+            "top5": None,
+            "mean_class": None,
+            "pooling": "",
+            "chosen": _chosen(row),
             "num_test": row.get("num_test"),
         }
         for row in (run.dense["rows"] if run.dense else [])
