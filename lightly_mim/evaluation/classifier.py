@@ -333,8 +333,9 @@ def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
         )
     if len(files) == 1:
         return load_classifier(files[0], encoder)
-    accuracies = {path: read_classifier(path)[0].accuracy or -1.0 for path in files}
-    if -1.0 in accuracies.values():
+    said = {path: read_classifier(path)[0].accuracy for path in files}
+    accuracies = {path: value for path, value in said.items() if value is not None}
+    if len(accuracies) < len(files):
         names = ", ".join(str(path) for path in files)
         raise ValueError(
             "Fine-tuning holds out no training images that classifiers could be "
@@ -346,13 +347,16 @@ def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
 def _find_encoder(path: Path, said: Said, given: Encoder | Path | None) -> AnyEncoder:
     """Returns the encoder of a probe, on this machine and with the same weights."""
     source = said.source
-    if given is None and (source is None or not Path(source).exists()):
-        raise ValueError(
-            f"{path} belongs to the encoder {source or 'that was passed as a module'}, "
-            "which is not a file on this machine. Pass it as encoder."
-        )
-    place = Path(source) if given is None and source else given
-    assert place is not None
+    if given is None:
+        if not source or not Path(source).exists():
+            raise ValueError(
+                f"{path} belongs to the encoder "
+                f"{source or 'that was passed as a module'}, which is not a file on "
+                "this machine. Pass it as encoder."
+            )
+        place: Encoder | Path = Path(source)
+    else:
+        place = given
     found = load_encoder(place)
     height, width = said.img_size
     if tuple(found.img_size) != (height, width):
@@ -368,7 +372,7 @@ def _find_encoder(path: Path, said: Said, given: Encoder | Path | None) -> AnyEn
     if is_now is None or is_now["weights"] != expected.get("weights"):
         raise ValueError(
             f"{path} was fitted on other weights than those of "
-            f"{source if given is None else 'the given encoder'}. Pass the encoder "
+            f"{place if given is None else 'the given encoder'}. Pass the encoder "
             "that it was fitted on as encoder, or evaluate once more."
         )
     return found
