@@ -75,7 +75,8 @@ Look at it with: python slurm/status.py STUDY
 
 
 def _path(text: str) -> Path:
-    return files.expanded(text)
+    path: Path = files.expanded(text)
+    return path
 
 
 def parser() -> tuple[argparse.ArgumentParser, set[str]]:
