@@ -26,7 +26,6 @@ from typing import Any, NoReturn
 
 import lightly_mim.methods  # isort: skip  # before PyTorch, whose threads it sets up
 import torch
-import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -586,7 +585,7 @@ def _check_trained(directory: RunDirectory, settings: Mapping[str, Any]) -> None
             f"There is no finished run in {directory.path}: begin with --stage train, "
             "or go on with --stage train --resume."
         )
-    stored = yaml.safe_load(directory.config.read_text())
+    stored = directory.stored_config() or {}
     differences = [
         f"{name}: {stored.get(name)!r} in the run, {value!r} now"
         for name, value in settings.items()

@@ -30,6 +30,7 @@ import lightly_mim.methods
 from lightly_mim.arguments import check_arguments
 from lightly_mim.config_files import ConfigFile
 from lightly_mim.conversion import convert
+from lightly_mim.data.opening import is_memory_error
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation import (
     PROTOCOLS,
@@ -190,6 +191,10 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(2, _spelled(error, words))
     except (NonFiniteLossError, OSError) as error:
         _fail(1, error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_error(error):
+            raise
+        _fail(1, f"There is not enough memory: {error}")
     except KeyboardInterrupt:
         _say_interrupted(words)
         sys.exit(130)

@@ -20,7 +20,7 @@ from jsonargparse import get_loader
 
 from lightly_mim.checkpoints.hub import is_hub_name
 from lightly_mim.config import Recorded, check_named, own_class, read_yaml
-from lightly_mim.files import is_file
+from lightly_mim.files import expanded, is_file
 from lightly_mim.words import import_own, meant, public_classes
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None), Path)
@@ -89,7 +89,7 @@ class ConfigFile:
 
     def _check_weights(self, source: Any) -> None:
         with suppress(OSError):  # a path may have a colon, and be too long for one
-            if Path(str(source)).expanduser().exists():
+            if expanded(str(source)).exists():
                 return
         self._check_named({"encoder": source})
         if is_hub_name(str(source)) and not (self._trust or source in self._named):

@@ -42,6 +42,18 @@ def print_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def expanded(path: Path | str) -> Path:
+    """Returns a path with `~` replaced, where somebody has that name.
+
+    `Path.expanduser` raises a RuntimeError where nobody does.
+
+    Args:
+        path:
+            The path.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def is_file(text: str) -> bool:
     """Returns whether a word is a file; False for what cannot be a path at all.
 
@@ -66,10 +78,10 @@ def is_same_place(one: str | None, other: str | None) -> bool:
     """
     if one is None or other is None or one == other:
         return one == other
-    paths = [Path(word).expanduser().absolute() for word in (one, other)]
+    paths = [expanded(word).absolute() for word in (one, other)]
     try:
         return paths[0] == paths[1] or paths[0].samefile(paths[1])
-    except (OSError, ValueError, RuntimeError):  # not there, or no paths
+    except (OSError, ValueError):  # not there, or no paths
         return False
 
 

@@ -25,6 +25,7 @@ the run begins again.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
@@ -320,7 +321,8 @@ class RunDirectory:
 
     def check_outside(self, images: Path) -> None:
         """Raises a ValueError if the run would write its pictures among the images."""
-        if self.path.resolve().is_relative_to(images.resolve()):
+        # Not resolve(), which raises a RuntimeError of links in a circle.
+        if Path(os.path.realpath(self.path)).is_relative_to(os.path.realpath(images)):
             raise ValueError(
                 f"The run directory {self.path} lies in the folder of the images, "
                 f"{images}, where its pictures would become training images: pass "

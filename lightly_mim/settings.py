@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import survey
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.files import expanded
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import published_parts
 from lightly_mim.optim import Recipe
@@ -164,7 +164,7 @@ def check_batch(
     if batch_size is None or data is None:
         return
     if data not in NAMED_DATA:
-        folder = Path(data).expanduser()
+        folder = expanded(data)
         if not folder.is_dir():
             return
         train = folder / "train"

@@ -35,10 +35,14 @@ def read_config(path: Path, refused: set[str]) -> list[str]:
         ValueError: If it cannot be read, has such options, or values that YAML reads as
             something else than their text.
     """
+    from lightly_mim.config import read_yaml
+
     try:
-        stored = yaml.load(path.read_text(), _AsWritten)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        stored = read_yaml(path, lambda text: yaml.load(text, _AsWritten))
+    except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from error
     if not isinstance(stored, dict):
         raise ValueError(f"--config {path} holds no mapping of option: value.")
     words = []

@@ -15,6 +15,7 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -115,7 +116,7 @@ class Study:
         Raises:
             ValueError: If there is none, or if its study.json is damaged.
         """
-        path = Path(path).expanduser().resolve()
+        path = Path(os.path.realpath(files.expanded(path)))
         file = path / "study.json"
         try:
             stored = files.read_sealed(file, _STUDY_REMEDY)

@@ -6,6 +6,7 @@ python slurm/submit.py [options] [--sweep KEY=VALUE,... ...] -- COMMAND [its opt
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -42,7 +43,7 @@ from rich.table import Table
 from rich.text import Text
 from sites import read_config
 from status import held_jobs, is_busy, queue, release_command
-from study import Study, TaskSpec, alone, origin, snapshot
+from study import Study, TaskSpec, alone, files, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from task import Report
 
@@ -74,7 +75,8 @@ Look at it with: python slurm/status.py STUDY
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    path: Path = files.expanded(text)
+    return path
 
 
 def parser() -> tuple[argparse.ArgumentParser, set[str]]:
@@ -301,7 +303,7 @@ def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> 
             f"{shlex.quote(str(path))} to go on with it."
         )
     return Study(
-        path=path.resolve(),
+        path=Path(os.path.realpath(path)),
         command=words,
         tasks=specs,
         cwd=str(Path.cwd()),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lightly_mim
 from lightly_mim import __main__, cli
@@ -93,6 +94,24 @@ def test_failed_runs_end_with_1(
         main(["pretrain"])
     assert error.value.code == 1
     assert capsys.readouterr().err == "lightly-mim: error: the loss became NaN\n"
+
+
+def test_memory_that_does_not_suffice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for act in (lambda: bytearray(2**62), lambda: torch.empty(2**60)):
+        monkeypatch.setattr(cli, "COMMANDS", {"pretrain": act, "evaluate": act})
+        with pytest.raises(SystemExit) as error:
+            main(["pretrain"])
+        assert error.value.code == 1
+        assert "error: There is not enough memory: " in capsys.readouterr().err
+
+    def fail() -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(cli, "COMMANDS", {"pretrain": fail, "evaluate": fail})
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["pretrain"])
 
 
 ENCODER = "--method.encoder vit_tiny_patch16_224"

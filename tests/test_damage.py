@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sys
@@ -126,6 +127,12 @@ def test_metrics__damage_is_named(cut: Path) -> None:
                 act()
             except ValueError as error:
                 assert "metrics.csv is damaged" in str(error)
+    path.unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        with pytest.raises(ValueError, match=r"metrics\.csv is damaged: it is a"):
+            logger.drop_after(6)
+        path.unlink()
 
 
 def test_resume__from_the_checkpoint_before(runs: Path, cut: Path) -> None:

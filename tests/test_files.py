@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, expanded, is_same_place
+
+
+def test_expanded__names_of_nobody() -> None:
+    assert expanded("~") == Path.home()
+    assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    assert not is_same_place("~nobody-of-this-name/x", "~")
 
 
 def test_atomic_write(tmp_path: Path) -> None:

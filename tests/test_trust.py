@@ -153,6 +153,25 @@ def test_config__is_data(content: str) -> None:
     assert not executed()
 
 
+@pytest.mark.parametrize("command", list(cli.COMMANDS)[1:])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("callbacks: [evil.make]", NO_OPTION),
+        ("out: !!python/name:evil.make", "cannot be read: "),
+        ("out: {class_path: evil.make}", f"{NO_SETTING}|{NO_OPTION}"),
+        ("encoder: {class_path: evil.make}", f"{NO_SETTING}|{NO_OPTION}"),
+        ("encoder: hf-hub:evil/x", f"not one of timm's own models|{NO_OPTION}"),
+        ("checkpoint: evil/x", f"no file has weights fetched|{NO_OPTION}"),
+    ],
+)
+def test_config__of_every_command(command: str, content: str, message: str) -> None:
+    Path("c.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        cli.check([command, "--config", "c.yaml"])
+    assert not executed()
+
+
 @pytest.mark.parametrize("command", ["evaluate", "evaluate-dense"])
 @pytest.mark.parametrize(
     ("content", "message"),

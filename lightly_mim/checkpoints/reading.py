@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightly_mim.checkpoints.whole import check_claims, load_whole
+from lightly_mim.files import check_regular
 
 # Where a dictionary of weights lies in a file: Lightning and timm, and Meta's code.
 _HOLDERS = ("state_dict", "model")
@@ -108,6 +109,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        check_regular(file)
         value = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}.") from error

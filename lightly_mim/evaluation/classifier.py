@@ -1,9 +1,8 @@
 """Classifiers that outlive their evaluation: saved, loaded, and used on other images.
 
-OUT/classifiers/<protocol>.safetensors holds the head of a linear or logistic probe, and
-says which encoder it belongs to, or the whole fine-tuned network; and the names of the
-classes and how images are prepared. Such a file is data: an encoder that it names is
-taken from this machine, if it is there and its weights are the same, and never fetched.
+They lie in OUT/classifiers/<protocol>.safetensors, see `classifier_files.py`. Such a
+file is data: an encoder that it names is taken from this machine, if it is there and
+its weights are the same, and never fetched.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,31 +21,27 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightly_mim.arguments import PositiveInt, Workers, checked
-from lightly_mim.checkpoints import Weights, encoder_spec, hash_tensors
+from lightly_mim.checkpoints import Weights
 from lightly_mim.checkpoints.spec import read_spec
 from lightly_mim.data import ImageDataset, KeyedLoader
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.encoders import Encoder
 from lightly_mim.evaluation.broken import find_readable
+from lightly_mim.evaluation.classifier_files import CLASSIFIERS, Said, read_classifier
 from lightly_mim.evaluation.features import evaluating, normalize_images
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.evaluation.loading import build_saved, load_encoder
-from lightly_mim.evaluation.protocol import Outcome
 from lightly_mim.evaluation.provenance import choose_device
 from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import atomic_write, printable
 from lightly_mim.transforms import EvalTransform
 
-CLASSIFIERS = "classifiers"  # the folder of an evaluation that they lie in
-
-_METADATA_KEY = "lightly_mim_classifier"
+_LARGER = 8  # times the encoder's own size may the images be that a file asks for
 _SHOWN = 20  # images in a printed table
 
 
@@ -70,20 +65,19 @@ class Classifier(nn.Module):
         self,
         encoder: AnyEncoder,
         model: nn.Module,
-        key: tuple[int, str] | None,
-        said: Mapping[str, Any],
+        said: Said,
     ) -> None:
         super().__init__()
-        self.classes: list[str] = said["classes"]
-        self.accuracy: float | None = said["accuracy"]
-        self.transform = EvalTransform(
-            tuple(said["img_size"]), said["crop_ratio"], normalize=None
-        )
-        given = said["value_range"]
-        self.value_range: ValueRange | None = None if given is None else tuple(given)
+        self.classes = list(said.classes)
+        self.accuracy = said.accuracy
+        height, width = said.img_size
+        self.transform = EvalTransform((height, width), said.crop_ratio, normalize=None)
+        levels = said.value_range
+        self.value_range = None if levels is None else (levels[0], levels[1])
         self.encoder = encoder
         self._model = model
-        self._key = key  # layer and pooling that a probe reads
+        # Layer and pooling that a probe reads.
+        self._key = None if said.key is None else (said.key[0], said.key[1])
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits with shape (batch_size, num_classes)."""
@@ -95,71 +89,6 @@ class Classifier(nn.Module):
         found: Any = self.encoder.embed_layers(images, [layer], pools)
         logits = self._model(found[self._key].float())
         return logits
-
-
-def save_classifier(
-    path: Path,
-    outcome: Outcome,
-    encoder: AnyEncoder,
-    source: str | None,
-    classes: list[str],
-    *,
-    crop_ratio: float,
-    value_range: ValueRange | None = None,
-) -> None:
-    """Writes what an outcome has predicted with, if it can be used without it.
-
-    Args:
-        path:
-            The file to write.
-        outcome:
-            The outcome, see `Outcome.classifier`.
-        encoder:
-            The encoder that was evaluated.
-        source:
-            Where it comes from, a path or a name. None for a module.
-        classes:
-            Names of the classes.
-        crop_ratio:
-            See `EvalTransform`.
-        value_range:
-            See `lightly_mim.data.open_data`.
-
-    Raises:
-        OSError: If the file cannot be written. What was there before is left as it was.
-    """
-    model = outcome.classifier
-    if model is None or getattr(encoder, "names_features", False):
-        return
-    accuracies = [entry["accuracy"] for entry in outcome.selection]
-    said: dict[str, Any] = {
-        "version": 1,
-        "classes": classes,
-        "accuracy": max(accuracies) if accuracies else None,
-        "img_size": list(encoder.img_size),
-        "crop_ratio": crop_ratio,
-        "value_range": None if value_range is None else list(value_range),
-    }
-    if isinstance(model, FineTuned):
-        said |= {"pool": model.pool, "encoder": encoder_spec(model.encoder)}
-    else:
-        is_file = source is not None and Path(source).exists()
-        said |= {
-            "key": list(outcome.key),
-            "source": str(Path(source).absolute()) if source and is_file else source,
-            "fingerprint": encoder_fingerprint(encoder),
-        }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    text = json.dumps(said)
-    checksum = hash_tensors(sorted(tensors.items()), text)
-    try:
-        with atomic_write(path) as temporary:
-            # One entry, since the order of several is left to chance.
-            whole = json.dumps({"said": text, "sha256": checksum})
-            save_file(tensors, temporary, {_METADATA_KEY: whole})
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(f"Cannot write {path}: {error}") from error
 
 
 @checked
@@ -187,21 +116,15 @@ def load_classifier(
     path = Path(model)
     if path.is_dir():
         return _best_of(path, encoder)
-    said, tensors = _read(path)
-    if "pool" in said:
-        if encoder is not None:
-            raise ValueError(
-                f"{path} holds the whole fine-tuned network: leave encoder out."
-            )
-        built = _build_finetuned(path, said, tensors)
-        return Classifier(built.encoder, built, None, said).eval()
-    found = _find_encoder(path, said, encoder)
-    shape = tensors["weight"].shape
-    with torch.random.fork_rng(devices=[]):
-        head = nn.Linear(shape[1], shape[0])
-    head.load_state_dict(tensors)
-    layer, pooling = said["key"]
-    return Classifier(found, head, (layer, pooling), said).eval()
+    said, tensors = read_classifier(path)
+    if said.key is not None:
+        found = _find_encoder(path, said, encoder)
+        return _tried(path, said, lambda: _build_probe(found, said, tensors))
+    if encoder is not None:
+        raise ValueError(
+            f"{path} holds the whole fine-tuned network: leave encoder out."
+        )
+    return _tried(path, said, lambda: _build_finetuned(path, said, tensors))
 
 
 @dataclass(frozen=True)
@@ -399,32 +322,6 @@ def open_images(
     return data.take(found.indices), found.notes
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns what a file says, and its tensors."""
-    remedy = "Evaluate once more to get it again."
-    try:
-        with safe_open(path, framework="pt") as content:
-            text = (content.metadata() or {}).get(_METADATA_KEY)
-            tensors = {name: content.get_tensor(name) for name in content.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no classifier, or damaged: {error}") from error
-    if text is None:
-        raise ValueError(
-            f"{path} is no classifier. Pass a file from the folder {CLASSIFIERS} of an "
-            "evaluation, or the evaluation's directory."
-        )
-    try:
-        whole = json.loads(text)
-        if whole["sha256"] != hash_tensors(sorted(tensors.items()), whole["said"]):
-            raise ValueError("its checksum is another")
-        said: dict[str, Any] = json.loads(whole["said"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}. {remedy}") from error
-    if said.get("version") != 1:
-        raise ValueError(f"{path} is of another version of lightly_mim. {remedy}")
-    return said, tensors
-
-
 def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
     """Returns the classifier of an evaluation that was best on training images."""
     place = folder / CLASSIFIERS if (folder / CLASSIFIERS).is_dir() else folder
@@ -436,8 +333,9 @@ def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
         )
     if len(files) == 1:
         return load_classifier(files[0], encoder)
-    accuracies = {path: _read(path)[0]["accuracy"] for path in files}
-    if None in accuracies.values():
+    said = {path: read_classifier(path)[0].accuracy for path in files}
+    accuracies = {path: value for path, value in said.items() if value is not None}
+    if len(accuracies) < len(files):
         names = ", ".join(str(path) for path in files)
         raise ValueError(
             "Fine-tuning holds out no training images that classifiers could be "
@@ -446,45 +344,70 @@ def _best_of(folder: Path, encoder: Encoder | Path | None) -> Classifier:
     return load_classifier(max(files, key=lambda path: accuracies[path]), encoder)
 
 
-def _find_encoder(
-    path: Path, said: Mapping[str, Any], given: Encoder | Path | None
-) -> AnyEncoder:
+def _find_encoder(path: Path, said: Said, given: Encoder | Path | None) -> AnyEncoder:
     """Returns the encoder of a probe, on this machine and with the same weights."""
-    source = said["source"]
-    if given is None and (source is None or not Path(source).exists()):
-        raise ValueError(
-            f"{path} belongs to the encoder {source or 'that was passed as a module'}, "
-            "which is not a file on this machine. Pass it as encoder."
-        )
-    img_size = (said["img_size"][0], said["img_size"][1])
-    found = load_encoder(source if given is None else given)
-    if tuple(found.img_size) != img_size:
-        found = load_encoder(source if given is None else given, img_size=img_size)
-    expected, is_now = said["fingerprint"], encoder_fingerprint(found)
-    if is_now is None or is_now["weights"] != expected["weights"]:
+    source = said.source
+    if given is None:
+        if not source or not Path(source).exists():
+            raise ValueError(
+                f"{path} belongs to the encoder "
+                f"{source or 'that was passed as a module'}, which is not a file on "
+                "this machine. Pass it as encoder."
+            )
+        place: Encoder | Path = Path(source)
+    else:
+        place = given
+    found = load_encoder(place)
+    height, width = said.img_size
+    if tuple(found.img_size) != (height, width):
+        sides = zip((height, width), found.img_size, strict=True)
+        if any(side > _LARGER * own for side, own in sides):
+            raise ValueError(
+                f"{path} takes images of {height} x {width} pixels, and the encoder "
+                f"is made for {found.img_size[0]} x {found.img_size[1]}. Load it at "
+                "that size, and pass it as encoder."
+            )
+        found = load_encoder(place, img_size=(height, width))
+    expected, is_now = said.fingerprint or {}, encoder_fingerprint(found)
+    if is_now is None or is_now["weights"] != expected.get("weights"):
         raise ValueError(
             f"{path} was fitted on other weights than those of "
-            f"{source if given is None else 'the given encoder'}. Pass the encoder "
+            f"{place if given is None else 'the given encoder'}. Pass the encoder "
             "that it was fitted on as encoder, or evaluate once more."
         )
     return found
 
 
-def _build_finetuned(
-    path: Path, said: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> FineTuned:
+def _build_probe(
+    encoder: AnyEncoder, said: Said, tensors: dict[str, Tensor]
+) -> Classifier:
+    head = nn.Linear(tensors["weight"].shape[1], len(said.classes))
+    head.load_state_dict(tensors)
+    return Classifier(encoder, head, said)
+
+
+def _build_finetuned(path: Path, said: Said, tensors: dict[str, Tensor]) -> Classifier:
     prefix = "encoder.vit."
     own = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
+    spec = read_spec(json.dumps(said.encoder), own)
+    if spec["img_size"] != list(said.img_size) or said.pool is None:
+        raise ValueError(f"its encoder takes images of {spec['img_size']} pixels")
+    encoder = build_saved(Weights("ours", spec, {}), path, strict=False)
+    built = FineTuned(encoder, len(said.classes), said.pool, 1.0)
+    built.load_state_dict(tensors)
+    return Classifier(built.encoder, built, said)
+
+
+def _tried(path: Path, said: Said, build: Callable[[], Classifier]) -> Classifier:
+    """Returns a classifier that takes an image: what a file says fits together."""
     try:
-        spec = read_spec(json.dumps(said["encoder"]), own)
-        with torch.random.fork_rng(devices=[]):
-            encoder = build_saved(Weights("ours", spec, {}), path, strict=False)
-            built = FineTuned(encoder, len(said["classes"]), said["pool"], 1.0)
-            built.load_state_dict(tensors)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            classifier = build().eval()
+            classifier(torch.zeros(1, classifier.encoder.in_chans, *said.img_size))
+    except Exception as error:  # whatever PyTorch makes of shapes in a file
         raise ValueError(f"{path} cannot be built: {error}") from error
-    return built
+    return classifier

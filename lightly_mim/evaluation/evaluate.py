@@ -33,7 +33,7 @@ from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.sources import Data
 from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, resize_encoder
-from lightly_mim.evaluation.classifier import CLASSIFIERS, save_classifier
+from lightly_mim.evaluation.classifier_files import CLASSIFIERS, save_classifier
 from lightly_mim.evaluation.features import EncoderFeatures, Precision
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
 from lightly_mim.evaluation.images import (

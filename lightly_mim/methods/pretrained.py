@@ -23,6 +23,7 @@ from lightly_mim.checkpoints.shapes import count
 from lightly_mim.config import WEIGHT_OPTIONS, check_known, from_config
 from lightly_mim.encoders import MaskedEncoder, fit_encoder, masked_encoder
 from lightly_mim.evaluation.loading import build_saved
+from lightly_mim.files import expanded
 
 if TYPE_CHECKING:
     from lightly_mim.methods.base import MaskedImageModel
@@ -49,7 +50,7 @@ def find_weights(source: Path | str, num_heads: int | None = None) -> Weights:
     Raises:
         ValueError: If there are no such weights, or if they cannot be read.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     name = str(source)
     if not path.exists():
         if is_hub_name(name):

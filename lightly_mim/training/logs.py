@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 
-from lightly_mim.files import atomic_write
+from lightly_mim.files import atomic_write, check_regular
 
 
 @contextmanager
@@ -189,6 +189,7 @@ def _read_rows(
         ValueError: If it is damaged.
     """
     try:
+        check_regular(path)
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])

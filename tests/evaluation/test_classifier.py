@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from lightly_mim.checkpoints import save_encoder
+from lightly_mim.checkpoints import hash_tensors, save_encoder
 from lightly_mim.cli import main
 from lightly_mim.data import ImageDataset
 from lightly_mim.encoders import masked_encoder
@@ -29,7 +31,7 @@ from lightly_mim.evaluation import (
     predict,
     show,
 )
-from lightly_mim.evaluation.classifier import save_classifier
+from lightly_mim.evaluation.classifier_files import _METADATA_KEY, save_classifier
 from lightly_mim.evaluation.protocol import FeatureProtocol
 from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import sealed
@@ -145,6 +147,74 @@ def test_predict__refuses(evaluation: Path, photos: Path, tmp_path: Path) -> Non
         assert len(found.filenames) > 0
     finally:
         kept.rename(evaluation)
+
+
+def rewritten(path: Path, to: Path, tensors: dict[str, Any], **changes: Any) -> Path:
+    """Writes a classifier that says something else, with its checksum, as a sender."""
+    with safe_open(path, framework="pt") as content:
+        whole = json.loads(content.metadata()[_METADATA_KEY])
+    text = json.dumps(json.loads(whole["said"]) | changes)
+    tensors = load_file(path) | tensors
+    whole = {"said": text, "sha256": hash_tensors(sorted(tensors.items()), text)}
+    save_file(tensors, to, {_METADATA_KEY: json.dumps(whole)})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("classes of a classifier is a list", {"classes": 3}),
+        ("accuracy of a classifier is", {"accuracy": "high"}),
+        ("img_size of a classifier is", {"img_size": [32, -32]}),
+        ("takes images of 16000 x 16000 pixels", {"img_size": [16000, 16000]}),
+        ("crop_ratio of a classifier is", {"crop_ratio": 1e9}),
+        ("value_range of a classifier is", {"value_range": [0, 10**400]}),
+        ("key of a classifier is", {"key": 5}),
+        ("cannot be built", {"key": [99, "mean"]}),
+        ("cannot be built", {"key": [0, "evil"]}),
+        ("cannot be built", {"classes": ["a", "b", "c"]}),
+        ("source of a classifier is", {"source": ["/"]}),
+        ("not a file on this machine", {"source": "https://example.org/x"}),
+        ("not a file on this machine", {"source": "hf-hub:evil/x"}),
+        ("fingerprint of a classifier is", {"fingerprint": 3}),
+        ("fitted on other weights", {"fingerprint": {}}),
+        ("it has evil", {"evil": 1}),
+        ("neither of a probe nor of", {"key": None}),
+        ("another version", {"version": 2}),
+    ],
+)
+def test_load_classifier__is_data(
+    evaluation: Path, tmp_path: Path, message: str, changes: dict[str, Any]
+) -> None:
+    file = evaluation / "classifiers" / "linear.safetensors"
+    odd = rewritten(file, tmp_path / "odd.safetensors", {}, **changes)
+    with pytest.raises(ValueError, match=f"odd.safetensors .*{message}"):
+        load_classifier(odd)
+
+
+def test_load_classifier__of_other_shapes_and_no_files(
+    evaluation: Path, tmp_path: Path
+) -> None:
+    file = evaluation / "classifiers" / "linear.safetensors"
+    for tensors in ({"weight": torch.zeros(2, 7)}, {"weight": torch.zeros(2)},
+                    {"bias": torch.zeros(9)}, {"more": torch.zeros(1)}):  # fmt: skip
+        odd = rewritten(file, tmp_path / "odd.safetensors", tensors)
+        with pytest.raises(ValueError, match=r"odd\.safetensors cannot be built"):
+            load_classifier(odd)
+    dim = load_file(file)["weight"].shape[1]
+    tensors = {"weight": torch.full((2, dim), torch.nan)}
+    odd = rewritten(file, tmp_path / "odd.safetensors", tensors)
+    with pytest.raises(ValueError, match="its weights hold NaN or infinite values"):
+        load_classifier(odd)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path} is no classifier, or damaged"):
+            load_classifier(path)
+    # Of a folder, one that is damaged is told before any is taken.
+    folder = Path(shutil.copytree(evaluation, tmp_path / "folder"))
+    rewritten(file, folder / "classifiers" / "linear.safetensors", {}, accuracy=2)
+    with pytest.raises(ValueError, match="accuracy of a classifier is"):
+        load_classifier(folder)
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,13 @@ from lightly_mim import (
     targets,
 )
 from lightly_mim.arguments import Workers, fits
+from lightly_mim.checkpoints import save_encoder
 from lightly_mim.evaluation import runner
 from lightly_mim.evaluation.dense import evaluate as dense
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.pretraining import entry
+from lightly_mim.report import report
 from lightly_mim.words import public_classes
 
 from ..conftest import SHORT_RUN, TINY_VIT
@@ -60,6 +62,8 @@ ODD: list[Any] = [
     *(range(0), {1, 2}, iter(()), 1j, slice(None), "\0", "~nobody-of-this-name/x"),
 ]
 PATHS = {"out", "data", "val", "encoder", "cache", "root", "data_dir", "path"}
+PATHS |= {"checkpoint", "model", "images", "results", "runs"}
+FAST: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
 
 
 class Reached(Exception):
@@ -98,6 +102,12 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     collected = evaluation.Features({(0, "mean"): features}, labels, [], 0.0)
     dataset = data.ImageDataset(photos / "train")
     pixels = evaluation.EncoderFeatures(evaluation.RawPixels(32, size=4))
+    weights, results = root / "encoder.safetensors", root / "results"
+    save_encoder(encoder, weights)
+    with contextlib.redirect_stdout(io.StringIO()):
+        protocols = [evaluation.Linear(epochs=1, num_folds=2)]
+        lightly_mim.evaluate(weights, photos, protocols, out=results, **FAST)
+    classifier = results / "classifiers" / "linear.safetensors"
     loose = TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     opened, validation = data.open_data(photos, transform=EvalTransform(32))
     keyed = data.KeyedLoader(opened, 4, num_workers=0)
@@ -130,6 +140,26 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
             lightly_mim.masked_encoder,
             {"encoder": TINY_VIT["encoder"], **encoder_options},
         ),
+        "convert": (
+            lightly_mim.convert,
+            {"checkpoint": weights, "to": "safetensors", "out": root / "out"}
+            | {"overwrite": True},
+        ),
+        "predict": (
+            evaluation.predict,
+            {"model": classifier, "images": photos / "val", "encoder": weights} | FAST,
+        ),
+        "embed": (
+            evaluation.embed,
+            {"encoder": weights, "images": photos / "val", "out": root / "out.csv"}
+            | {"overwrite": True, **FAST},
+        ),
+        "load_classifier": (
+            evaluation.load_classifier,
+            {"model": classifier, "encoder": weights},
+        ),
+        "show": (evaluation.show, {"results": results}),
+        "report": (report, {"runs": results, "features": False, "figures": False}),
         "Pretraining": (Pretraining, {"method": method}),
         "Recipe": (Recipe, a_recipe),
         "SimMIMTransform": (SimMIMTransform, {}),

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lightly_mim import MAE, convert, evaluate, pretrain, pretraining
-from lightly_mim.evaluation import KNN, Linear
+from lightly_mim.evaluation import KNN, Linear, predict, show
 
 from .kills import build, of_run
 
@@ -111,6 +111,10 @@ def scenes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         evaluated = root / "evaluated"
         shutil.copytree(finished, evaluated)
         score(evaluated, photos, evaluated)
+        # What is read of an evaluation alone.
+        results = root / "results"
+        shutil.copytree(evaluated / "classifiers", results / "classifiers")
+        shutil.copy(evaluated / "results.json", results)
         # An evaluation that was killed before the end has features and rows.
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Cut):
             patch.setattr(ENTRY, "to_text", stop)
@@ -134,11 +138,23 @@ def scenes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             lambda out: weights(pretrain(out, resume=True)),
             weights(pretrain(evaluated, resume=True)),
         ),
+        "show": (results, lambda out: show(out).to_dict(), show(results).to_dict()),
+        "predict": (
+            results,
+            lambda out: classes(out, photos),
+            classes(results, photos),
+        ),
     }
 
 
 def weights(method: torch.nn.Module) -> Any:
     return {name: tensor.tolist() for name, tensor in method.state_dict().items()}
+
+
+def classes(evaluation: Path, photos: Path) -> Any:
+    """Returns the probabilities of images by the classifier of an evaluation."""
+    options: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
+    return predict(evaluation, photos / "val", **options).probabilities.tolist()
 
 
 def told(run: Path, was: Path | None = None) -> Any:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -219,7 +220,7 @@ def test_page__damaged_file(tmp_path: Path, name: str, content: str) -> None:
     run = write_run(tmp_path / "run", "epoch,step,train_loss\n0,3,0.5\n")
     (run / name).write_bytes(content.encode(errors="surrogateescape"))
     text = write_page([run], run).read_text()
-    assert f"{name} cannot be read and is left out" in text
+    assert f"{name} is damaged: " in text and "It is left out." in text
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,56 @@ def test_page__damaged_rows(tmp_path: Path, rows: Any) -> None:
     run = write_run(tmp_path / "run")
     (run / "results.json").write_text(json.dumps({"rows": rows}))
     assert "results.json is damaged" in write_page([run], run).read_text()
+
+
+def test_page__checksums(tmp_path: Path, real_run: Path) -> None:
+    """A digit that has changed is no result."""
+    run = tmp_path / "run"
+    shutil.copytree(real_run, run)
+    for name, was, now in (
+        ("results.json", '"top1": ', '"top1": 1'),
+        ("config.yaml", "\nseed: ", "\nseed: 1"),
+        ("history.json", '"time": "', '"time": "1'),
+        ("finished.json", '"epochs": ', '"epochs": 1'),
+    ):
+        file = run / name
+        text = file.read_text()
+        assert was in text
+        file.write_text(text.replace(was, now, 1))
+        page = write_page([run], run).read_text()
+        assert f"{name} " in page and "its checksum is another" in page
+        file.write_text(text)
+
+
+@pytest.mark.parametrize("what", ["FIFO", "device", "folder", "loop"])
+def test_page__what_is_no_file(tmp_path: Path, real_run: Path, what: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(real_run, run)
+    picture = next((run / "reconstructions").iterdir()).name
+    names = ["results.json", "config.yaml", "history.json", "gallery/gallery.json"]
+    for name in (*names, "gallery/thumbnails.webp", f"reconstructions/{picture}"):
+        (run / name).unlink(missing_ok=True)
+        if what == "FIFO":
+            os.mkfifo(run / name)
+        elif what == "folder":
+            (run / name).mkdir()
+        else:
+            (run / name).symlink_to("/dev/zero" if what == "device" else run / name)
+    text = write_page([run], run).read_text()
+    assert f"a {what}, only regular files are read" in text or what == "loop"
+    (run / "metrics.csv").unlink()
+    os.mkfifo(run / "metrics.csv")
+    with pytest.raises(ValueError, match="There is nothing to report in .*a FIFO"):
+        write_page([run], run)
+
+
+def test_page__dense(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    dense = {"model": "a", "protocol": "knn", "layer": 3, "miou": 0.5}
+    dense |= {"miou_low": 0.4, "miou_high": 0.6, "hyperparameters": {"k": 20}}
+    (run / "dense.json").write_text(json.dumps(sealed({"rows": [dense]})))
+    text = write_page([run], run).read_text()
+    assert "Dense evaluation" in text and "40.0 to 60.0" in text and "k 20" in text
 
 
 def test_page__odd_values_everywhere(tmp_path: Path) -> None:

@@ -708,6 +708,8 @@ def test_paths__of_the_home_directory(
         ("setup: [export A: b]", "YAML reads a dict here"),
         ("[1, 2]", "no mapping"),
         ("a: [", "cannot be read"),
+        ("a: &a [1]\nb: *a", "repeats *a"),
+        (f"a: {'[' * 2000}", "levels deep"),
     ],
 )
 def test_config__refused(

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from lightly_mim.files import check_regular
 from lightly_mim.reporting.figures import LAYOUT_KEY
 from lightly_mim.reporting.page.reading import (
     GALLERY,
@@ -44,23 +45,17 @@ def read_picture(path: Path, format: str) -> tuple[Image.Image, dict[str, Any]]:
             "PNG" or "WEBP". No other decoder looks at the file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is damaged or too large.
+        ValueError: If it cannot be read, is damaged, or too large.
     """
-    with path.open("rb") as file:
-        try:
-            with Image.open(file, formats=[format]) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    raise ValueError(f"it has more than {_MAX_PIXELS:,} pixels")
-                texts = dict(getattr(image, "text", {}) or {})
-                return image.convert("RGB"), texts
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise ValueError(f"{path} cannot be shown: {error}") from error
+    try:
+        check_regular(path)
+        with Image.open(path, formats=[format]) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"it has more than {_MAX_PIXELS:,} pixels")
+            texts = dict(getattr(image, "text", {}) or {})
+            return image.convert("RGB"), texts
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be shown: {error}") from error
 
 
 def as_uri(picture: Image.Image, quality: int = 80) -> str:
@@ -100,7 +95,7 @@ def frames(
     for epoch, path in pictures:
         try:
             picture, texts = read_picture(path, "PNG")
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             problems.append(as_text(error, 300))
             continue
         layout = _layout(texts, picture)
@@ -191,7 +186,7 @@ def gallery(run: RunFiles, problems: list[str]) -> dict[str, Any] | None:
         rows = -(-len(files) // columns)
         if sheet.size != (columns * side, rows * side):
             raise ValueError(f"{folder}/thumbnails.webp has another size")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problems.append(as_text(f"Features are not shown: {error}", 400))
         return None
     count = len(files)
@@ -278,7 +273,7 @@ def _patches(
         if len(raw) != len(images) or any(len(each) != wanted for each in raw):
             raise ValueError("similarities of another size")
         sheet, _ = read_picture(folder / "patches.webp", "WEBP")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problems.append(as_text(f"Patches are not shown: {error}", 400))
         return None
     return {
@@ -300,7 +295,7 @@ def _reconstructed(
         return None
     try:
         picture, texts = read_picture(folder / "reconstructed.png", "PNG")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problems.append(as_text(error, 300))
         return None
     layout = _layout(texts, picture)

@@ -7,7 +7,6 @@ empty; what is damaged is left out and said in `RunFiles.problems`.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import re
@@ -16,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightly_mim.config import read_yaml
-from lightly_mim.files import printable
+from lightly_mim.files import check_regular, check_text, printable, read_sealed
 from lightly_mim.runs import RunDirectory
 
 RESULTS, DENSE, ROW, METRICS = "results.json", "dense.json", "row.json", "metrics.csv"
@@ -221,8 +222,12 @@ def dig(value: Any, *names: str) -> Any:
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    def whole(text: str) -> Any:
+        check_text(text)
+        return yaml.safe_load(text)
+
     try:
-        config = read_yaml(path)
+        config = read_yaml(path, whole)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -237,16 +242,13 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"it has more than {_MAX_JSON:,} bytes")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no mapping")
+            raise ValueError(f"{path} has more than {_MAX_JSON:,} bytes.")
+        return read_sealed(path, "It is left out.")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(as_text(f"{path} cannot be read and is left out: {error}", 500))
+    except (OSError, ValueError) as error:
+        problems.append(as_text(error, 500))
         return None
-    return value
 
 
 def _checked_rows(
@@ -271,6 +273,7 @@ def _read_metrics(path: Path, problems: list[str]) -> dict[str, Series]:
     """Returns the columns of a `metrics.csv`; a row that was cut off is left out."""
     columns: dict[str, Series] = {}
     try:
+        check_regular(path)
         if path.stat().st_size > _MAX_CSV:
             raise ValueError(f"it has more than {_MAX_CSV:,} bytes")
         with path.open(newline="", encoding="utf-8") as file:
