@@ -264,7 +264,7 @@ def _take(
     """Copies weights into a method, and prints what there is to say of it."""
     target = method.encoder
     _load_encoder(target, encoder, source)
-    for name in ("mean", "std", "value_range", "tables"):
+    for name in ("mean", "std", "value_range", "tables", "norm_eps"):
         setattr(target, name, getattr(encoder, name))
     target.untrained = False
     token = weights.mask_token
