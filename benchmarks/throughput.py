@@ -477,7 +477,7 @@ def _train_module(
     for _ in range(epochs):
         for index in torch.randperm(len(features)).tensor_split(num_batches):
             optimizer.zero_grad()
-            functional.cross_entropy(probe(features[index]), labels[index]).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(probe(features[index]), labels[index]).backward()
             optimizer.step()
             schedule.step()
 

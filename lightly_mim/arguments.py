@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
+    Protocol,
     TypeVar,
     Union,
     get_args,
@@ -34,6 +36,19 @@ from typing import (
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+
+    class Indexed(Protocol):
+        """Has a length and items, as a list or a LightlyDataset."""
+
+        def __len__(self) -> int: ...
+
+        def __getitem__(self, index: int, /) -> Any: ...
+
+    AnyDataset = Dataset[Any] | Indexed
+else:
+    AnyDataset = Dataset[Any]  # of which `fits` asks a length and items, no more
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -75,7 +75,10 @@ def _data(config: Mapping[str, Any] | None) -> Iterator[str]:
     yield "## Data"
     yield ""
     if config is None:
-        yield "The file does not say on which images it was trained."
+        yield (
+            "Not known: there is no config.yaml beside the weights, which would say on "
+            "which images they were trained."
+        )
     else:
         yield f"Pretrained on `{config['data']}`, without labels."
     yield ""
@@ -86,7 +89,8 @@ def _recipe(config: Mapping[str, Any] | None) -> Iterator[str]:
     yield ""
     recipe = (config or {}).get("recipe")
     if not isinstance(recipe, Mapping):
-        yield "The file does not say how it was trained."
+        why = "there is no config.yaml beside the weights"
+        yield f"Not known: {why if config is None else 'config.yaml has no recipe'}."
         yield ""
         return
     said = ("source", "epochs", "batch_size", "lr", "lr_batch_size", "weight_decay")
@@ -119,7 +123,7 @@ def _results(run: RunDirectory) -> Iterator[str]:
         yield "|---|---|---|---|"
         yield from lines
     else:
-        yield "Not evaluated."
+        yield "There is no results.json beside the weights: not evaluated."
     yield ""
 
 

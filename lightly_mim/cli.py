@@ -44,6 +44,7 @@ from lightly_mim.evaluation import (
     predict,
     show,
 )
+from lightly_mim.evaluation.dense.protocols import DENSE_PROTOCOLS
 from lightly_mim.evaluation.provenance import to_json
 from lightly_mim.files import is_file, print_any_name
 from lightly_mim.methods import MaskedImageModel
@@ -56,21 +57,25 @@ from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
 
 
-def settle(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `evaluate` for those of its command.
+def settle(
+    arguments: Mapping[str, Any], protocols: Mapping[str, type] = PROTOCOLS
+) -> dict[str, Any]:
+    """Returns the arguments of an evaluation for those of its command.
 
     Args:
         arguments:
             Names of protocols, and the settings of each under its name.
+        protocols:
+            The protocols that it knows, by name.
     """
     named = list(arguments["protocols"])
-    for name, kind in PROTOCOLS.items():
+    for name, kind in protocols.items():
         if name not in named and to_json(arguments[name]) != to_json(kind()):
             warnings.warn(
                 f"{name} does nothing here: protocols={named} does not name it.",
                 stacklevel=3,
             )
-    given = {k: v for k, v in arguments.items() if k not in PROTOCOLS}
+    given = {k: v for k, v in arguments.items() if k not in protocols}
     return given | {"protocols": [arguments[name] for name in named]}
 
 
@@ -87,7 +92,7 @@ def _with_settings(
     """
 
     def command(**arguments: Any) -> Any:
-        return function(**(settle(arguments) if protocols else arguments))
+        return function(**(settle(arguments, protocols) if protocols else arguments))
 
     def taken(function: Callable[..., Any], *left_out: str) -> dict[str, Any]:
         parameters = inspect.signature(function).parameters
@@ -118,7 +123,7 @@ def _with_settings(
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
     "evaluate": _with_settings(evaluate, PROTOCOLS),
-    "evaluate-dense": evaluate_dense,
+    "evaluate-dense": _with_settings(evaluate_dense, DENSE_PROTOCOLS),
     "predict": predict,
     "embed": _with_settings(embed),
     "show": show,

@@ -210,7 +210,7 @@ class RunDirectory:
         """
         try:
             config: dict[str, Any] = read_yaml(self.config, _whole_config)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             if not self._began():  # somebody else's
@@ -244,10 +244,12 @@ class RunDirectory:
 
     def _began(self) -> bool:
         """Returns whether a run was killed here before it recorded its arguments."""
-        try:
-            return self._owner.stat().st_size in (0, _TOKEN_LENGTH)
-        except OSError:
-            return False
+        # Or as it recorded that the directory is its own.
+        files = [self._owner, *self.path.glob(f".{self._owner.name}.*")]
+        return any(
+            file.is_file() and file.stat().st_size in (0, _TOKEN_LENGTH)
+            for file in files
+        )
 
     def _stored_history(self) -> dict[str, Any]:
         remedy = "Delete it: the run is then known by its arguments alone."

@@ -219,9 +219,9 @@ def test_checked__refused(
 
 
 def test_checked__what_is_given() -> None:
-    values = checked(function)(
-        "x", np.int32(3), np.int64(0), names=np.array(["a", "b"]), other=np.float32(0.6)
-    )
+    numbers: list[Any] = [np.int32(3), np.int64(0)]
+    options: dict[str, Any] = {"names": np.array(["a", "b"]), "other": np.float32(0.6)}
+    values = checked(function)("x", *numbers, **options)
     assert values == ["x", 3, (0,), ["a", "b"], False, {"other": 0.6}]
     assert [type(values[1]), type(values[5]["other"])] == [int, float]  # type: ignore
     assert inspect.signature(checked(function)) == inspect.signature(function)
@@ -340,10 +340,10 @@ UNCHECKED = {
 )
 def test_every_public_callable_is_checked(name: str) -> None:
     module, _, last = name.rpartition(".")
-    found = getattr(
+    found: Any = getattr(
         {m.__name__: m for m in (lightly_mim, data, evaluation)}[module], last
     )
-    if isinstance(found, type):
+    if inspect.isclass(found):
         found = found.__init__
     assert found.__code__.co_filename == arguments.__file__
     assert get_type_hints(found.__wrapped__)

@@ -293,7 +293,7 @@ def test_pretrain__method_of_ones_own(
     made = cli.check(["pretrain", "--out", "x", "--data", "x", *method, *RUN])
     assert sys.path == [*before, str(tmp_path)]  # last
     assert made is not None and len(made.encoder.vit.blocks) == 2
-    assert made.strength == 3  # type: ignore[comparison-overlap]
+    assert made.strength == 3
     target = ["--method.target", "own_method.MyPixels"]
     made = cli.check(["pretrain", "--out", "x", "--data", "x", *VIT, *target])
     assert type(made.target).__name__ == "MyPixels"  # type: ignore[union-attr]

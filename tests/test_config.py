@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ DECODER: dict[str, Any] = {
     "decoder_depth": 1,
     "decoder_num_heads": 3,
 }
+
+
+def always(part: Recorded) -> Callable[[], Recorded]:
+    return lambda: part
+
+
 # Makers, because some parts learn.
 PARTS: dict[str, tuple[str, Callable[[], Recorded]]] = {
-    **{name: ("masking", lambda n=name: MASKINGS[n](16)) for name in MASKINGS},
-    **{name: ("head", lambda n=name: HEADS[n]) for name in HEADS},
-    **{name: ("loss", lambda n=name: LOSSES[n]) for name in LOSSES},
+    **{name: ("masking", partial(make, 16)) for name, make in MASKINGS.items()},
+    **{name: ("head", always(head)) for name, head in HEADS.items()},
+    **{name: ("loss", always(loss)) for name, loss in LOSSES.items()},
     **{name: ("target", make) for name, make in TARGETS.items()},
 }
 ROOMS = {
@@ -114,25 +121,27 @@ def test_recorded__replaces_what_was_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("cls", "args", "options", "message"),
     [
-        (lambda: Recipe(), "flour"),
-        (lambda: Recipe(1, 2), "Recipe: too many positional arguments"),
-        (lambda: Bread(1, water=2), "Bread: got an unexpected.*'water'"),
-        (lambda: LinearHead(5), "LinearHead: too many positional arguments"),
-        (lambda: L1(2), "L1: too many positional arguments"),
-        (lambda: CrossEntropy(weight=1), "CrossEntropy: got an unexpected.*'weight'"),
-        (lambda: PatchNormalizedPixels(3), "PatchNormalizedPixels: too many"),
-        (lambda: RandomMasking(16, 0.5, 1), "RandomMasking: too many positional"),
-        (lambda: SmoothL1(gamma=1), "SmoothL1: got an unexpected.*'gamma'"),
-        (lambda: ColorBins(bins=8), "ColorBins: got an unexpected.*'bins'"),
-        (lambda: SimMIM(), "encoder"),
-        (lambda: MAE(*range(30)), "MAE: too many positional arguments"),
+        (Recipe, (), {}, "flour"),
+        (Recipe, (1, 2), {}, "Recipe: too many positional arguments"),
+        (Bread, (1,), {"water": 2}, "Bread: got an unexpected.*'water'"),
+        (LinearHead, (5,), {}, "LinearHead: too many positional arguments"),
+        (L1, (2,), {}, "L1: too many positional arguments"),
+        (CrossEntropy, (), {"weight": 1}, "CrossEntropy: got an unexpected.*'weight'"),
+        (PatchNormalizedPixels, (3,), {}, "PatchNormalizedPixels: too many"),
+        (RandomMasking, (16, 0.5, 1), {}, "RandomMasking: too many positional"),
+        (SmoothL1, (), {"gamma": 1}, "SmoothL1: got an unexpected.*'gamma'"),
+        (ColorBins, (), {"bins": 8}, "ColorBins: got an unexpected.*'bins'"),
+        (SimMIM, (), {}, "encoder"),
+        (MAE, range(30), {}, "MAE: too many positional arguments"),
     ],
 )
-def test_recorded__refuses_arguments(make: Callable[[], Any], message: str) -> None:
+def test_recorded__refuses_arguments(
+    cls: type[Any], args: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
-        make()
+        cls(*args, **options)
 
 
 def test_constructor_arguments__go_on_where_options_do() -> None:
@@ -164,6 +173,8 @@ def test_clones__of_methods_keep_their_parts() -> None:
     model.fit_target(lambda: torch.randn(4, 3, 64, 32))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(other, model)
+        assert isinstance(model.target, ColorBins)
+        assert isinstance(other.target, ColorBins)
         # One object in both places, as it was.
         assert other.init_args["target"] is other.target
         assert torch.equal(other.target.low, model.target.low)
@@ -268,6 +279,7 @@ def test_to_config__of_a_method_that_chooses_for_itself() -> None:
     assert model.init_args == {"encoder": VIT["encoder"], "num_orientations": 6}
     again = HOGMIM(**model.init_args)
     assert to_config(again) == to_config(model)
+    assert isinstance(again.target, HOG)
     assert again.target.num_orientations == 6
 
 
@@ -280,9 +292,10 @@ def assert_rebuilt(again: MaskedImageModel, model: MaskedImageModel) -> None:
     """Compares the arguments of methods; jsonargparse says some defaults aloud."""
     assert type(again) is type(model)
     assert again.init_args.keys() >= model.init_args.keys()
+    classes: tuple[Any, ...] = type(model).__mro__
     defaults = {
         parameter.name: parameter.default
-        for function in (masked_encoder, *(cls.__init__ for cls in type(model).__mro__))
+        for function in (masked_encoder, *(cls.__init__ for cls in classes))
         for parameter in inspect.signature(function).parameters.values()
     }
     expected = to_config({**defaults, **model.init_args})

@@ -124,9 +124,10 @@ def test_huggingface__mae(tmp_path: Path, target: Any) -> None:
     model = moved(MAE(**VIT, **DECODER, target=target, mask_ratio=0.5))
     file = saved(model, tmp_path / "a.ckpt")
     out = convert(file, "huggingface", tmp_path / "out")
-    theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(
+    loaded: Any = transformers.ViTMAEForPreTraining.from_pretrained(
         out, output_loading_info=True
     )
+    theirs, report = loaded
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys"))
     theirs.eval()
     images = pictures(model.encoder)
@@ -232,7 +233,7 @@ class Benchmark(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+        vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         self.decoder_embed = nn.Linear(192, 32)
         self.decoder = MaskedVisionTransformerDecoderTIMM(
@@ -369,9 +370,12 @@ def test_convert__reads_once_and_says_what_is_unfinished(
     put_encoder(model.encoder, checkpoint, place)
     torch.save(checkpoint, file)
     count, load = [], torch.load
-    monkeypatch.setattr(
-        torch, "load", lambda *a, **k: (count.append(1), load(*a, **k))[1]
-    )
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        count.append(1)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
     for number, source in enumerate((file, run)):
         (run / "config.yaml").write_text("out: a\ndata: photos\nmethod: {}\n")
         out = convert(source, to, tmp_path / f"{number}")
@@ -405,7 +409,7 @@ def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     main(["convert", "--checkpoint", str(run), "--to", "timm", "--out", str(out)])
     assert f"timm: written to {out}" in capsys.readouterr().out
     card = (out / "README.md").read_text()
-    for words in (
+    for line in (
         "vit_tiny_patch16_224, pretrained with MAE",
         "64 x 64 pixels",
         "Pretrained on `photos`",
@@ -415,7 +419,7 @@ def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "mae.pth, and their licence holds",
         f'timm.create_model("local-dir:{out}"',
     ):
-        assert words in card
+        assert line in card
     with pytest.raises(SystemExit):
         main(["convert", "--checkpoint", str(run), "--to", "timm", "--out", str(out)])
     assert "is there already" in capsys.readouterr().err

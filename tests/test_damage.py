@@ -6,11 +6,13 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import Callback
 
 from lightly_mim.checkpoints import load_whole, read_encoder
 from lightly_mim.evaluation import FeatureStore, evaluate, evaluate_dense
@@ -26,7 +28,7 @@ from .test_pretraining import Interrupt, assert_same, build, rows_of, run, weigh
 # The function `evaluate` hides the module of this name.
 ENTRY: Any = sys.modules["lightly_mim.evaluation.evaluate"]
 
-OTHER = [Interrupt(9, 9)]
+OTHER: list[Callback] = [Interrupt(9, 9)]
 EVALUATION: dict[str, Any] = {"device": "cpu", "num_workers": 0, "batch_size": 8}
 RAW = r"weights_only|zip archive|EOFError|KeyError|Traceback"
 
@@ -100,7 +102,7 @@ def test_files_of_a_run__are_whole_or_damaged(runs: Path, cut: Path) -> None:
         io = AtomicCheckpointIO(
             lambda: None, {directory.checkpoint: directory.previous}
         )
-        assert check(path, lambda p=path, io=io: io.load_checkpoint(p), 20) > 50
+        assert check(path, partial(io.load_checkpoint, path), 20) > 50
     assert check(directory.checkpoint, lambda: tuple(read_encoder(cut)), 20) > 50
     assert check(directory.config, directory.stored_config) > 60
     assert check(directory.history, directory._stored_history) > 60
@@ -131,7 +133,8 @@ def test_resume__from_the_checkpoint_before(runs: Path, cut: Path) -> None:
     content = bytearray(directory.checkpoint.read_bytes())
     content[len(content) // 2] ^= 4
     directory.checkpoint.write_bytes(content)
-    for words in ({}, {"seed": 0}):
+    ways: list[dict[str, Any]] = [{}, {"seed": 0}]
+    for words in ways:
         with pytest.raises(
             ValueError, match=r"last\.ckpt is damaged.*rename .*previous"
         ):
@@ -197,6 +200,7 @@ def test_checkpoints_of_others__are_not_unpickled(
     monkeypatch.chdir(tmp_path)
     last = RunDirectory(cut).checkpoint
     content = torch.load(last)
+    hostile: Any
     for hostile in (content | {"callbacks": Evil()}, Evil(), {"state_dict": {}}, []):
         torch.save(hostile, last)
         for load in (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightly.models.modules import MaskedVisionTransformerDecoderTIMM
@@ -67,7 +69,7 @@ def test_decode_masked__resamples_positions_to_other_grids() -> None:
         (((2, 2), 18, 1, 2), "multiple of 4, got 18"),
     ],
 )
-def test_decoder__refuses(arguments: tuple, message: str) -> None:
+def test_decoder__refuses(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MAEDecoder(*arguments)
     with pytest.raises(ValueError, match=message):
@@ -92,15 +94,15 @@ def plain_cross_decoder(
     """The same with PyTorch's own attention."""
     positions = sincos_positions((3, 4), 24, 2)
     x = decoder.mask_token + positions[idx_mask]
+    block: Any
     for i, block in enumerate(decoder.blocks):
         context = tokens
         if decoder.map_weights is not None:
             context = torch.zeros_like(tokens[0])
             for weight, features in zip(decoder.map_weights[i], tokens, strict=True):
                 context = context + weight * features
-            context = functional.layer_norm(
-                context, (20,), decoder.map_norms[i].weight, decoder.map_norms[i].bias
-            )
+            norm: Any = decoder.map_norms[i]
+            context = functional.layer_norm(context, (20,), norm.weight, norm.bias)
         attention = nn.MultiheadAttention(24, 3, kdim=20, vdim=20, batch_first=True)
         key, value = block.key_value.weight.chunk(2)
         attention.load_state_dict(
@@ -116,7 +118,8 @@ def plain_cross_decoder(
         x = x + attention(block.norm1(x), context, context)[0]
         h = functional.gelu(block.mlp.fc1(block.norm2(x)))
         x = x + block.mlp.fc2(h)
-    return decoder.norm(x)
+    output: Tensor = decoder.norm(x)
+    return output
 
 
 @pytest.mark.parametrize("num_feature_maps", [None, 5])

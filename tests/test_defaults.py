@@ -72,7 +72,7 @@ pairs = st.tuples(st.integers(1, 40), st.integers(1, 40))
 @given(pairs, pairs)
 def test_mask_unit__tiles_the_image(patches: Any, patch_size: Any) -> None:
     img_size = tuple(n * p for n, p in zip(patches, patch_size, strict=True))
-    units = defaults.mask_unit(img_size, patch_size)  # type: ignore[arg-type]
+    units = defaults.mask_unit(img_size, patch_size)
     for side, patch, count, unit in zip(
         img_size, patch_size, patches, units, strict=True
     ):

@@ -198,7 +198,7 @@ def test_transformer__lets_cells_see_each_other() -> None:
 @settings(deadline=None, max_examples=30)
 def test_default_num_heads__have_up_to_64_channels(width: int) -> None:
     with torch.device("meta"):
-        module = TransformerHead()(width, 1, (1, 1), (1, 1))
+        module: Any = TransformerHead()(width, 1, (1, 1), (1, 1))
     num_heads = module.blocks[0].attn.num_heads
     channels = max(2**n for n in range(7) if width % 2**n == 0)
     assert num_heads * channels == width
@@ -218,7 +218,7 @@ def multiply(matrix: Tensor, vector: list[float]) -> list[float]:
     ]
 
 
-def without_blocks(num_values: int) -> nn.Module:
+def without_blocks(num_values: int) -> Any:
     """Makes a head that splits 16 channels into 8 into 4, with nothing in between."""
     head = InverseSwinHead(embed_dim=4, depths=(1, 1, 1))
     torch.manual_seed(0)
@@ -285,7 +285,8 @@ def test_inverse_swin__predicts_other_targets_from_all_fine_tokens() -> None:
 def test_inverse_swin__equals_timms_blocks(fused: bool) -> None:
     # Windows of 4 x 4 on 8 x 12 and 16 x 24 tokens; every other block is shifted.
     head = InverseSwinHead(embed_dim=16, depths=(2, 3), window_size=4)
-    module = build(head, grid=(8, 12))
+    module: Any = build(head, grid=(8, 12))
+    part: Any
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused
@@ -333,7 +334,7 @@ def test_inverse_swin__takes_other_grids_that_its_windows_tile() -> None:
 )
 def test_inverse_swin__chooses_windows(side: int, windows: list[int]) -> None:
     head = InverseSwinHead(embed_dim=8, depths=(1, 1, 1))
-    module = head(32, 48, (4, 4), (side, 6), True)
+    module: Any = head(32, 48, (4, 4), (side, 6), True)
     shapes = [stage.blocks[0].window_size for stage in module.stages]
     assert shapes == [(n, 6) for n in windows]
 
@@ -351,7 +352,7 @@ def test_inverse_swin__never_pads(height: int, width: int, num_stages: int) -> N
             with pytest.raises(ValueError, match="No window of 4 to 14"):
                 head(8, 16, (4, 4), (height, width), True)
             return
-        module = head(8, 16, (4, 4), (height, width), True)
+        module: Any = head(8, 16, (4, 4), (height, width), True)
     for number, stage in enumerate(module.stages):
         for block in stage.blocks:
             assert height * 2**number % block.window_size[0] == 0
@@ -375,7 +376,7 @@ def test_inverse_swin__enters_at_the_encoders_stride(
 ) -> None:
     num_values = math.prod(cell_size)
     with torch.device("meta"):
-        module = InverseSwinHead()(
+        module: Any = InverseSwinHead()(
             8, num_values, cell_size, (2, 2), num_values % math.prod(cell_size) == 0
         )
         tokens = torch.randn(1, 4, 8)

@@ -89,7 +89,7 @@ def test_init__a_method_of_ones_own(
     assert "takes the encoder." in said
     assert "img_size (32, 32) -> (32, 48)" in said
     assert "What SimMIM has besides begins anew" in said
-    expected = load_encoder(first, img_size=(32, 48))
+    expected: Any = load_encoder(first, img_size=(32, 48))
     for name, tensor in begun.encoder.vit.state_dict().items():
         there = expected.vit.state_dict()[name]
         torch.testing.assert_close(tensor, there, rtol=0, atol=1e-8)
@@ -141,7 +141,7 @@ def test_init__another_encoder(first: Path, photos: Path, tmp_path: Path) -> Non
     wider = {**TINY_VIT, "embed_dim": 48}
     with pytest.raises(ValueError, match=r"of another shape: cls_token"):
         pretrain(tmp_path / "a", photos, lambda: MAE(**wider), init=first, **ONE)
-    swin = {"encoder": "swin_tiny_patch4_window7_224", "img_size": 32}
+    swin: dict[str, Any] = {"encoder": "swin_tiny_patch4_window7_224", "img_size": 32}
     swin |= {"window_size": 4, "depths": [1, 1], "embed_dim": 16, "num_heads": [1, 1]}
     with pytest.raises(ValueError, match="of another encoder"):
         pretrain(tmp_path / "a", photos, lambda: SimMIM(**swin), init=first, **ONE)
@@ -244,7 +244,7 @@ def test_init__values_of_16_bits_last(tmp_path: Path) -> None:
         (tmp_path / "third", (0, 8191)),
     ):
         if not out.exists():
-            more = {"value_range": kept} if kept[1] == 8191 else {}
+            more: dict[str, Any] = {"value_range": kept} if kept[1] == 8191 else {}
             pretrain(out, images, init=first, **options, **more)
             config = yaml.safe_load((out / "config.yaml").read_text())
             assert config["value_range"] == list(kept)
@@ -255,7 +255,7 @@ def test_init__values_of_16_bits_last(tmp_path: Path) -> None:
 
 
 def test_init__tables_go_on_as_their_code_has_them(tmp_path: Path) -> None:
-    swin = {"encoder": "swin_tiny_patch4_window7_224", "img_size": 32}
+    swin: dict[str, Any] = {"encoder": "swin_tiny_patch4_window7_224", "img_size": 32}
     swin |= {"window_size": 4, "depths": [1, 1], "embed_dim": 16, "num_heads": [1, 1]}
     model = SimMIM(**swin, mask_patch_size=8)
     model.encoder.tables = "simmim"

@@ -32,6 +32,7 @@ from lightly_mim import (
     masked_encoder,
 )
 from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders.transformer import MaskedTransformer
 from lightly_mim.evaluation import extract_features, knn_predict_grid
 from lightly_mim.evaluation.features import normalize_images
 from lightly_mim.methods import MaskedImageModel
@@ -74,8 +75,9 @@ def encoder(request: pytest.FixtureRequest) -> MaskedEncoder:
 
 
 def loader(root: Path, **options: Any) -> DataLoader[Any]:
-    dataset = LightlyDataset(str(root), transform=EvalTransform(input_size=32))
-    return DataLoader(dataset, **({"batch_size": 8} | options))  # type: ignore[arg-type]
+    transform: Any = EvalTransform(input_size=32)
+    dataset: Any = LightlyDataset(str(root), transform=transform)
+    return DataLoader(dataset, **({"batch_size": 8} | options))
 
 
 def trainer(path: Path, **options: Any) -> pl.Trainer:
@@ -127,11 +129,12 @@ def test_linear_classifier(
         topk=(1,),
     )
     before = {name: p.clone() for name, p in encoder.named_parameters()}
-    head = classifier.classification_head.weight.detach().clone()
+    linear: Any = classifier.classification_head
+    head = linear.weight.detach().clone()
     fit = trainer(tmp_path, max_epochs=1, log_every_n_steps=1)
     fit.fit(classifier, loader(photos / "train", shuffle=True), loader(photos / "val"))
     assert 0 <= fit.callback_metrics["val_top1"] <= 1
-    assert not torch.equal(classifier.classification_head.weight, head)
+    assert not torch.equal(linear.weight, head)
     for name, parameter in encoder.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
@@ -159,8 +162,9 @@ def test_online_linear_classifier(photos: Path, tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    dataset = LightlyDataset(str(photos / "train"), transform=SimMIMTransform(32))
-    batches = DataLoader(dataset, batch_size=8, collate_fn=MultiViewCollate())  # type: ignore[arg-type]
+    transform: Any = SimMIMTransform(32)
+    dataset: Any = LightlyDataset(str(photos / "train"), transform=transform)
+    batches = DataLoader(dataset, batch_size=8, collate_fn=MultiViewCollate())
     fit = trainer(tmp_path, max_epochs=1, log_every_n_steps=1)
     fit.fit(Benchmark(), batches)
     assert "train_online_cls_top1" in fit.callback_metrics
@@ -168,8 +172,9 @@ def test_online_linear_classifier(photos: Path, tmp_path: Path) -> None:
 
 def test_from_torch_dataset(photos: Path) -> None:
     folder = torchvision.datasets.ImageFolder(str(photos / "train"))
-    dataset = LightlyDataset.from_torch_dataset(folder, transform=SimMIMTransform(32))
-    batches = DataLoader(dataset, batch_size=4, collate_fn=MultiViewCollate())  # type: ignore[arg-type]
+    transform = SimMIMTransform(32)
+    dataset: Any = LightlyDataset.from_torch_dataset(folder, transform=transform)
+    batches = DataLoader(dataset, batch_size=4, collate_fn=MultiViewCollate())
     views, targets, _ = next(iter(batches))
     assert len(views) == 1
     assert views[0].shape == (4, 3, 32, 32)
@@ -191,7 +196,7 @@ class BenchmarkMAE(pl.LightningModule):
     `forward`, the features that the evaluations take afterwards.
     """
 
-    def __init__(self, backbone: MaskedEncoder) -> None:
+    def __init__(self, backbone: MaskedTransformer) -> None:
         super().__init__()
         self.backbone = backbone
         self.online = OnlineLinearClassifier(
@@ -216,7 +221,7 @@ class BenchmarkMAE(pl.LightningModule):
         idx_keep, idx_mask = utils.random_token_mask(
             size=(len(images), length), mask_ratio=0.75, device=images.device
         )
-        encoded = self.backbone.encode(images, idx_keep=idx_keep)  # type: ignore[call-arg]
+        encoded = self.backbone.encode(images, idx_keep=idx_keep)
         tokens = utils.repeat_token(self.decoder.mask_token, (len(images), length))
         tokens = utils.set_at_index(tokens, idx_keep, self.decoder_embed(encoded))
         decoded = utils.get_at_index(self.decoder(tokens), idx_mask)
@@ -249,8 +254,9 @@ def test_benchmark_mae(name: str, changes: dict[str, Any], tmp_path: Path) -> No
     torch.manual_seed(0)
     options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, **changes}
     encoder = masked_encoder(name, img_size=32, **options)
-    images = dark_and_bright()
-    batches = DataLoader(images, batch_size=16)  # type: ignore[arg-type]
+    assert isinstance(encoder, MaskedTransformer)
+    images: Any = dark_and_bright()
+    batches = DataLoader(images, batch_size=16)
     fit = trainer(tmp_path, max_epochs=25, log_every_n_steps=1)
     module = BenchmarkMAE(encoder)
     fit.fit(module, batches, batches)
@@ -292,7 +298,7 @@ def test_classifiers_take_pretraining(
     fit = trainer(tmp_path)
     fit.validate(knn, dataloaders=loaders, verbose=False)
     found = [v for k, v in fit.callback_metrics.items() if "val_knn_top1" in k]
-    alone = KNNClassifier(encoder, 2, 5, 0.1, 0, 1, topk=(1,))  # type: ignore[arg-type]
+    alone = KNNClassifier(encoder, 2, 5, 0.1, 0, 1, topk=(1,))
     fit.validate(alone, dataloaders=loaders, verbose=False)
     assert found == [v for k, v in fit.callback_metrics.items() if "val_knn" in k]
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.data import ImageDataset, open_data, seed_from
+from lightly_mim.data.decode import decode_unchecked
 from lightly_mim.evaluation import Linear, extract_features
 from lightly_mim.evaluation.rank import rank_me
 from lightly_mim.methods import SimMIM
@@ -196,7 +197,7 @@ def test_probe__is_the_evaluation(photos: Path) -> None:
     for name, data in (("train", train), ("test", test)):
         parts[name] = extract_features(method.encoder, data, num_workers=0)
     # The images in the order that the probe has drawn them.
-    names = [train[i][2] for i in probe._draw(train, "train")]  # type: ignore[index]
+    names = [train[i][2] for i in probe._draw(train, "train")]
     order = [parts["train"].filenames.index(name) for name in names]
     settings = probe.protocol
     assert isinstance(settings, Linear)
@@ -263,11 +264,9 @@ def test_pretrain__probe_leaves_validation_images_alone(
     read: list[Path] = []
     from lightly_mim.data import folder
 
-    original = folder.decode_unchecked
-
     def watched(path: Any, *arguments: Any) -> Any:
         read.append(Path(path))
-        return original(path, *arguments)
+        return decode_unchecked(path, *arguments)
 
     monkeypatch.setattr(folder, "decode_unchecked", watched)
     run(tmp_path / "a", photos, epochs=1, probe="linear", validate=False)
@@ -330,7 +329,8 @@ def test_pretrain__probe_needs_labels(flat: Path, photos: Path, tmp_path: Path) 
 def test_pretrain__probe_needs_images_without_augmentation(
     photos: Path, tmp_path: Path
 ) -> None:
-    views = LightlyDataset(str(photos / "train"), transform=SimMIMTransform(32))
+    transform: Any = SimMIMTransform(32)
+    views = LightlyDataset(str(photos / "train"), transform=transform)
     with pytest.raises(ValueError, match="has a transform of its own"):
         run(tmp_path / "run", views, probe="linear")
     assert not (tmp_path / "run").exists()
@@ -570,7 +570,7 @@ def pretrain_digits(out: Path, labels: bool, **options: Any) -> list[str]:
     options = {"batch_size": 32, "warmup_epochs": 1, "rank_every": 100, **options}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        run(out, Digits(labels), method=build, progress=False, **options)  # type: ignore[arg-type]
+        run(out, Digits(labels), method=build, progress=False, **options)
     return [str(w.message) for w in seen if "are worse than before" in str(w.message)]
 
 

@@ -416,7 +416,7 @@ def test_build_optimizer__layers_warm_up_together() -> None:
 
 
 def test_layer_ids__differs_from_timm_where_the_references_do() -> None:
-    def timm_ids(model: nn.Module) -> dict[str, int]:
+    def timm_ids(model: Any) -> dict[str, int]:
         ids: dict[str, int] = timm.models.group_parameters(
             model, model.group_matcher(), reverse=True
         )

@@ -26,6 +26,7 @@ from lightly_mim import defaults
 from lightly_mim.checkpoints import encoder_spec
 from lightly_mim.cli import COMMANDS, main
 from lightly_mim.data import depth, open_data
+from lightly_mim.data.notes import is_first
 from lightly_mim.encoders import masked_encoder, resize_encoder
 from lightly_mim.evaluation import evaluate, load_encoder
 from lightly_mim.methods import SimMIM
@@ -108,7 +109,7 @@ def shape_of(index: int) -> Any:
 def test_pretrain__names_the_sample(tmp_path: Path, sample: Any, message: str) -> None:
     data = [(sample(index), 0) for index in range(16)]
     with pytest.raises(ValueError, match=message):
-        pretrain(tmp_path / "run", data, build, **SHORT_RUN | {"batch_size": 16})  # type: ignore[arg-type]
+        pretrain(tmp_path / "run", data, build, **SHORT_RUN | {"batch_size": 16})
 
 
 # NaN.
@@ -311,7 +312,12 @@ def test_pretraining__max_time(tmp_path: Path) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model as timm writes it for the hub."""
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1}
+    options: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 1,
+    }
     options["num_heads"] = 2
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -385,13 +391,14 @@ def test_value_range__of_a_run_is_its_evaluations(tmp_path: Path, highest: int) 
     with pytest.raises(ValueError, match=r"value_range: \[0, \d+\] in the run, \[0, 9"):
         run(out, data, epochs=1, value_range=(0, 9), resume=True)
     encoder = load_encoder(out)
-    assert encoder.value_range == (0, highest)  # type: ignore[union-attr]
+    assert encoder.value_range == (0, highest)
     # The mean of the run's images is that of the whole range.
     assert encoder.mean == pytest.approx([0.5] * 3, abs=0.02)
     options: Any = {"device": "cpu", "num_workers": 0}
+    given: dict[str, Any] = {"value_range": (0, highest)}
     found = [
-        evaluate(out, data, ["knn"], cache=tmp_path / name, **options, **given)
-        for name, given in (("a", {}), ("b", {"value_range": (0, highest)}))
+        evaluate(out, data, ["knn"], cache=tmp_path / name, **options, **more)
+        for name, more in (("a", {}), ("b", given))
     ]
     assert found[0].rows[0].selection == found[1].rows[0].selection
     stores = [{path.name for path in (tmp_path / name).iterdir()} for name in "ab"]
@@ -421,8 +428,7 @@ def test_value_range__beyond_it(tmp_path: Path) -> None:
 def test_value_range__warning_in_the_words_of_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = depth.is_first
-    monkeypatch.setattr(depth, "is_first", lambda key: said(f"{key} {tmp_path}"))
+    monkeypatch.setattr(depth, "is_first", lambda key: is_first(f"{key} {tmp_path}"))
     monkeypatch.setattr(  # pytest's own keeps them
         warnings,
         "_showwarnmsg_impl",

@@ -90,7 +90,8 @@ def test_learned_target__that_cannot_learn_costs_no_run(
     lightly_mim.pretrain(tmp_path / "a", photos, partial(SimMIM, **TINY_VIT), **options)
     before = state(tmp_path / "a")
     build = partial(SimMIM, **TINY_VIT, target=ColorClusters(40_000))
-    for out, more in (("a", {"overwrite": True}), ("b", {})):
+    ways: dict[str, dict[str, Any]] = {"a": {"overwrite": True}, "b": {}}
+    for out, more in ways.items():
         with pytest.raises(ValueError, match="different colours"):
             lightly_mim.pretrain(tmp_path / out, photos, build, **options, **more)
     assert all(torch.equal(t, before[n]) for n, t in state(tmp_path / "a").items())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -66,7 +67,8 @@ def folder(photos: Path, tmp_path: Path) -> Path:
     deit = timm.create_model("deit3_small_patch16_224", depth=1)
     torch.save(deit.state_dict(), tmp_path / "deit3_small.pth")
     torch.save({"model": official.swin()}, tmp_path / "simmim_pretrain__swin_base.pth")
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
     small |= {"intermediate_size": 64}
     small |= {f"decoder_{name}": value for name, value in small.items()}
     vit_mae = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, **small))

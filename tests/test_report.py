@@ -75,7 +75,7 @@ def test_pretrain__notes_each_session(photos: Path, tmp_path: Path) -> None:
     options = {**ONE_EPOCH, "epochs": 2, "method": partial(SimMIM, **TINY_VIT)}
     with pytest.raises(InterruptedError):
         pretrain(tmp_path / "run", photos, callbacks=[Cut()], **options)
-    again = {"resume": True, "allow_changes": ("callbacks",)}
+    again: dict[str, Any] = {"resume": True, "allow_changes": ("callbacks",)}
     pretrain(tmp_path / "run", photos, **options, **again)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     first, second = history["sessions"]

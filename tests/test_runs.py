@@ -63,14 +63,14 @@ def test_cut_run__is_evaluated(cut: Path, photos: Path) -> None:
     trained = weights(cut)
     for path in (cut, cut / "checkpoints" / "last.ckpt", str(cut)):
         encoder = load_encoder(path)
-        assert encoder.unfinished == place  # type: ignore[union-attr]
+        assert encoder.unfinished == place
         for name, tensor in encoder.vit.state_dict().items():  # type: ignore[union-attr]
             assert torch.equal(tensor, trained[f"method.encoder.vit.{name}"])
     results = evaluate(cut, photos, protocols=["knn"], num_workers=0)
     assert results.record["encoder"]["unfinished"] == place
     assert any("epoch 2 of 3, after optimiser step 6 of 12" in n for n in results.notes)
     resized = load_encoder(cut, img_size=64)
-    assert resized.unfinished == place  # type: ignore[union-attr]
+    assert resized.unfinished == place
 
 
 def test_finished_run__its_checkpoint_is_not_marked(
@@ -111,9 +111,9 @@ def test_checkpoint_of_ones_own_trainer__is_an_encoder(
     fit.fit(module, lightly_loader(photos))
     fit.save_checkpoint(tmp_path / "mine.ckpt")
     encoder = load_encoder(tmp_path / "mine.ckpt")
-    assert encoder.unfinished is None  # type: ignore[union-attr]
+    assert encoder.unfinished is None
     assert torch.equal(
-        encoder.vit.norm.weight,  # type: ignore[union-attr]
+        encoder.vit.norm.weight,
         module.method.encoder.vit.norm.weight,
     )
 
@@ -129,7 +129,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-OTHER = [Interrupt(9, 9)]  # recorded like the first run's
+OTHER: list[Callback] = [Interrupt(9, 9)]  # recorded like the first run's
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -297,10 +297,11 @@ def test_resume__after_a_broken_file(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In mid-run: another image breaks once the first epoch is over."""
-    for name, options in {
+    ways: dict[str, dict[str, Any]] = {
         "skipped": {"on_error": "skip", "allow_changes": ("on_error", "data")},
         "deleted": {"allow_changes": ("data",)},
-    }.items():
+    }
+    for name, options in ways.items():
         data = moved(photos, tmp_path / name)
         out, path = tmp_path / name / "run", data / "train" / "flower" / "05.jpg"
         whole_file = path.read_bytes()
@@ -625,10 +626,14 @@ def test_resume__other_number_of_processes(photos: Path, tmp_path: Path) -> None
     script.write_text(DDP_SCRIPT.format(vit=TINY_VIT, data=str(photos)))
 
     def start(out: str, devices: int, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script, tmp_path / out, str(devices), *words]
+        command = [sys.executable, str(script), str(tmp_path / out), str(devices)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            command, env=environment, timeout=240, capture_output=True, text=True
+            [*command, *words],
+            env=environment,
+            timeout=240,
+            capture_output=True,
+            text=True,
         )
 
     assert start("whole", 1, "on").returncode == 0
@@ -687,16 +692,16 @@ def begin_killed(path: Path, how: str, count: int) -> bool:
 
         overwrite = how == "overwrite"
         started = RunDirectory(path)
-        started.check(NEW, False, overwrite)
+        started.check(NEW, how == "resume", overwrite)
         sys.addaudithook(audit)
-        started.begin(NEW, overwrite, fresh=not overwrite, facts={"processes": 1})
+        started.begin(NEW, overwrite, fresh=how == "fresh", facts={"processes": 1})
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL)
     return bool(status)
 
 
-@pytest.mark.parametrize("how", ["fresh", "overwrite"])
+@pytest.mark.parametrize("how", ["fresh", "overwrite", "resume"])
 def test_kill_between_first_writes__goes_on_or_is_replaced(
     cut: Path, tmp_path: Path, how: str
 ) -> None:
@@ -754,7 +759,8 @@ def test_folder_of_something_else__is_no_run(tmp_path: Path) -> None:
     config = {"out": "x", "data": "d", "method": "m"}
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".owner").write_text("Jane Doe")
-    for how in ({"resume": True}, {"overwrite": True}, {}):
+    ways: list[dict[str, Any]] = [{"resume": True}, {"overwrite": True}, {}]
+    for how in ways:
         with pytest.raises(ValueError, match="is not a run directory"):
             RunDirectory(tmp_path).check(
                 config, **({"resume": False, "overwrite": False} | how)

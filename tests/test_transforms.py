@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ import torch
 from lightly.data import LightlyDataset
 from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.transforms import MAETransform as LightlyMAETransform
+from lightly.transforms.torchvision_v2_compatibility import (
+    torchvision_transforms as T,
+)
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as torchvision_v1
 from torchvision.transforms import v2
 
-from lightly_mim import transforms
 from lightly_mim.transforms import EvalTransform, MAETransform, SimMIMTransform
 
 
@@ -25,21 +29,21 @@ def photo() -> Image.Image:
     return Image.fromarray(load_sample_images().images[0])  # 640 x 427
 
 
-def _seeded(transform, image, seed=0):
+def _seeded(transform: Any, image: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return transform(image)
 
 
 class TestSimMIMTransform:
     @pytest.mark.parametrize("size", [192, (96, 160)])
-    def test_call__equals_torchvision(self, photo: Image.Image, size) -> None:
+    def test_call__equals_torchvision(self, photo: Image.Image, size: Any) -> None:
         theirs = v2.Compose(
             [
                 v2.PILToTensor(),
                 v2.RandomResizedCrop(size, scale=(0.67, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(**IMAGENET_NORMALIZE),
+                v2.Normalize(IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"]),
             ]
         )
         for seed in range(5):
@@ -108,7 +112,7 @@ class TestSimMIMTransform:
             (np.zeros((8, 8, 3), np.uint8), "got a ndarray"),
         ],
     )
-    def test_call__refuses(self, image, message: str) -> None:
+    def test_call__refuses(self, image: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             SimMIMTransform(32)(image)
         with pytest.raises(ValueError, match=message):
@@ -126,7 +130,7 @@ class TestSimMIMTransform:
             {"normalize": {}},
         ],
     )
-    def test_init__refuses(self, arguments: dict) -> None:
+    def test_init__refuses(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             SimMIMTransform(**arguments)
 
@@ -134,8 +138,11 @@ class TestSimMIMTransform:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
             photo.save(tmp_path / name / "x.jpg")
-        dataset = LightlyDataset(str(tmp_path), SimMIMTransform(48, normalize=None))
-        loader = DataLoader(dataset, batch_size=2, collate_fn=MultiViewCollate())
+        transform: Any = SimMIMTransform(48, normalize=None)
+        dataset: Any = LightlyDataset(str(tmp_path), transform)
+        loader: DataLoader[Any] = DataLoader(
+            dataset, batch_size=2, collate_fn=MultiViewCollate()
+        )
         (views, labels, filenames) = next(iter(loader))
         assert len(views) == 1
         assert views[0].shape == (2, 3, 48, 48)
@@ -160,7 +167,7 @@ class TestSimMIMTransform:
 
 class TestMAETransform:
     @pytest.mark.parametrize("size", [224, (96, 160)])
-    def test_call__equals_torchvision(self, photo: Image.Image, size) -> None:
+    def test_call__equals_torchvision(self, photo: Image.Image, size: Any) -> None:
         theirs = v2.Compose(
             [
                 v2.PILToTensor(),
@@ -193,7 +200,7 @@ class TestMAETransform:
     @pytest.mark.parametrize(
         "arguments", [{"input_size": 0}, {"min_scale": 1.1}, {"normalize": {}}]
     )
-    def test_init__refuses(self, arguments: dict) -> None:
+    def test_init__refuses(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             MAETransform(**arguments)
 
@@ -221,7 +228,7 @@ class TestEvalTransform:
                 ),
                 v2.CenterCrop(input_size),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(**IMAGENET_NORMALIZE),
+                v2.Normalize(IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"]),
             ]
         )
         image = photo.resize(size)
@@ -231,7 +238,7 @@ class TestEvalTransform:
     @pytest.mark.parametrize("input_size", [(96, 160), (160, 96), (64, 64)])
     @pytest.mark.parametrize("crop_ratio", [0.875, 1.0])
     def test_call__non_square_covers_without_padding(
-        self, size, input_size, crop_ratio
+        self, size: Any, input_size: Any, crop_ratio: Any
     ) -> None:
         # centre_crop pads with 0 where the image is too small.
         image = Image.new("RGB", size, (9, 9, 9))
@@ -250,7 +257,7 @@ class TestEvalTransform:
     @pytest.mark.parametrize(
         "arguments", [{"crop_ratio": 0}, {"crop_ratio": 1.2}, {"input_size": (1, 2, 3)}]
     )
-    def test_init__refuses(self, arguments: dict) -> None:
+    def test_init__refuses(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             EvalTransform(**arguments)
 
@@ -268,14 +275,15 @@ def test_eval__very_long_pictures_take_little_memory(shape: tuple[int, int]) -> 
     mask = (image[0] > 0).to(torch.int16)
     transform = EvalTransform(224, normalize=None)
     sizes = []
-    resize = transforms.T.functional.resize
+    resize = T.functional.resize
 
-    def watched(pixels, size, *arguments, **options):
+    def watched(pixels: Tensor, size: Any, *arguments: Any, **options: Any) -> Tensor:
         sizes.append(size[0] * size[1])
-        return resize(pixels, size, *arguments, **options)
+        resized: Tensor = resize(pixels, size, *arguments, **options)
+        return resized
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(transforms.T.functional, "resize", watched)
+        patched.setattr(T.functional, "resize", watched)
         view, part = transform(image), transform.crop_mask(mask)
     assert view.shape == (3, 224, 224)
     assert part.shape == (224, 224)
@@ -290,16 +298,16 @@ def test_eval__long_pictures_are_resized_whole(shape: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
     short = min(shape)
     size = [side * 256 // short for side in shape]
-    bicubic = transforms.T.InterpolationMode.BICUBIC
-    whole = transforms.T.functional.resize(image, size, bicubic, antialias=True)
-    expected = transforms.T.functional.center_crop(whole, [224, 224])
+    bicubic = T.InterpolationMode.BICUBIC
+    whole = T.functional.resize(image, size, bicubic, antialias=True)
+    expected = T.functional.center_crop(whole, [224, 224])
     assert torch.equal(EvalTransform(224, normalize=None)(image), expected)
 
 
 def test_eval__the_middle_of_a_very_long_picture_is_that_of_the_whole() -> None:
     image = torch.randint(0, 256, (3, 40, 2000), dtype=torch.uint8)
-    bicubic = transforms.T.InterpolationMode.BICUBIC
-    whole = transforms.T.functional.resize(image, [64, 3200], bicubic, antialias=True)
-    expected = transforms.T.functional.center_crop(whole, [64, 64])
+    bicubic = T.InterpolationMode.BICUBIC
+    whole = T.functional.resize(image, [64, 3200], bicubic, antialias=True)
+    expected = T.functional.center_crop(whole, [64, 64])
     view = EvalTransform(64, 1.0, normalize=None)(image)
     assert (view.int() - expected.int()).abs().float().mean() < 1

@@ -439,7 +439,7 @@ def test_load_whole__unpickles_nothing(name: str, tmp_path: Path) -> None:
 def test_load_whole__every_bit_counts(tmp_path: Path) -> None:
     path = tmp_path / "httpruns" / "x.ckpt"
     path.parent.mkdir()
-    content = {"a": torch.arange(300.0), "b": [1, 2.5, "x", None]}
+    content: dict[str, Any] = {"a": torch.arange(300.0), "b": [1, 2.5, "x", None]}
     whole = zipped(content)
     noticed = 0
     for place in range(0, len(whole), 7):

@@ -19,7 +19,14 @@ from lightly.data.multi_view_collate import MultiViewCollate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightly_mim.arguments import NonNegativeInt, PositiveInt, Seed, Workers, checked
+from lightly_mim.arguments import (
+    AnyDataset,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    Workers,
+    checked,
+)
 from lightly_mim.data.folder import ReplacementName
 from lightly_mim.data.notes import printable
 from lightly_mim.data.opening import BrokenImageError, or_skip
@@ -56,7 +63,7 @@ class KeyedDataset(Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], seed: Seed, labels: bool | None = True
+        self, dataset: AnyDataset, seed: Seed, labels: bool | None = True
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -312,7 +319,7 @@ class KeyedLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: AnyDataset,
         batch_size: PositiveInt,
         *,
         training: bool = True,
@@ -446,7 +453,7 @@ class KeyedLoader(DataLoader[Any]):
 
 
 @checked
-def default_num_workers(dataset: Dataset[Any], world_size: PositiveInt = 1) -> int:
+def default_num_workers(dataset: AnyDataset, world_size: PositiveInt = 1) -> int:
     """Returns how many processes read by default.
 
     0 for a data set held in memory, of which each worker would hold a copy. Otherwise

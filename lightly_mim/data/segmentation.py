@@ -113,15 +113,22 @@ class SegmentationDataset(Dataset[tuple[list[Tensor], int, str]]):
         return len(self.files.stems)
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int, str]:
+        return [self.image(index), self.mask(index)], 0, self.files.images[index]
+
+    def image(self, index: int) -> Tensor:
+        """Returns an image alone."""
         image = decode_unchecked(
             self.files.root / self.files.images[index],
             self.in_chans,
             decode_size=self.transform.decode_size,
             value_range=self.value_range,
         )
+        return self.transform(image)
+
+    def mask(self, index: int) -> Tensor:
+        """Returns a mask alone."""
         classes = self._class_of[read_mask(self.files.root / self.files.masks[index])]
-        mask = self.transform.crop_mask(torch.from_numpy(classes))
-        return [self.transform(image), mask], 0, self.files.images[index]
+        return self.transform.crop_mask(torch.from_numpy(classes))
 
 
 def open_segmentation(

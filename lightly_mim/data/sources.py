@@ -13,7 +13,14 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from lightly_mim.arguments import NonNegativeInt, PositiveInt, Rule, checked, fits
+from lightly_mim.arguments import (
+    AnyDataset,
+    NonNegativeInt,
+    PositiveInt,
+    Rule,
+    checked,
+    fits,
+)
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.loading import Item, as_item
@@ -34,7 +41,7 @@ def _is_data(data: Any) -> bool:
 
 
 if TYPE_CHECKING:
-    Data = str | os.PathLike[str] | Dataset[Any]
+    Data = str | os.PathLike[str] | AnyDataset
 else:
     # What a command line can pass: its help would list every Dataset of PyTorch.
     Data = Annotated[
@@ -68,8 +75,8 @@ class TransformedDataset(Dataset[Item]):
             What each label becomes, see `match_classes`. None keeps them.
     """
 
-    def __init__(self, dataset: Dataset[Any], transform: Transform | None) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: AnyDataset, transform: Transform | None) -> None:
+        self.dataset: Any = dataset
         self.transform = transform
         inner = getattr(dataset, "dataset", dataset)  # of a LightlyDataset or a Subset
         classes = getattr(dataset, "classes", None) or getattr(inner, "classes", None)
@@ -88,7 +95,7 @@ class TransformedDataset(Dataset[Item]):
         return taken
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Item:
         sample, target, filename = as_item(self.dataset[index], index)

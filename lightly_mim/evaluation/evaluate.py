@@ -56,6 +56,7 @@ from lightly_mim.evaluation.images import (
 )
 from lightly_mim.evaluation.loading import (
     at_random,
+    check_loading,
     describe_encoder,
     load_encoder,
     origin_notes,
@@ -275,7 +276,7 @@ def evaluate(
     for unused in _unused(given, chosen):
         warnings.warn(unused, stacklevel=3)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
-    loading = _check_loading(loading)
+    loading = check_loading("evaluate", loading, PROTOCOLS)
     with keyed_random_state(seed, "evaluation", "encoder"):
         model = load_encoder(encoder, **loading)
     transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
@@ -463,7 +464,7 @@ def check_evaluation(
     given = {p.name: p.default for p in parameters.values()} | dict(arguments)
     settled = parameters.keys() - {"encoder", "data", "loading"}
     check_arguments(evaluate, {name: given[name] for name in settled})
-    loading = _check_loading(loading)
+    loading = check_loading("evaluate", loading, PROTOCOLS)
     chosen = resolve_protocols(given["protocols"])
     for each in chosen.values():
         each.check(_MANY)
@@ -473,18 +474,6 @@ def check_evaluation(
     check_encoder(chosen, encoder, given["distributed"])
     if (img_size := loading.get("img_size")) is not None:
         resize_encoder(encoder, img_size, loading.get("tables"))
-
-
-def _check_loading(loading: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks the arguments that are handed on to `load_encoder`."""
-    known = inspect.signature(load_encoder).parameters.keys() - {"encoder"}
-    for name in loading.keys() - known:
-        hint = ""
-        if name in PROTOCOLS:
-            kind = PROTOCOLS[name].__name__
-            hint = f" Settings go with their protocol: protocols=[{kind}(...)]."
-        raise TypeError(f"evaluate() has no argument {name!r}.{hint}")
-    return check_arguments(load_encoder, loading, "evaluate")
 
 
 def _record(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -61,16 +62,30 @@ def _given(data: Any) -> dict[str, Any] | None:
     return None
 
 
-def _files(data: ImageDataset) -> dict[str, Any]:
+def files_fingerprint(
+    names: Sequence[str], paths: Sequence[Path], targets: Sequence[int]
+) -> str:
+    """Returns what tells files from others, without opening them.
+
+    Args:
+        names:
+            What they are called.
+        paths:
+            Where they lie, to look at their sizes and times of change.
+        targets:
+            Their labels.
+    """
     digest = hashlib.sha256()
-    for name, path, target in zip(
-        data.filenames, data.paths, data.targets, strict=True
-    ):
+    for name, path, target in zip(names, paths, targets, strict=True):
         stat = path.stat()
         line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{target}\n"
         digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files(data: ImageDataset) -> dict[str, Any]:
     found = {
-        "files": digest.hexdigest(),
+        "files": files_fingerprint(data.filenames, data.paths, data.targets),
         "num_images": len(data),
         "in_chans": data.in_chans,
         "classes": data.classes,

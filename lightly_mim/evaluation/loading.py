@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lightly.models.modules.masked_vision_transformer_torchvision import (
 )
 from torch import nn
 
-from lightly_mim.arguments import PositiveInt, Seed, checked
+from lightly_mim.arguments import PositiveInt, Seed, check_arguments, checked
 from lightly_mim.checkpoints import Weights, encoder_spec, read_weights
 from lightly_mim.checkpoints.hub import fetch, is_hub_name
 from lightly_mim.data.seeding import keyed_random_state
@@ -368,3 +370,30 @@ def _build(
         init=init,
         **options,
     )
+
+
+def check_loading(
+    function: str, loading: Mapping[str, Any], protocols: Mapping[str, type[Any]]
+) -> dict[str, Any]:
+    """Checks the arguments that an evaluation hands on to `load_encoder`.
+
+    Args:
+        function:
+            Name of the evaluation.
+        loading:
+            The arguments by name.
+        protocols:
+            The protocols by name, whose settings may have been meant.
+
+    Raises:
+        TypeError: If `load_encoder` does not know one.
+        ValueError: If a value is out of range.
+    """
+    known = inspect.signature(load_encoder).parameters.keys() - {"encoder"}
+    for name in loading.keys() - known:
+        hint = ""
+        if name in protocols:
+            kind = protocols[name].__name__
+            hint = f" Settings go with their protocol: protocols=[{kind}(...)]."
+        raise TypeError(f"{function}() has no argument {name!r}.{hint}")
+    return check_arguments(load_encoder, loading, function)

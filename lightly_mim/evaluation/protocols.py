@@ -13,7 +13,6 @@ from lightly_mim.evaluation.probes.knn import KNN
 from lightly_mim.evaluation.probes.linear import Linear
 from lightly_mim.evaluation.probes.logistic import Logistic
 from lightly_mim.evaluation.probes.low_label import LowLabel
-from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol
 from lightly_mim.evaluation.supervised.finetune import FineTune
 from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
 
@@ -34,13 +33,15 @@ LABEL_FREE = "label_free"  # what else may be measured, which no protocol is cal
 
 
 def resolve_protocols(
-    protocols: Sequence[str | FeatureProtocol | ImageProtocol],
+    protocols: Sequence[Any], known: Mapping[str, type[Any]] = PROTOCOLS
 ) -> dict[str, Any]:
     """Returns protocols by their names.
 
     Args:
         protocols:
-            Names of `PROTOCOLS`, and protocols.
+            Names of known protocols, and protocols.
+        known:
+            Those by name.
 
     Raises:
         ValueError: If one is a class, if a name cannot be one, or if two protocols
@@ -48,7 +49,7 @@ def resolve_protocols(
     """
     found: dict[str, Any] = {}
     for each in protocols:
-        protocol = PROTOCOLS[each]() if isinstance(each, str) else each
+        protocol = known[each]() if isinstance(each, str) else each
         if isinstance(protocol, type):
             raise ValueError(
                 f"protocols has the class {protocol.__name__}. Make an object of it: "

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightly_mim.arguments import checked
-from lightly_mim.evaluation.dense.results import RESULTS_FILE as DENSE_FILE
-from lightly_mim.evaluation.dense.results import DenseResults
+from lightly_mim.evaluation.dense.results import DENSE_FILE, DenseResults
 from lightly_mim.evaluation.results import RESULTS_FILE, Results
 from lightly_mim.files import read_sealed
 

@@ -28,6 +28,7 @@ from lightly_mim.methods.pretrained import from_pretrained
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size, scatter_patches
 from lightly_mim.targets import Target
+from lightly_mim.transforms import Normalize
 
 
 class MIMOutput(NamedTuple):
@@ -208,9 +209,7 @@ class MaskedImageModel(Recorded, nn.Module):
         """
         raise NotImplementedError
 
-    def transform(
-        self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
-    ) -> Any:
+    def transform(self, normalize: Normalize | None = None, **options: Any) -> Any:
         """Returns the method's augmentation of a training image."""
         raise NotImplementedError
 

@@ -39,7 +39,7 @@ from lightly_mim.methods.base import (
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size
 from lightly_mim.targets import PatchNormalizedPixels, Target
-from lightly_mim.transforms import MAETransform
+from lightly_mim.transforms import MAETransform, Normalize
 
 
 class MAE(MaskedImageModel):
@@ -239,7 +239,7 @@ class MAE(MaskedImageModel):
         return MIMOutput(loss, prediction, target, index, None, mask, features)
 
     def transform(
-        self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
+        self, normalize: Normalize | None = None, **options: Any
     ) -> MAETransform:
         """Returns the paper's augmentation at the encoder's image size.
 

@@ -40,7 +40,7 @@ from lightly_mim.methods.base import (
 from lightly_mim.optim import Recipe
 from lightly_mim.patches import Size, grid_size
 from lightly_mim.targets import LocallyNormalizedPixels, Pixels, Target
-from lightly_mim.transforms import SimMIMTransform
+from lightly_mim.transforms import Normalize, SimMIMTransform
 
 
 class SimMIM(MaskedImageModel):
@@ -201,7 +201,7 @@ class SimMIM(MaskedImageModel):
             self.record(target=self.target)
 
     def transform(
-        self, normalize: dict[str, tuple[float, ...]] | None = None, **options: Any
+        self, normalize: Normalize | None = None, **options: Any
     ) -> SimMIMTransform:
         """Returns the paper's augmentation at the encoder's image size.
 

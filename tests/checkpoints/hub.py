@@ -89,7 +89,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def main(port: int, root: Path) -> None:
     torch.manual_seed(0)
     theirs = transformers.ViTMAEForPreTraining(CONFIG)
-    theirs.eval()  # type: ignore[no-untyped-call]
+    theirs.eval()
     # As published ones have them; transformers leaves them at zero.
     for positions in (
         theirs.vit.embeddings.position_embeddings,

@@ -5,7 +5,9 @@ import struct
 import subprocess
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
 
-from lightly_mim.data.decode import BrokenImageError, decode_image
+from lightly_mim.data import BrokenImageError
+from lightly_mim.data.decode import decode_image
 from lightly_mim.transforms import EvalTransform
 
 
@@ -25,8 +28,12 @@ def photo() -> Image.Image:
     return Image.fromarray(load_sample_images().images[0])  # 640 x 427
 
 
-def _array(image) -> np.ndarray:
+def _array(image: Any) -> np.ndarray:
     return np.asarray(image).astype(int)
+
+
+def _to(size: tuple[int, int]) -> Callable[[tuple[int, int]], tuple[int, int]]:
+    return lambda _: size
 
 
 def _ramp(dtype: type, high: int) -> np.ndarray:
@@ -106,8 +113,8 @@ def test_decode__16_bit_png_that_pil_opens_as_32_bit(
     monkeypatch.setitem(
         __import__("PIL.PngImagePlugin").PngImagePlugin._MODES, (16, 0), ("I", "I;16B")
     )
-    with Image.open(tmp_path / "x.png") as image:
-        assert image.mode == "I"
+    with Image.open(tmp_path / "x.png") as opened:
+        assert opened.mode == "I"
     image = _array(decode_image(tmp_path / "x.png", 1))
     assert (image == np.round(values / 257)).all()
 
@@ -291,7 +298,7 @@ def test_decode__damaged_jpegs_are_noticed(tmp_path: Path, photo: Image.Image) -
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 1}])
 def test_decode__jpeg_as_pil(
-    tmp_path: Path, photo: Image.Image, mode: str, options: dict
+    tmp_path: Path, photo: Image.Image, mode: str, options: dict[str, Any]
 ) -> None:
     photo.convert(mode).save(tmp_path / "x.jpg", **options)
     for scale in (1, 2, 4, 8):
@@ -299,7 +306,7 @@ def test_decode__jpeg_as_pil(
         with Image.open(tmp_path / "x.jpg") as image:
             image.draft(None, size[::-1])
             expected = _array(image.convert("RGB"))
-        ours = decode_image(tmp_path / "x.jpg", decode_size=lambda _, size=size: size)
+        ours = decode_image(tmp_path / "x.jpg", decode_size=_to(size))
         assert np.array_equal(_array(ours), expected)
 
 
@@ -310,10 +317,8 @@ def test_decode__small_jpegs_are_not_scaled(tmp_path: Path) -> None:
         with Image.open(tmp_path / "x.jpg") as image:
             expected = _array(image)
         for size in ((1, 1), (2, 2)):
-            image = decode_image(
-                tmp_path / "x.jpg", decode_size=lambda _, size=size: size
-            )
-            assert np.array_equal(_array(image), expected)
+            decoded = decode_image(tmp_path / "x.jpg", decode_size=_to(size))
+            assert np.array_equal(_array(decoded), expected)
 
 
 @pytest.mark.parametrize("where", ["pixels", "header", "checksum"])
@@ -326,7 +331,9 @@ def test_decode__checksums_of_png(tmp_path: Path, where: str) -> None:
         decode_image(tmp_path / "x.png")
 
 
-def _tiff(path: Path, values: np.ndarray, bits: int, photo: int = 1, **tags) -> None:
+def _tiff(
+    path: Path, values: np.ndarray, bits: int, photo: int = 1, **tags: int
+) -> None:
     """Writes a grey TIFF file of any number of bits, as the TIFF 6.0 page says."""
     packed = "".join(f"{int(value) % 2**bits:0{bits}b}" for value in values.ravel())
     packed += "0" * (-len(packed) % 16)
@@ -366,7 +373,7 @@ def test_decode__tiff_of_other_programs(tmp_path: Path) -> None:
     expected = np.round(values / 257)
     path = tmp_path / "x.tif"
     for compression in (None, "zlib"):
-        options = {"compression": compression}
+        options: dict[str, Any] = {"compression": compression}
         tifffile.imwrite(path, values, photometric="miniswhite", **options)
         assert (_array(decode_image(path, 1)) == 255 - expected).all()
         for signed in (np.int8, np.int16):
@@ -465,7 +472,7 @@ def test_decode__transparent_colour_of_16_bits_is_refused(tmp_path: Path) -> Non
 def test_decode__no_other_program_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(*arguments, **options):
+    def start(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a program is started")
 
     monkeypatch.setattr(subprocess, "Popen", start)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from lightly.data import LightlyDataset
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from lightly_mim.data.decode import BrokenImageError
+from lightly_mim.data import BrokenImageError
 from lightly_mim.data.folder import ImageDataset
 from lightly_mim.data.seeding import keyed_random_state
 from lightly_mim.transforms import SimMIMTransform
@@ -36,9 +38,9 @@ class TestImageDataset:
         root = _write(
             tmp_path, "b/1.jpg", "b/0.PNG", "a/x/2.jpg", "a/10.jpg", "a/9.JPEG"
         )
-        dataset = ImageDataset(root)
+        dataset: Any = ImageDataset(root)
         torchvision_dataset = ImageFolder(root)
-        lightly_dataset = LightlyDataset(str(root))
+        lightly_dataset: Any = LightlyDataset(str(root))
         assert dataset.classes == torchvision_dataset.classes
         ours = dict(zip(dataset.paths, dataset.targets, strict=True))
         theirs = {Path(path): target for path, target in torchvision_dataset.samples}
@@ -56,7 +58,7 @@ class TestImageDataset:
         ]
 
     def test_flat(self, tmp_path: Path) -> None:
-        dataset = ImageDataset(_write(tmp_path, "1.jpg", "0.jpg", "notes.txt"))
+        dataset: Any = ImageDataset(_write(tmp_path, "1.jpg", "0.jpg", "notes.txt"))
         assert dataset.filenames == ["0.jpg", "1.jpg"]
         assert dataset.targets == [0, 0]
         assert dataset.classes == []
@@ -93,7 +95,7 @@ class TestImageDataset:
             ),
         ],
     )
-    def test_no_images(self, tmp_path: Path, names, message: str) -> None:
+    def test_no_images(self, tmp_path: Path, names: Any, message: str) -> None:
         with pytest.raises(ValueError, match=f"No images in .*{message}"):
             ImageDataset(_write(tmp_path, *names))
 
@@ -106,7 +108,7 @@ class TestImageDataset:
     @pytest.mark.parametrize(
         "arguments", [{"on_error": "ignore"}, {"in_chans": 0}, {"min_size": (0, 3)}]
     )
-    def test_refuses(self, tmp_path: Path, arguments: dict) -> None:
+    def test_refuses(self, tmp_path: Path, arguments: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             ImageDataset(_write(tmp_path, "0.jpg"), **arguments)
 
@@ -178,7 +180,7 @@ class TestImageDataset:
         seen = []
 
         class Transform(SimMIMTransform):
-            def __call__(self, image):
+            def __call__(self, image: Any) -> list[Tensor]:
                 seen.append(image.size)
                 return super().__call__(image)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def test_formats__all_that_are_listed_are_read(tmp_path: Path, extension: str) -
     name = next(name for name, endings in FORMATS.items() if extension in endings)
     grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     Image.fromarray(grey).convert("RGB").save(tmp_path / f"x{extension.upper()}", name)
-    (image, _, filename), *others = ImageDataset(tmp_path)
+    images: Any = ImageDataset(tmp_path)
+    (image, _, filename), *others = images
     assert (filename, others) == (f"x{extension.upper()}", [])
     assert np.abs(np.asarray(image)[..., 0].astype(int) - grey).max() < 12
 
@@ -41,7 +43,9 @@ def test_formats__others_are_neither_listed_nor_read(
             decode_image(tmp_path / "x.jpg")
 
 
-def test_left_out__is_counted_by_kind_and_said_once(tmp_path: Path, capsys) -> None:
+def test_left_out__is_counted_by_kind_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = _write(tmp_path, "a/0.png", "a/1.PNG", "b/0.gif", "b/0.psd", "b/1.PSD", "n")
     assert len(find_images(root).filenames) == 3
     out = capsys.readouterr().out
@@ -82,19 +86,23 @@ def test_system_folders__are_no_classes_and_no_images(
     ],
 )
 def test_stray_images__take_the_classes_away_aloud(
-    tmp_path: Path, capsys, stray: list[str], shown: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stray: list[str], shown: str
 ) -> None:
     images = find_images(_write(tmp_path, "a/0.png", "b/0.png", *stray))
     assert (images.classes, set(images.targets)) == ([], {0})
     assert shown in capsys.readouterr().out
 
 
-def test_stray_images__of_one_folder_are_no_matter(tmp_path: Path, capsys) -> None:
+def test_stray_images__of_one_folder_are_no_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     find_images(_write(tmp_path, "a/0.png", "1.png"))
     assert capsys.readouterr().out == ""
 
 
-def test_linked_folders__do_not_multiply(tmp_path: Path, capsys) -> None:
+def test_linked_folders__do_not_multiply(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [f"{letter}/{letter}.png" for letter in "abcdefghij"]
     root = _write(tmp_path, *names)
     for folder in "abcdefghij":
@@ -115,7 +123,9 @@ def test_linked_folders__keep_the_name_of_the_real_one(tmp_path: Path) -> None:
     assert images.classes == ["y", "z"]
 
 
-def test_no_files__are_left_out(tmp_path: Path, capsys) -> None:
+def test_no_files__are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = _write(tmp_path, "a/0.png")
     os.mkfifo(root / "a" / "fifo.png")
     (root / "a" / "null.png").symlink_to("/dev/null")
@@ -131,7 +141,7 @@ def test_no_files__are_left_out(tmp_path: Path, capsys) -> None:
 def test_unreadable_folder__is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path):
+    def fail(path: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", fail)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from lightly_mim.data.decode import BrokenImageError
+from lightly_mim.data import BrokenImageError
 from lightly_mim.data.folder import ImageDataset
 from lightly_mim.data.loading import (
     GlobalBatches,
@@ -33,7 +35,7 @@ from lightly_mim.transforms import EvalTransform, SimMIMTransform
 _PHOTO = Image.fromarray(load_sample_images().images[1])
 
 
-class Numbers(Dataset):
+class Numbers(Dataset[Any]):
     """Item i is a view of i and of what three random generators say."""
 
     def __init__(self, length: int) -> None:
@@ -42,7 +44,7 @@ class Numbers(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         noise = [torch.rand(()).item(), np.random.rand(), random.random()]  # noqa: NPY002
         return [torch.tensor([index, *noise])], index % 3, f"{index}.jpg"
 
@@ -92,7 +94,11 @@ class TestGlobalBatches:
     @pytest.mark.parametrize("world_size", [2, 4])
     def test_ranks_share_each_batch(self, training: bool, world_size: int) -> None:
         def read(rank: int, size: int) -> list[list[tuple[int, int]]]:
-            options = {"training": training, "rank": rank, "world_size": size}
+            options: dict[str, Any] = {
+                "training": training,
+                "rank": rank,
+                "world_size": size,
+            }
             return list(GlobalBatches(23, 8, **options))
 
         whole = read(0, 1)
@@ -137,7 +143,7 @@ class TestGlobalBatches:
             ),
         ],
     )
-    def test_refuses(self, arguments: dict, message: str) -> None:
+    def test_refuses(self, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             GlobalBatches(10, **arguments)
 
@@ -217,7 +223,8 @@ class TestKeyedLoader:
         _assert_same(_views(random_views), first)
 
     def test_data_sets_from_elsewhere(self, photos: Path) -> None:
-        lightly_dataset = LightlyDataset(str(photos), SimMIMTransform(32))
+        transform: Any = SimMIMTransform(32)
+        lightly_dataset = LightlyDataset(str(photos), transform)
         ours = ImageDataset(photos, SimMIMTransform(32))
         first = next(iter(KeyedLoader(lightly_dataset, 4, num_workers=0)))
         second = next(iter(KeyedLoader(ours, 4, num_workers=0)))
@@ -242,7 +249,8 @@ class TestKeyedLoader:
         )
         assert caught.value.path == path
         if num_workers:  # saves the 5 s that torch waits if a cycle is collected
-            loader._iterator._shutdown_workers()
+            workers: Any = loader._iterator
+            workers._shutdown_workers()
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_broken_file__replaced_and_reported(
@@ -309,7 +317,7 @@ class TestState:
         for done in (1, 5, 6, 8):
             resumed = KeyedLoader(Numbers(12), 2, num_workers=0)
             resumed.load_state_dict(states[done - 1])
-            rest = []
+            rest: list[Tensor] = []
             while len(rest) < 12 - done:
                 rest += _views(resumed)
             _assert_same(rest, expected[done:])
@@ -341,32 +349,41 @@ class Recorder(pl.LightningModule):
         self.stop_after = stop_after
         self.path = path
 
-    def training_step(self, batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views, _, _ = batch
         self.seen.append(views[0])
-        return (views[0] * self.weight).sum()
+        loss: Tensor = (views[0] * self.weight).sum()
+        return loss
 
-    def validation_step(self, batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated.append(batch[0][0])
 
-    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if len(self.seen) == self.stop_after:
+            assert self.path is not None
             self.trainer.save_checkpoint(self.path)
             raise KeyboardInterrupt
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 _LENGTH, _BATCH, _EPOCHS = 13, 3, 3  # 4 batches per epoch
 
 
-def _fit(module, num_workers=0, checkpoint=None, callbacks=(), hook=False, **options):
+def _fit(
+    module: Recorder,
+    num_workers: int = 0,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    hook: bool = False,
+    **options: Any,
+) -> None:
     def make_loader() -> KeyedLoader:
         return KeyedLoader(Numbers(_LENGTH), _BATCH, num_workers=num_workers)
 
     if hook:  # Lightning patches DataLoader.__init__ while it calls the hook
-        module.train_dataloader = make_loader
+        module.train_dataloader = make_loader  # type: ignore[method-assign]
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -393,7 +410,9 @@ def uncut() -> list[Tensor]:
 
 
 class TestLightning:
-    def test_fit__epochs_differ_and_validation_does_not(self, uncut) -> None:
+    def test_fit__epochs_differ_and_validation_does_not(
+        self, uncut: list[Tensor]
+    ) -> None:
         module = Recorder()
         _fit(module, num_workers=1, hook=True)
         _assert_same(module.seen, uncut)
@@ -404,7 +423,7 @@ class TestLightning:
     @pytest.mark.parametrize("num_workers", [0, 1])
     @pytest.mark.parametrize("stop_after", [1, 4, 6, 8, 11])
     def test_fit__cut_between_batches(
-        self, tmp_path: Path, uncut, stop_after: int, num_workers: int
+        self, tmp_path: Path, uncut: list[Tensor], stop_after: int, num_workers: int
     ) -> None:
         first = Recorder(stop_after, tmp_path / "cut.ckpt")
         with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -415,7 +434,7 @@ class TestLightning:
 
     @pytest.mark.parametrize("max_steps", [3, 4, 6])
     def test_fit__stopped_by_max_steps(
-        self, tmp_path: Path, uncut, max_steps: int
+        self, tmp_path: Path, uncut: list[Tensor], max_steps: int
     ) -> None:
         saver = pl.callbacks.ModelCheckpoint(
             tmp_path, every_n_train_steps=1, save_last=True, filename="x"
@@ -427,7 +446,7 @@ class TestLightning:
         _fit(second, checkpoint=tmp_path / "last.ckpt", max_steps=12, max_epochs=-1)
         _assert_same(first.seen + second.seen, uncut)
 
-    def test_fit__after_each_epoch(self, tmp_path: Path, uncut) -> None:
+    def test_fit__after_each_epoch(self, tmp_path: Path, uncut: list[Tensor]) -> None:
         saver = pl.callbacks.ModelCheckpoint(
             tmp_path, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True
         )
@@ -437,7 +456,7 @@ class TestLightning:
             _fit(module, checkpoint=tmp_path / f"epoch={epoch}.ckpt")
             _assert_same(module.seen, uncut[4 * (epoch + 1) :])
 
-    def test_fit__limited_epochs(self, tmp_path: Path, uncut) -> None:
+    def test_fit__limited_epochs(self, tmp_path: Path, uncut: list[Tensor]) -> None:
         first = Recorder(5, tmp_path / "cut.ckpt")
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             _fit(first, limit_train_batches=2)
@@ -455,16 +474,16 @@ def test_collate__error_and_images() -> None:
         collate([same, same, (torch.zeros(3, 4, 5), 0, "c")])
 
 
-class Listed(Dataset):
+class Listed(Dataset[Any]):
     """Items of a list."""
 
-    def __init__(self, *items) -> None:
+    def __init__(self, *items: Any) -> None:
         self.items = items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         return self.items[index]
 
 
@@ -474,9 +493,9 @@ _TARGETS = [{"boxes": [1]}, torch.zeros(4, 4), "cat", 1.5, None, [1, 2], np.nan]
 
 @pytest.mark.parametrize("target", _TARGETS, ids=str)
 @pytest.mark.parametrize("sample", [_IMAGE, [_IMAGE]], ids=["tensor", "views"])
-def test_labels__that_are_none(sample, target) -> None:
+def test_labels__that_are_none(sample: Any, target: Any) -> None:
     dataset = Listed((sample, 3), (sample, -1), (sample, target))
-    options = {"training": False, "num_workers": 0}
+    options: dict[str, Any] = {"training": False, "num_workers": 0}
     ((_, labels, names),) = KeyedLoader(dataset, 3, labels=False, **options)
     assert labels.tolist() == [0, 0, 0]
     assert list(names) == ["0", "1", "2"]
@@ -488,7 +507,7 @@ def test_labels__where_there_are_some() -> None:
     """None keeps those that are classes; True refuses the others by name."""
     labels = [3, None, 0.5, np.int64(2), 2**70, torch.zeros(2, 2)]
     items = [(torch.zeros(3, 4, 4), label, str(i)) for i, label in enumerate(labels)]
-    options = {"training": False, "num_workers": 0}
+    options: dict[str, Any] = {"training": False, "num_workers": 0}
     ((_, found, _),) = KeyedLoader(items, 6, labels=None, **options)
     assert found.tolist() == [3, -1, -1, 2, -1, -1]
     with pytest.raises(ValueError, match="sample 0 .* whole numbers of 64 bits"):
@@ -496,7 +515,7 @@ def test_labels__where_there_are_some() -> None:
 
 
 @pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor, bool])
-def test_labels__of_any_whole_number(kind) -> None:
+def test_labels__of_any_whole_number(kind: Any) -> None:
     loader = KeyedLoader(
         Listed((_IMAGE, kind(1)), (_IMAGE, -1)), 2, training=False, num_workers=0
     )
@@ -506,21 +525,22 @@ def test_labels__of_any_whole_number(kind) -> None:
 
 
 @pytest.mark.parametrize("sample", [None, _PHOTO, "x.jpg", [], [_PHOTO], np.zeros(3)])
-def test_samples__that_cannot_be_used_are_named(sample) -> None:
+def test_samples__that_cannot_be_used_are_named(sample: Any) -> None:
     loader = KeyedLoader(Listed(_IMAGE, (sample, 0)), 2, training=False, num_workers=0)
     with pytest.raises(BrokenImageError, match="Sample 1 .*cannot.*a transform"):
         list(loader)
 
 
 def test_keyed_dataset__key() -> None:
-    dataset = KeyedDataset(Numbers(9), seed=0)
+    dataset: Any = KeyedDataset(Numbers(9), seed=0)
 
-    def noise(key: tuple[int, int]) -> list[float]:
+    def noise(key: tuple[int, int]) -> Any:
         return dataset[key][0][0][1:].tolist()
 
     assert noise((1, 2)) == noise((1, 2))
     different = [noise(key) for key in ((1, 2), (2, 1), (1, 3), (0, 2))]
-    different.append(KeyedDataset(Numbers(9), seed=1)[1, 2][0][0][1:].tolist())
+    other: Any = KeyedDataset(Numbers(9), seed=1)
+    different.append(other[1, 2][0][0][1:].tolist())
     assert len({tuple(values) for values in different}) == 5
 
 
@@ -530,7 +550,7 @@ def test_default_num_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         os, "sched_getaffinity", lambda _: set(range(12)), raising=False
     )
-    dataset = Numbers(3)
+    dataset: Any = Numbers(3)
     assert default_num_workers(dataset) == 8
     assert default_num_workers(dataset, world_size=4) == 3
     assert default_num_workers(dataset, world_size=100) == 1

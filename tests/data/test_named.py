@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import elpv_dataset.utils
@@ -27,7 +28,7 @@ def cells() -> dict[str, tuple[float, str]]:
 
 
 class TestSolarCells:
-    def test_split__sizes_and_strata(self, cells) -> None:
+    def test_split__sizes_and_strata(self, cells: dict[str, tuple[float, str]]) -> None:
         train, val = solar_cells("train"), solar_cells("val")
         assert (len(train), len(val)) == (1968, 656)
         assert set(train.filenames) | set(val.filenames) == set(cells)
@@ -42,7 +43,7 @@ class TestSolarCells:
         names = "\n".join(solar_cells("val").filenames)
         assert hashlib.sha256(names.encode()).hexdigest()[:16] == "07d36c90b2277128"
 
-    def test_labels(self, cells) -> None:
+    def test_labels(self, cells: dict[str, tuple[float, str]]) -> None:
         for split in ("train", "val"):
             dataset = solar_cells(split)
             for name, target in zip(dataset.filenames, dataset.targets, strict=True):
@@ -94,10 +95,10 @@ def _write_tree(root: Path) -> Path:
 
 class TestImagenette:
     @pytest.mark.parametrize("split", ["train", "val"])
-    def test_as_torchvision(self, tmp_path: Path, split: str) -> None:
+    def test_as_torchvision(self, tmp_path: Path, split: Any) -> None:
         _write_tree(tmp_path / "imagenette2-160")
-        ours = imagenette(split, size="160px", data_dir=tmp_path)
-        theirs = torchvision_datasets.Imagenette(tmp_path, split, size="160px")
+        ours: Any = imagenette(split, size="160px", data_dir=tmp_path)
+        theirs: Any = torchvision_datasets.Imagenette(tmp_path, split, size="160px")
         assert ours.classes == [names[0] for names in theirs.classes]
         assert len(ours) == len(theirs)
         for (sample, target, filename), (image, label) in zip(
@@ -164,8 +165,9 @@ class TestImagenette:
         assert len(imagenette(size="160px", data_dir=tmp_path, download=True)) == 9
 
     def test_size(self) -> None:
+        size: Any = "64px"
         with pytest.raises(ValueError, match="'320px', '160px', got size='64px'"):
-            imagenette(size="64px")
+            imagenette(size=size)
 
 
 class TestOpenNamed:

@@ -6,14 +6,15 @@ import pickle
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lightly_mim.data import opening
-from lightly_mim.data.decode import BrokenImageError, decode_image
+from lightly_mim.data import BrokenImageError, opening
+from lightly_mim.data.decode import decode_image
 from lightly_mim.data.folder import ImageDataset, ReplacementName
 from lightly_mim.data.segmentation import check_masks, find_masked, read_mask
 
@@ -83,7 +84,8 @@ class TestLimits:
         with pytest.raises(BrokenImageError, match="400 pixels, the limit is 398"):
             decode_image(tmp_path / "x.npy", 5)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        assert decode_image(tmp_path / "x.npy", 5).shape == (5, 20, 20)
+        image: Any = decode_image(tmp_path / "x.npy", 5)
+        assert image.shape == (5, 20, 20)
 
     @pytest.mark.parametrize("name", ["x.bmp", "x.png", "x.tif", "x.pgm", "x.jpg"])
     def test_picture_that_claims_more_than_its_file(
@@ -103,7 +105,7 @@ class TestLimits:
         for number in range(3):
             _grey(tmp_path / f"{number}.png")
 
-        def load(image) -> None:
+        def load(image: Any) -> None:
             raise MemoryError
 
         with monkeypatch.context() as patched:
@@ -114,7 +116,7 @@ class TestLimits:
         class Transform:
             fails = True
 
-            def __call__(self, image):
+            def __call__(self, image: Any) -> Any:
                 fails, self.fails = self.fails, False
                 return torch.empty(2**60) if fails else image
 
@@ -140,7 +142,7 @@ class TestPassingErrors:
     def _failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
         whole, left = Path.open, [times]
 
-        def open_file(path: Path, *arguments):
+        def open_file(path: Path, *arguments: Any) -> Any:
             if left[0]:
                 left[0] -= 1
                 raise OSError(number, os.strerror(number), str(path))
@@ -150,7 +152,11 @@ class TestPassingErrors:
 
     @pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ESTALE", "EIO", "ETIMEDOUT"])
     def test_are_tried_again(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses, name: str
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        pauses: list[float],
+        name: str,
     ) -> None:
         _grey(tmp_path / "x.png")
         number = getattr(errno, name)
@@ -167,7 +173,11 @@ class TestPassingErrors:
 
     @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])
     def test_others_are_not(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses, number: int
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        pauses: list[float],
+        number: int,
     ) -> None:
         _grey(tmp_path / "x.png")
         self._failing(monkeypatch, number, 1)
@@ -176,7 +186,9 @@ class TestPassingErrors:
         assert not caught.value.passing
         assert pauses == []
 
-    def test_damage_is_no_passing_error(self, tmp_path: Path, pauses) -> None:
+    def test_damage_is_no_passing_error(
+        self, tmp_path: Path, pauses: list[float]
+    ) -> None:
         content = _grey(tmp_path / "x.png").read_bytes()
         (tmp_path / "x.png").write_bytes(content[:60])
         with pytest.raises(BrokenImageError) as caught:
@@ -201,7 +213,7 @@ class TestExif:
     ) -> None:
         image = Image.new("RGB", (20, 10), (10, 200, 30))
         image.save(tmp_path / name, exif=damage, quality=95)
-        decoded = decode_image(tmp_path / name)
+        decoded: Any = decode_image(tmp_path / name)
         assert decoded.size == (20, 10)
         assert abs(decoded.getpixel((5, 5))[1] - 200) < 4
 
@@ -232,7 +244,7 @@ class TestValueRange:
 
     def test_range_begins_elsewhere(self, tmp_path: Path) -> None:
         values = self._write(tmp_path / "x.tif", 1000, 3000)
-        image = decode_image(tmp_path / "x.tif", 1, value_range=(1000, 3000))
+        image: Any = decode_image(tmp_path / "x.tif", 1, value_range=(1000, 3000))
         assert np.abs(image - (values - 1000.0) * 255 / 2000).max() <= 0.5
 
     def test_nothing_is_clipped(self, tmp_path: Path) -> None:
@@ -244,7 +256,7 @@ class TestValueRange:
     @pytest.mark.parametrize(
         "value_range", [(0, 65536), (9, 9), (-1, 5), (1, 2, 3), (7, 2)]
     )
-    def test_no_range(self, tmp_path: Path, value_range) -> None:
+    def test_no_range(self, tmp_path: Path, value_range: Any) -> None:
         with pytest.raises(ValueError, match="value_range"):
             decode_image(_grey(tmp_path / "x.png"), value_range=value_range)
         with pytest.raises(ValueError, match="value_range"):
@@ -255,7 +267,12 @@ class TestValueRange:
         ("high", "warns"), [(4095, 1), (900, 1), (4096, 0), (0, 0)]
     )
     def test_dark_pictures_are_warned_of_once(
-        self, tmp_path: Path, monkeypatch, name: str, high: int, warns: int
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+        high: int,
+        warns: int,
     ) -> None:
         monkeypatch.setattr("lightly_mim.data.notes._said", set())
         self._write(tmp_path / name, 0, high)

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightly.data import LightlyDataset
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
+from lightly_mim.data import sources
 from lightly_mim.data.loading import KeyedLoader
-from lightly_mim.data.sources import TransformedDataset, open_data
+from lightly_mim.data.sources import TransformedDataset
 from lightly_mim.transforms import EvalTransform, SimMIMTransform
 
+# Two data sets of any kind.
+open_data: Callable[..., tuple[Any, Any]] = sources.open_data
 _PHOTO = Image.fromarray(load_sample_images().images[0])
 
 
@@ -51,7 +57,9 @@ class TestOpenData:
             (("testbed/0.jpg", "bench/1.jpg"), ".", ["bench", "testbed"]),
         ],
     )
-    def test_no_val(self, tmp_path: Path, names, folder: str, classes) -> None:
+    def test_no_val(
+        self, tmp_path: Path, names: Any, folder: str, classes: Any
+    ) -> None:
         transform = SimMIMTransform(32)
         train, val = open_data(str(_write(tmp_path, *names)), transform=transform)
         assert val is None
@@ -75,7 +83,7 @@ class TestOpenData:
             ("test/0.jpg", "bench/1.jpg"),
         ],
     )
-    def test_unclear_split(self, tmp_path: Path, names) -> None:
+    def test_unclear_split(self, tmp_path: Path, names: Any) -> None:
         with pytest.raises(ValueError, match="Which images of .* are for training"):
             open_data(_write(tmp_path, *names))
 
@@ -100,13 +108,19 @@ class TestOpenData:
         [(("b", "c"), [1, 2], "a"), (("c",), [2], "a, b"), (("a", "c"), [0, 2], "b")],
     )
     def test_classes_that_val_lacks(
-        self, tmp_path: Path, capsys, val, targets, lacking: str, own: bool
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        val: Any,
+        targets: Any,
+        lacking: str,
+        own: bool,
     ) -> None:
         _write(tmp_path, *(f"train/{name}/0.jpg" for name in "abc"))
         _write(tmp_path, *(f"val/{name}/0.jpg" for name in val))
         (tmp_path / "val" / "b").mkdir(exist_ok=True)  # empty, it is no class
-        data = tmp_path
-        others = None
+        data: Any = tmp_path
+        others: Any = None
         if own:
             empty = tmp_path / "val" / "b"
             if not any(empty.iterdir()):
@@ -161,7 +175,8 @@ class TestOpenData:
         root = _write(tmp_path, "a/0.png", "b/1.png")
         transform = SimMIMTransform(32, normalize=None)
         plain = LightlyDataset(str(root))
-        own = LightlyDataset(str(root), SimMIMTransform(48))
+        views: Any = SimMIMTransform(48)
+        own = LightlyDataset(str(root), views)
         train, val = open_data(plain, own, transform=transform)
         assert train[1][0][0].shape == (3, 32, 32)
         assert train[1][1:] == (1, "b/1.png")
@@ -174,7 +189,7 @@ class TestOpenData:
         assert sorted(targets.tolist()) == [0, 1]
 
     @pytest.mark.parametrize("data", [3, iter(()), object(), None, b"x", {1: 2}])
-    def test_no_data_set(self, data) -> None:
+    def test_no_data_set(self, data: Any) -> None:
         with pytest.raises(ValueError, match="__len__ and __getitem__"):
             open_data(data)
 
@@ -189,11 +204,11 @@ class TestTransformedDataset:
         assert sample[0].shape == (3, 32, 32)
         assert (target, filename) == (1, "1")
 
-        class Pixels(Dataset):
+        class Pixels(Dataset[Any]):
             def __len__(self) -> int:
                 return 2
 
-            def __getitem__(self, index: int):
+            def __getitem__(self, index: int) -> Tensor:
                 return torch.full((3, 40, 40), index, dtype=torch.uint8)
 
         sample, target, filename = TransformedDataset(

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from lightly_mim.data import sources
 from lightly_mim.data.segmentation import open_segmentation
-from lightly_mim.data.sources import open_data
+
+# Two data sets of any kind.
+open_data: Callable[..., tuple[Any, Any]] = sources.open_data
 
 
 def _write(root: Path, *names: str) -> Path:
@@ -53,7 +58,11 @@ def test_find__train_alone(tmp_path: Path) -> None:
     ],
 )
 def test_find__one_wrapper_is_looked_through(
-    tmp_path: Path, names, root: str, classes, capsys
+    tmp_path: Path,
+    names: Any,
+    root: str,
+    classes: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     train, _ = open_data(_write(tmp_path, *names))
     assert train.root == tmp_path / root
@@ -63,7 +72,9 @@ def test_find__one_wrapper_is_looked_through(
 
 
 @pytest.mark.parametrize("names", [["a/0.png"], ["a/0.png", "a/x/0.png", "a/y/0.png"]])
-def test_find__one_class_is_no_wrapper(tmp_path: Path, names, capsys) -> None:
+def test_find__one_class_is_no_wrapper(
+    tmp_path: Path, names: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert open_data(_write(tmp_path, *names))[0].root == tmp_path
     assert capsys.readouterr().out == ""
 
@@ -83,7 +94,7 @@ def test_find__one_class_is_no_wrapper(tmp_path: Path, names, capsys) -> None:
     ],
 )
 def test_find__what_looks_like_a_split_is_used_or_refused(
-    tmp_path: Path, names, message: str
+    tmp_path: Path, names: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{message}.*ImageDataset"):
         open_data(_write(tmp_path, *names))
@@ -98,14 +109,16 @@ def test_find__what_looks_like_a_split_is_used_or_refused(
         ("cat/test/0.png", "cat/other/0.png", "dog/0.png"),
     ],
 )
-def test_find__classes_that_are_no_splits(tmp_path: Path, names) -> None:
+def test_find__classes_that_are_no_splits(tmp_path: Path, names: Any) -> None:
     train, val = open_data(_write(tmp_path, *names))
     assert train.root == tmp_path
     assert val is None
     assert len(train.classes) == 2
 
 
-def test_find__what_is_not_used_is_said(tmp_path: Path, capsys) -> None:
+def test_find__what_is_not_used_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     open_data(_write(tmp_path, *_split("train", "val"), "test/0.png", "more/0.png"))
     assert "not used: more, test." in capsys.readouterr().out
     open_data(tmp_path)

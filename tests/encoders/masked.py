@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,13 @@ from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.masking import Mask
 
 SIZE = (32, 48)
-TINY = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+TINY: dict[str, Any] = {
+    "img_size": SIZE,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+}
 
 
 def perturb(encoder: MaskedEncoder) -> None:

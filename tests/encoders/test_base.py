@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ VIT = "vit_tiny_patch16_224"
 BEIT = "beit_base_patch16_224"
 SWIN = "swin_tiny_patch4_window7_224"
 SWIN_V2 = "swinv2_tiny_window8_256"
-PLAIN = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-STAGES = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": (4, 2)}
+PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+STAGES: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "window_size": (4, 2),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     VIT: {**PLAIN, "reg_tokens": 2, "pos_embed": "sincos"},
     BEIT: {**PLAIN, "init_values": 0.1},
@@ -81,19 +87,20 @@ class TestContract:
         assert names == {f"vit.{one}" for one in expected.state_dict()} | {"mask_token"}
 
     def test_mask_token_is_missing(self, name: str) -> None:
-        encoder = build(name)
+        encoder: Any = build(name)
         idx_mask = torch.tensor([[3], [4]])
         mask = torch.zeros(2, encoder.sequence_length, dtype=torch.bool)
-        for call in (
+        calls: list[Callable[[], Any]] = [
             lambda: encoder.encode(images(), idx_mask=idx_mask),
             lambda: encoder.encode(images(), mask=mask),
             lambda: encoder.encode_masked(images(), MASK),
-        ):
+        ]
+        for call in calls:
             with pytest.raises(ValueError, match=r"Call add_mask_token\(\)"):
                 call()
 
     def test_wrong_images(self, name: str) -> None:
-        encoder = build(name)
+        encoder: Any = build(name)
         encoder.add_mask_token()
         for call in (
             encoder,
@@ -113,7 +120,7 @@ class TestContract:
                 call(images(size=(48, 32)))
 
     def test_wrong_masks(self, name: str) -> None:
-        encoder = build(name)
+        encoder: Any = build(name)
         encoder.add_mask_token()
         for wrong in (MASK.float(), MASK[0], MASK[:, 0]):
             with pytest.raises(
@@ -246,7 +253,7 @@ class TestPoolTokens:
 
 class TestMaskedEncoder:
     def test_size_of_timm_by_default(self) -> None:
-        config = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+        config: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         encoder = masked_encoder(VIT, **config)
         assert encoder.img_size == (224, 224)
         assert encoder.sequence_length == 1 + 14 * 14
@@ -260,8 +267,8 @@ class TestMaskedEncoder:
 
     def test_pretrained_weights_are_kept(self, tmp_path: Path) -> None:
         torch.manual_seed(1)
-        config = {"img_size": SIZE, **PLAIN}
-        vit = timm.create_model(VIT, num_classes=5, **config)
+        config: dict[str, Any] = {"img_size": SIZE, **PLAIN}
+        vit: Any = timm.create_model(VIT, num_classes=5, **config)
         path = tmp_path / "weights.pth"
         torch.save(vit.state_dict(), path)
         overlay = {"file": str(path), "custom_load": False, "num_classes": 5}
@@ -278,7 +285,7 @@ class TestMaskedEncoder:
         assert grey.mean == grey.std == (0.5,)
 
     def test_learned_positions(self) -> None:
-        vit = timm.create_model(VIT, img_size=SIZE, **PLAIN)
+        vit: Any = timm.create_model(VIT, img_size=SIZE, **PLAIN)
         vit.pos_embed.requires_grad_(False)
         before = vit.pos_embed.clone()
         encoder = masked_encoder(vit, pos_embed="learned")
@@ -287,7 +294,7 @@ class TestMaskedEncoder:
         assert torch.equal(encoder.vit.pos_embed, before)
 
     def test_module(self) -> None:
-        vit = timm.create_model(VIT, img_size=SIZE, in_chans=2, **PLAIN)
+        vit: Any = timm.create_model(VIT, img_size=SIZE, in_chans=2, **PLAIN)
         encoder = masked_encoder(vit)
         assert encoder.vit is vit
         assert encoder.name is None
@@ -313,7 +320,7 @@ class TestMaskedEncoder:
     def test_module__other_arguments(
         self, arguments: dict[str, Any], message: str
     ) -> None:
-        vit = timm.create_model(VIT, img_size=SIZE, **PLAIN)
+        vit: Any = timm.create_model(VIT, img_size=SIZE, **PLAIN)
         for encoder in (vit, build()):
             with pytest.raises(ValueError, match=message):
                 masked_encoder(encoder, **arguments)
@@ -362,7 +369,7 @@ class TestMaskedEncoder:
     )
     def test_module__is_normalised_as_timm_says(self, name: str) -> None:
         options = STAGES if name == SWIN else PLAIN
-        vit = timm.create_model(name, img_size=SIZE, **options)
+        vit: Any = timm.create_model(name, img_size=SIZE, **options)
         encoder = masked_encoder(vit)
         assert encoder.mean == tuple(vit.pretrained_cfg["mean"])
         assert encoder.std == tuple(vit.pretrained_cfg["std"])
@@ -379,13 +386,15 @@ class TestMaskedEncoder:
     def test_module__other_channels(self, in_chans: int) -> None:
         for name, mean, std in ((VIT, 0.5, 0.5), (SWIN, 0.449, 0.226)):
             options = STAGES if name == SWIN else PLAIN
-            vit = timm.create_model(name, img_size=SIZE, in_chans=in_chans, **options)
+            vit: Any = timm.create_model(
+                name, img_size=SIZE, in_chans=in_chans, **options
+            )
             encoder = masked_encoder(vit)
             assert encoder.mean == pytest.approx((mean,) * in_chans)
             assert encoder.std == pytest.approx((std,) * in_chans)
 
     def test_module__that_says_nothing(self) -> None:
-        vit = timm.create_model(VIT, img_size=SIZE, **PLAIN)
+        vit: Any = timm.create_model(VIT, img_size=SIZE, **PLAIN)
         for config in ({}, None, {"mean": None, "std": None}):
             vit.pretrained_cfg = config
             assert masked_encoder(vit).mean == IMAGENET_DEFAULT_MEAN

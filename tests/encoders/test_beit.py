@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lightly_mim.masking import Mask
 from .masked import SIZE, TINY, check_encode, check_masked_encoding, draw, perturb
 
 NAME = "beit_base_patch16_224"
-SIMMIM = {
+SIMMIM: dict[str, Any] = {
     "use_shared_rel_pos_bias": True,
     "use_rel_pos_bias": False,
     "use_abs_pos_emb": False,
@@ -60,7 +61,8 @@ def plain_encode(
     For MAE nobody may look at the masked tokens: minus infinity is added to the
     attention they get.
     """
-    vit = encoder.vit
+    vit, mask_token = encoder.vit, encoder.mask_token
+    assert mask_token is not None
     masked = torch.zeros(3, 1 + 24, dtype=torch.bool)
     for image in range(3):
         for row in range(4):
@@ -71,7 +73,7 @@ def plain_encode(
         for image in range(3):
             for token in range(25):
                 if masked[image, token]:
-                    tokens[image, token] = encoder.mask_token[0, 0]
+                    tokens[image, token] = mask_token[0, 0]
     if vit.pos_embed is not None:
         tokens = tokens + vit.pos_embed
     bias = torch.zeros(1, 1, 25, 25)
@@ -189,8 +191,12 @@ def test_set_drop_path__as_timm() -> None:
 
 def test_blocks_with_tables__same_noise_on_a_part_as_on_all_tokens() -> None:
     # timm's own block runs on all tokens, ours where some are left out.
-    noise = {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_path_rate": 0.5}
-    encoder = masked_encoder(NAME, **TINY, init_values=0.5, **noise).train()
+    noise: dict[str, Any] = {
+        "attn_drop_rate": 0.1,
+        "proj_drop_rate": 0.1,
+        "drop_path_rate": 0.5,
+    }
+    encoder: Any = masked_encoder(NAME, **TINY, init_values=0.5, **noise).train()
     images = torch.randn(8, 3, *SIZE)
     outputs = []
     for idx_keep in (None, torch.arange(25).expand(8, -1)):
@@ -215,10 +221,11 @@ def test_no_weight_decay() -> None:
 def test_compile(variant: str) -> None:
     encoder = build(variant)
     images, mask = draw(encoder)
-    for call in (
+    calls: list[Callable[[], Tensor]] = [
         lambda: encoder.encode_masked(images, Mask(mask, 2)),
         lambda: encoder.encode_visible(images, Mask(mask, 2)),
-    ):
+    ]
+    for call in calls:
         compiled = torch.compile(call, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(), call())
 

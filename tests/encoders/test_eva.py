@@ -59,6 +59,7 @@ def plain_encode(
     attention they get.
     """
     vit, num_prefix = encoder.vit, encoder.num_prefix_tokens
+    assert encoder.mask_token is not None
     masked = torch.zeros(3, num_prefix + 24, dtype=torch.bool)
     for image in range(3):
         for row in range(4):
@@ -73,6 +74,7 @@ def plain_encode(
                 if masked[image, num_prefix + patch]:
                     flat[image, patch] = encoder.mask_token[0, 0]
         embedded = flat.view_as(embedded)
+    tokens: Tensor
     tokens, rope = vit._pos_embed(embedded)
     tokens = vit.norm_pre(tokens)
     nobody = torch.zeros(3, 1, 1, num_prefix + 24)

@@ -208,7 +208,7 @@ def test_recipes__start_as_published(method: Any, name: str) -> None:
 
 
 def test_methods__leave_weights_that_are_there() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
     for method in (SimMIM, MAE):
         expected = vit.blocks[0].attn.qkv.weight.clone()
         model = method(vit)

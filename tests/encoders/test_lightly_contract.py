@@ -23,8 +23,13 @@ from lightly_mim import MAE
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.encoders.transformer import MaskedTransformer
 
-PLAIN = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-STAGES = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+STAGES: dict[str, Any] = {
+    "embed_dim": 16,
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "window_size": 4,
+}
 VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("vit_tiny_patch16_224", PLAIN),
     "ViT with registers": ("vit_tiny_patch16_224", {**PLAIN, "reg_tokens": 2}),
@@ -150,7 +155,10 @@ class TestAllFamilies:
     def test_both_masks_are_refused(self, family: str) -> None:
         encoder = build(family)
         _, idx_mask = token_mask(encoder)
-        options = {"idx_mask": idx_mask, "mask": as_bool(encoder, idx_mask)}
+        options: dict[str, Any] = {
+            "idx_mask": idx_mask,
+            "mask": as_bool(encoder, idx_mask),
+        }
         for call in (
             encoder,
             encoder.encode,
@@ -171,6 +179,7 @@ class TestAllFamilies:
         torch.testing.assert_close(
             encoder.preprocess(draw()), encoder.add_pos_embed(tokens)
         )
+        assert encoder.mask_token is not None
         masked = utils.mask_at_index(tokens, idx_mask, encoder.mask_token)
         torch.testing.assert_close(
             encoder.preprocess(draw(), idx_mask=idx_mask), encoder.add_pos_embed(masked)
@@ -255,6 +264,7 @@ def lightlys(family: str) -> MaskedVisionTransformerTIMM:
 class TestAsLightlysClass:
     def test_same_numbers(self, family: str) -> None:
         encoder, theirs = build(family), lightlys(family)
+        assert encoder.mask_token is not None
         theirs.vit, theirs.mask_token = encoder.vit, encoder.mask_token
         idx_keep, idx_mask = token_mask(encoder)
         for options in (
@@ -308,10 +318,11 @@ class TestDeviations:
         "option", ["antialias", "weight_initialization", "pos_embed_initialization"]
     )
     def test_options_of_lightlys_class(self, option: str) -> None:
+        options: dict[str, Any] = {option: True}
         with pytest.raises(ValueError, match=option):
-            masked_encoder("vit_tiny_patch16_224", **{option: True})
+            masked_encoder("vit_tiny_patch16_224", **options)
         with pytest.raises(ValueError, match=option):
-            masked_encoder(timm.create_model("test_vit"), **{option: True})
+            masked_encoder(timm.create_model("test_vit"), **options)
 
     @pytest.mark.parametrize("family", ["ViT without class token", "Beit", "Eva"])
     def test_mean_is_normalised_as_in_timm(self, family: str) -> None:
@@ -323,7 +334,7 @@ class TestDeviations:
         assert not torch.allclose(plain, expected)  # which is lightly's
 
     def test_one_feature_without_a_pooling(self) -> None:
-        vit = timm.create_model(
+        vit: Any = timm.create_model(
             "vit_tiny_patch16_224", img_size=32, global_pool="", **PLAIN
         )
         # lightly's and timm's return all tokens.

@@ -83,6 +83,7 @@ class TestFamilies:
         encoder = build(name)
         images, mask = draw(encoder)
         vit = encoder.vit
+        assert encoder.mask_token is not None
         # The mask token goes where the paper says: behind the embedding and its norm.
         x = vit.patch_embed.proj(images).permute(0, 2, 3, 1)
         x = vit.patch_embed.norm(x).clone()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,13 +11,19 @@ import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from torch import Tensor
 
-from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.encoders import MaskedEncoder, Pool, masked_encoder
 from lightly_mim.encoders.vit import MaskedViT
 from lightly_mim.masking import Mask
 from lightly_mim.patches import sincos_positions
 
 SIZE = (32, 48)
-TINY = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+TINY: dict[str, Any] = {
+    "img_size": SIZE,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+}
 NAME = "vit_tiny_patch16_224"
 
 # What timm's VisionTransformer can be built with: (name, options, in_chans).
@@ -72,7 +79,8 @@ def plain_encode(
     encoder: MaskedViT, images: Tensor, mask: Tensor, drop: bool
 ) -> Tensor:
     """What SimMIM (drop=False) and MAE (drop=True) do, image by image, with timm."""
-    vit = encoder.vit
+    vit, mask_token = encoder.vit, encoder.mask_token
+    assert mask_token is not None
     size = images.shape[-2:]
     columns = size[1] // 8
     outputs = []
@@ -91,7 +99,7 @@ def plain_encode(
         tokens = tokens.reshape(1, -1, shape[-1])
         if not drop:
             rows = [
-                encoder.mask_token[0, 0] if is_masked else token
+                mask_token[0, 0] if is_masked else token
                 for token, is_masked in zip(tokens[0], masked, strict=True)
             ]
             tokens = torch.stack(rows)[None]
@@ -223,8 +231,8 @@ def test_forward__as_timm_pools(variant: str) -> None:
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_forward__as_lightlys(pool: str) -> None:
     torch.manual_seed(0)
-    options = {"global_pool": pool, "fc_norm": False, "reg_tokens": 2}
-    vit = timm.create_model(NAME, **TINY, **options)
+    options: dict[str, Any] = {"global_pool": pool, "fc_norm": False, "reg_tokens": 2}
+    vit: Any = timm.create_model(NAME, **TINY, **options)
     lightlys = MaskedVisionTransformerTIMM(
         vit, weight_initialization="skip", pos_embed_initialization="skip"
     ).eval()
@@ -244,12 +252,13 @@ def test_pool__sets_what_forward_returns() -> None:
     cls, mean = tokens[:, 0], tokens[:, 5:].mean(dim=1)
     torch.testing.assert_close(encoder(images), cls)
     assert "pool='cls'" in repr(encoder)
-    for pool, expected in (
+    cases: list[tuple[Pool, Tensor]] = [
         ("mean", mean),
         ("cls+mean", torch.cat([cls, mean], dim=1)),
         ("cls", cls),
-    ):
-        encoder.pool = pool  # type: ignore[assignment]
+    ]
+    for pool, expected in cases:
+        encoder.pool = pool
         assert f"pool='{pool}'" in repr(encoder)
         torch.testing.assert_close(encoder(images), expected)
         assert encoder.feature_dim == expected.shape[1]
@@ -266,7 +275,7 @@ def test_pool__that_there_is_not() -> None:
     encoder = build("registers only")
     for pool in ("cls", "cls+mean"):
         with pytest.raises(ValueError, match="this encoder has none"):
-            encoder.pool = pool  # type: ignore[assignment]
+            encoder.pool = pool
     assert encoder.pool == "mean"
     for other in ("max", "avgmax"):
         with pytest.raises(ValueError, match=f"pools by '{other}'.*'avg'.*'token'"):
@@ -290,7 +299,7 @@ def test_forward__idx_keep_and_fc_norm() -> None:
     images, _ = draw(encoder)
     every = torch.arange(25).expand(3, -1)
     for pool in ("mean", "cls", "cls+mean"):
-        encoder.pool = pool  # type: ignore[assignment]
+        encoder.pool = pool
         torch.testing.assert_close(encoder(images, idx_keep=every), encoder(images))
 
 
@@ -442,7 +451,7 @@ class TestLightlysTraps:
         torch.testing.assert_close(positions[0, prefix:], sincos_positions((4, 6), 32))
 
     def test_weights_and_positions_are_kept(self) -> None:
-        vit = timm.create_model(NAME, num_classes=5, **TINY)
+        vit: Any = timm.create_model(NAME, num_classes=5, **TINY)
         before = {name: value.clone() for name, value in vit.state_dict().items()}
         encoder = masked_encoder(vit)
         after = encoder.state_dict()
@@ -523,10 +532,11 @@ class TestTraining:
     def test_compile(self) -> None:
         encoder = build("registers")
         images, mask = draw(encoder)
-        for call in (
+        calls: list[Callable[[], Tensor]] = [
             lambda: encoder.encode_masked(images, Mask(mask, 2)),
             lambda: encoder.encode_visible(images, Mask(mask, 2)),
-        ):
+        ]
+        for call in calls:
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(), call())
 

@@ -59,7 +59,7 @@ PROTOCOLS: list[Any] = [
 @pytest.fixture(scope="module")
 def encoder() -> MaskedEncoder:
     torch.manual_seed(0)
-    options = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+    options: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 2}
     return masked_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, **options)
 
 
@@ -332,7 +332,7 @@ def test_value_range__equals_pictures_of_8_bits(
         values = np.asarray(Image.open(file)).astype(np.float64)
         flat = np.floor(values * 255 / highest + 0.5)
         Image.fromarray(flat.astype(np.uint8)).save(place)
-    cache = {"cache": tmp_path / "cache"}
+    cache: dict[str, Any] = {"cache": tmp_path / "cache"}
     found = evaluate(encoder, root, ["knn"], value_range=(0, highest), **FAST, **cache)
     assert numbers(found) == numbers(
         evaluate(encoder, tmp_path / "flat", ["knn"], **FAST)
@@ -379,9 +379,12 @@ def test_value_range__is_taken_over_from_the_run(
     encoder.value_range = (0, 4095)
     save_encoder(encoder, tmp_path / "encoder.safetensors")
     keys = []
-    for number, given in enumerate(
-        ({}, {"value_range": (0, 4095)}, {"value_range": (0, 9999)})
-    ):
+    ranges: list[dict[str, Any]] = [
+        {},
+        {"value_range": (0, 4095)},
+        {"value_range": (0, 9999)},
+    ]
+    for number, given in enumerate(ranges):
         cache: Any = tmp_path / str(number)
         evaluate(tmp_path, data, ["knn"], cache=cache, **FAST, **given)
         keys.append(sorted(path.name for path in cache.iterdir()))
@@ -464,10 +467,14 @@ def test_names__of_a_cache(whole: Path, encoder: MaskedEncoder, tmp_path: Path) 
         assert not (tmp_path / "\udcff").exists()
 
 
+def empty(kind: type[Any]) -> dict[str, Any]:
+    return {field.name: None for field in fields(kind)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names__are_shown_in_one_line(name: str) -> None:
     row = Result(
-        **{field.name: None for field in fields(Result)}
+        **empty(Result)
         | {"model": name, "protocol": "knn", "pooling": "mean", "hyperparameters": {}}
         | {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "seconds": 1.0}
         | {"feature_seconds": 1.0, "layer": 3}
@@ -476,7 +483,7 @@ def test_names__are_shown_in_one_line(name: str) -> None:
     dense = DenseResults(
         [
             DenseResult(
-                **{field.name: None for field in fields(DenseResult)}
+                **empty(DenseResult)
                 | {"model": name, "protocol": "knn", "layer": 1, "hyperparameters": {}}
                 | {"miou": 0.5, "miou_low": 0.4, "miou_high": 0.6, "seconds": 1.0}
                 | {"pixel_accuracy": 0.5, "feature_seconds": 1.0, "iou": {name: 0.5}}

@@ -30,12 +30,19 @@ from lightly_mim.evaluation import (
     show,
 )
 from lightly_mim.evaluation.classifier import save_classifier
+from lightly_mim.evaluation.protocol import FeatureProtocol
 from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import sealed
 from lightly_mim.transforms import EvalTransform
 
 FAST: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
-VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+VIT: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "depth": 2,
+    "embed_dim": 24,
+    "num_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def evaluation(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     encoder = masked_encoder("vit_tiny_patch16_224", **VIT)
     save_encoder(encoder, out / "encoder.safetensors")
-    protocols = [KNN(), Linear(epochs=5), Logistic()]
+    protocols: list[FeatureProtocol] = [KNN(), Linear(epochs=5), Logistic()]
     evaluate(out, photos, protocols, layers=[0, 1], out=out, crop_ratio=0.9, **FAST)
     return out
 
@@ -155,7 +162,7 @@ def test_finetuned__is_saved_whole(
     model = FineTuned(encoder, 2, "mean", 0.5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     outcome = Outcome((1, "mean"), {}, [], torch.zeros(0, 1), classifier=model)
     file = tmp_path / "classifiers" / "finetune.safetensors"
     save_classifier(file, outcome, encoder, None, ["a", "b"], crop_ratio=1.0)
@@ -181,7 +188,7 @@ def test_finetuned__predicts_as_it_was_evaluated(photos: Path, tmp_path: Path) -
     found = predict(tmp_path, photos / "val", **FAST)
     labels = torch.tensor(ImageDataset(photos / "val").targets)
     right = (found.probabilities.argmax(dim=1) == labels).double().mean()
-    assert float(right) == pytest.approx(done.rows[0].top1)  # type: ignore[union-attr]
+    assert float(right) == pytest.approx(done.rows[0].top1)
 
 
 def test_finetuned__of_another_class(tmp_path: Path) -> None:
@@ -267,8 +274,8 @@ def test_show(
     del written["sha256"]
     assert show(evaluation).to_dict() == written
     # Of version 1, which had fewer columns.
-    kept = ("model", "protocol", "layer", "pooling", "hyperparameters", "top1")
-    kept += ("top1_low", "top1_high", "top5", "feature_seconds", "seconds")
+    kept = ["model", "protocol", "layer", "pooling", "hyperparameters", "top1"]
+    kept += ["top1_low", "top1_high", "top5", "feature_seconds", "seconds"]
     written["rows"] = [{name: row[name] for name in kept} for row in written["rows"]]
     (tmp_path / "results.json").write_text(json.dumps(sealed(written)))
     main(["show", str(tmp_path)])

@@ -39,6 +39,7 @@ from lightly_mim.evaluation import (
 from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.evaluation.probes.low_label import LowLabel
 from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
+from lightly_mim.evaluation.rank import label_free
 from lightly_mim.evaluation.resume import Kept
 from lightly_mim.evaluation.supervised.finetune import FineTune
 from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
@@ -47,7 +48,7 @@ from lightly_mim.files import sealed
 # The function `evaluate` hides the module of this name.
 module: Any = sys.modules["lightly_mim.evaluation.evaluate"]
 
-OPTIONS = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 FAST: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
 QUICK: dict[str, Any] = {"protocols": ["knn", Linear(epochs=5)], **FAST}
 
@@ -389,8 +390,9 @@ def test_evaluate__says_what_does_nothing(
     ],
 )
 def test_evaluate__no_such_argument(folder: Path, name: str, message: str) -> None:
+    settings: dict[str, Any] = {name: Linear()}
     with pytest.raises(TypeError, match=message):
-        evaluate("vit_tiny_patch16_224", folder, **{name: Linear()})
+        evaluate("vit_tiny_patch16_224", folder, **settings)
 
 
 def test_evaluate__labels_beyond_the_classes(encoder: MaskedEncoder) -> None:
@@ -518,7 +520,7 @@ def test_evaluate__goes_on_where_it_was_cut(
         for name, protocol in (("knn", KNN), ("linear", Linear)):
             call = counted(name, protocol.__call__, cut == name)
             patches.setattr(protocol, "__call__", call)
-        call = counted("label_free", runner.measure_features, cut == "label_free")
+        call = counted("label_free", label_free, cut == "label_free")
         patches.setattr(runner, "measure_features", call)
         if cut == "results":
             patches.setattr(module.shlex, "join", counted("", None, True))

@@ -37,14 +37,16 @@ class Pictures(Dataset[Any]):
 
 
 def vit(**options: Any) -> MaskedEncoder:
-    sizes = {"depth": 3, "embed_dim": 24, "num_heads": 2}
+    sizes: dict[str, Any] = {"depth": 3, "embed_dim": 24, "num_heads": 2}
     return masked_encoder(
         "vit_tiny_patch16_224", img_size=(32, 48), **(sizes | options)
     )
 
 
 def normalized(data: Pictures, encoder: MaskedEncoder) -> Tensor:
-    return vision.normalize(data.images / 255, list(encoder.mean), list(encoder.std))
+    mean, std = list(encoder.mean), list(encoder.std)
+    images: Tensor = vision.normalize(data.images / 255, mean, std)
+    return images
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,9 @@ def test_extract_features__equals_embed(
     assert set(features.values) == {(layer, p) for layer in range(3) for p in pools}
     images = normalized(data, encoder)
     encoder.eval()
-    for (layer, pool), value in features.values.items():
+    key: Any
+    for key, value in features.values.items():
+        layer, pool = key
         assert value.dtype == torch.float32
         with torch.no_grad():
             expected = encoder.embed(images, pool, layer)
@@ -85,7 +89,8 @@ def test_extract_features__equals_embed(
     ],
 )
 def test_extract_features__tokens(options: dict[str, Any]) -> None:
-    encoder, data = vit(**options), Pictures()
+    encoder: Any = vit(**options)
+    data = Pictures()
     features = extract_features(
         encoder, data, layers=[0, -1], pools=["mean", "tokens"], num_workers=0
     )
@@ -162,8 +167,9 @@ def test_extract_features__restores_the_mode_after_an_error() -> None:
 def test_extract_features__loaders_and_views() -> None:
     encoder, data = vit(), Pictures()
     expected = extract_features(encoder, data, num_workers=0)
-    views: Any = [([image], label, name) for image, label, name in data]
-    pairs: Any = [(image, label) for image, label, _ in data]
+    items = [data[index] for index in range(len(data))]
+    views: Any = [([image], label, name) for image, label, name in items]
+    pairs: Any = [(image, label) for image, label, _ in items]
     loaders = [
         DataLoader(data, batch_size=2),
         DataLoader(views, batch_size=3, collate_fn=MultiViewCollate()),

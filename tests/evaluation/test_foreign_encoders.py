@@ -100,7 +100,7 @@ def test_load_encoder__timm_name_of_any_family() -> None:
 
 
 def test_load_encoder__lightlys_timm_wrapper() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     encoder = load_encoder(MaskedVisionTransformerTIMM(vit))
     assert isinstance(encoder, MaskedEncoder)
     assert encoder.vit is vit
@@ -132,7 +132,8 @@ class Module(nn.Module):
         self.mean, self.std = (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
 
     def describe(self, images: Tensor) -> Tensor:
-        return self.dropout(self.linear(images.mean(dim=(2, 3))))
+        features: Tensor = self.dropout(self.linear(images.mean(dim=(2, 3))))
+        return features
 
 
 def test_load_encoder__module_with_a_function(photos: Path) -> None:
@@ -214,10 +215,15 @@ def test_evaluate__keeps_features_of_a_function_with_a_fingerprint(
 def test_evaluate__bad_feature_functions(
     photos: Path, function: Any, options: dict[str, Any], message: str
 ) -> None:
-    arguments = {"protocols": ["knn"], "img_size": 16, "device": "cpu"} | options
+    arguments: dict[str, Any] = {"protocols": ["knn"], "img_size": 16} | options
     with pytest.raises(ValueError, match=message):
         evaluate(
-            Module(), str(photos), feature_function=function, num_workers=0, **arguments
+            Module(),
+            str(photos),
+            feature_function=function,
+            num_workers=0,
+            device="cpu",
+            **arguments,
         )
 
 

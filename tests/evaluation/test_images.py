@@ -205,7 +205,12 @@ def test_image_notes__normalisation() -> None:
     images = TransformedDataset(Sized((32, 32)), None)
     assert notes_of(images) == []
     transform = EvalTransform(32, normalize=None)
-    options = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    options: dict[str, Any] = {
+        "img_size": 32,
+        "depth": 1,
+        "embed_dim": 32,
+        "num_heads": 2,
+    }
     for name, expected in (
         ("vit_tiny_patch16_224", "mean 0.5, 0.5, 0.5 and deviation 0.5, 0.5, 0.5"),
         ("vit_base_patch16_224.mae", "mean 0.485, 0.456, 0.406 and deviation 0.229"),

@@ -14,7 +14,7 @@ from lightly_mim.encoders import MaskedEncoder, masked_encoder, resize_encoder
 from lightly_mim.evaluation import at_random, load_encoder
 from lightly_mim.evaluation.loading import origin_notes
 
-OPTIONS = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+OPTIONS: dict[str, Any] = {"depth": 1, "embed_dim": 24, "num_heads": 2}
 
 
 def small_encoder() -> MaskedEncoder:
@@ -34,7 +34,7 @@ def test_load_encoder__run_directory_and_file(tmp_path: Path) -> None:
     save_encoder(encoder, tmp_path / "encoder.safetensors")
     images = torch.randn(2, 1, 32, 48)
     for path in (tmp_path, str(tmp_path), tmp_path / "encoder.safetensors"):
-        loaded = load_encoder(path).eval()
+        loaded: Any = load_encoder(path).eval()
         assert torch.equal(loaded(images), encoder(images))
         assert (loaded.mean, loaded.std) == ((0.25,), (0.125,))
         assert (loaded.name, loaded.options) == (encoder.name, OPTIONS)
@@ -205,9 +205,10 @@ def test_at_random() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = at_random(encoder, seed=0)
+    first: Any = at_random(encoder, seed=0)
     assert torch.equal(torch.rand(3), expected)  # the global state is left alone
-    again, other = at_random(encoder, seed=0), at_random(encoder, seed=1)
+    again: Any = at_random(encoder, seed=0)
+    other: Any = at_random(encoder, seed=1)
     weight = "blocks.0.mlp.fc1.weight"
     weights = [e.vit.get_parameter(weight) for e in (encoder, first, again, other)]
     assert torch.equal(weights[1], weights[2])

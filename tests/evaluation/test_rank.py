@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightly_mim.evaluation import Features
+from lightly_mim.evaluation.features import Key
 from lightly_mim.evaluation.rank import (
     alpha_req,
     label_free,
@@ -24,7 +25,9 @@ def with_spectrum(values: list[float], num_images: int = 60) -> Tensor:
     options: Any = {"generator": generator, "dtype": torch.float64}
     left = torch.linalg.qr(torch.randn(num_images, len(values), **options)).Q
     right = torch.linalg.qr(torch.randn(len(values), len(values), **options)).Q
-    return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T
+    scale = torch.diag(torch.tensor(values, dtype=torch.float64))
+    features: Tensor = left @ scale @ right.T
+    return features
 
 
 def power_law(alpha: float, count: int = 64, num_images: int = 400) -> Tensor:
@@ -33,7 +36,7 @@ def power_law(alpha: float, count: int = 64, num_images: int = 400) -> Tensor:
         num_images, count, generator=torch.Generator().manual_seed(1)
     ).double()
     features -= features.mean(dim=0)
-    white = torch.linalg.qr(features).Q * math.sqrt(num_images - 1)
+    white: Tensor = torch.linalg.qr(features).Q * math.sqrt(num_images - 1)
     scale = torch.arange(1, count + 1, dtype=torch.float64) ** (-alpha / 2)
     return white * scale + 3.0  # the mean does not count
 
@@ -136,14 +139,14 @@ def test_uniformity__ends() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_label_free__rows(dtype: torch.dtype) -> None:
-    values = {
+    values: dict[Key, Tensor] = {
         (0, "mean"): noise(70, 60).to(dtype),
         (1, "cls"): torch.full((70, 60), 0.1, dtype=dtype),
         (1, "tokens"): torch.zeros(70, 4, 60),
         (None, "pixels"): noise(70, 3).to(dtype),
     }
     labels = torch.zeros(70, dtype=torch.int64)
-    rows = label_free(Features(values, labels, [], 0.0))  # type: ignore[arg-type]
+    rows = label_free(Features(values, labels, [], 0.0))
     assert [(row["layer"], row["pooling"]) for row in rows] == [
         (0, "mean"),
         (1, "cls"),

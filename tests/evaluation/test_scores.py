@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightly_mim.evaluation.protocol import rank_classes
 from lightly_mim.evaluation.scores import score, wilson_interval
 
 
-def predictions(num_images: int = 90, num_classes: int = 7, seed: int = 0):
+def predictions(
+    num_images: int = 90, num_classes: int = 7, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_images,), generator=generator)
     logits = torch.randn(num_images, num_classes, generator=generator)
@@ -100,13 +105,15 @@ def test_score__draws() -> None:
         ranked.append(rank_classes(logits, 5))
     found = score(torch.stack(ranked), labels, 7)
     alone = [score(each, labels, 7) for each in ranked]
+    assert found.draws is not None
     assert found.draws == pytest.approx([each.top1.value for each in alone])
     assert found.top1.value == pytest.approx(np.mean(found.draws))
     assert (
         found.confusion == np.sum([each.confusion for each in alone], axis=0).tolist()
     )
     assert found.top1.low <= found.top1.value <= found.top1.high
-    expected = np.mean([each.per_class for each in alone], axis=0)
+    shares: Any = [each.per_class for each in alone]
+    expected = np.mean(shares, axis=0)
     assert found.per_class == pytest.approx(expected.tolist())
 
 

@@ -113,6 +113,18 @@ def of_evaluation(out: Path) -> Any:
     return strip(read_sealed(out / "results.json", "None."))
 
 
+def difference(found: Any, expected: Any) -> str:
+    """Returns where two results differ first, "" if they are equal."""
+    if found == expected:
+        return ""
+    if isinstance(found, list | tuple) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if isinstance(found, dict) and found.keys() == expected.keys():
+        name = next(name for name in found if found[name] != expected[name])
+        return f"[{name}] {difference(found[name], expected[name])}"
+    return f"is {found!r:.100}, not {expected!r:.100}"
+
+
 KINDS: dict[str, tuple[Callable[[Path, Path, Path], None], Callable[[Path], Any]]] = {
     "pretraining": (pretraining, of_run),
     "evaluation": (evaluation, of_evaluation),
@@ -176,12 +188,13 @@ def main(photos: Path, root: Path, trials: int) -> int:
             ended = finish(child)
             counts[f"{kind} {'had ended' if ended else 'killed'}"] += 1
         went_on = finish(begin())
-        with contextlib.suppress(Exception):
-            if went_on and read(out) == expected[kind]:
-                counts["ended the same"] += 1
-                continue
-        counts["WRONG"] += 1
-        print(f"trial {trial}, {kind}:\n{log.read_text()[-3000:]}")
+        try:
+            other = difference(read(out), expected[kind]) if went_on else "it fails"
+        except Exception as error:
+            other = repr(error)
+        counts["WRONG" if other else "ended the same"] += 1
+        if other:
+            print(f"trial {trial}, {kind}: {other}\n{log.read_text()[-3000:]}")
     print(f"{trials} trials: {dict(counts)}")
     return counts["WRONG"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(
-    options: Mapping[str, Any], method: type[Method] = MAE, **more: Any
-) -> Method:
+@overload
+def build(options: Mapping[str, Any], **more: Any) -> MAE: ...
+
+
+@overload
+def build(options: Mapping[str, Any], method: type[Method], **more: Any) -> Method: ...
+
+
+def build(options: Mapping[str, Any], method: type[MAE] = MAE, **more: Any) -> MAE:
     """A model whose every weight matters and none is at its initial value."""
     torch.manual_seed(0)
     model = method(**{**options, **more}).eval()

@@ -93,7 +93,8 @@ def test_loss__equals_the_encoders_layers_and_the_decoder(weighted: bool) -> Non
     masked = torch.stack([m.flatten().nonzero()[:, 0] for m in mask.cells])
     idx_keep = torch.cat([torch.zeros(2, 1, dtype=torch.int64), visible + 1], dim=1)
     # lightly's way to leave tokens out.
-    last, layers = model.encoder.forward_intermediates(pixels, idx_keep=idx_keep)
+    encoder: Any = model.encoder
+    last, layers = encoder.forward_intermediates(pixels, idx_keep=idx_keep)
     tokens = torch.stack([layers[0], last]) if weighted else last
     decoded = model.decoder.decode_masked(tokens, idx_keep, masked + 1)
     patches = model.target(pixels, masked, (16, 16))
@@ -137,9 +138,10 @@ def test_choose_attention__changes_nothing() -> None:
     pixels = images(model)
     mask = model.draw_mask(pixels)
     losses = []
+    blocks: Any = model.decoder.blocks
     for bf16 in (True, False):
         model.choose_attention(torch.device("cpu"), bf16)
-        assert all(block.fused_attn is not bf16 for block in model.decoder.blocks)
+        assert all(block.fused_attn is not bf16 for block in blocks)
         losses.append(model(pixels, mask).loss)
     torch.testing.assert_close(losses[0], losses[1])
 

@@ -8,24 +8,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders import MaskedEncoder, Pool
 from lightly_mim.masking import Mask
 from lightly_mim.methods import MAE, CrossMAE, MaskedImageModel, MaskTokenMAE, SimMIM
 
-PLAIN = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 VIT = ("vit_tiny_patch16_224", {**PLAIN, "reg_tokens": 2})
 BEIT = ("beit_base_patch16_224", PLAIN)  # normalises the mean instead of the tokens
 SWIN = (
     "swin_tiny_patch4_window7_224",
     {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2},
 )
-DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+DECODER: dict[str, Any] = {
+    "decoder_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
 
 
-def build(cls: type[MaskedImageModel], name: str, **options: Any) -> MaskedImageModel:
+def build(cls: type[Any], name: str, **options: Any) -> MaskedImageModel:
     torch.manual_seed(0)
     options |= DECODER if issubclass(cls, MAE) else {}
-    method = cls(encoder=name, img_size=(32, 48), mask_patch_size=16, **options)  # type: ignore[call-arg]
+    method: MaskedImageModel = cls(
+        encoder=name, img_size=(32, 48), mask_patch_size=16, **options
+    )
     with torch.no_grad():  # scales and norms that begin at one hide mistakes
         for parameter in method.encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -64,7 +70,8 @@ def test_features__as_the_encoders_forward(
         assert output.features is None
         method.encoder.pool = "cls"  # of one token, the norm is the same
         output = method(images)
-    for own in [method.encoder.pool] if pool == "mean" else ["cls", "mean", "cls+mean"]:
+    pools: list[Pool] = ["cls", "mean", "cls+mean"]
+    for own in [method.encoder.pool] if pool == "mean" else pools:
         method.encoder.pool = own
         output = method(images, output.mask)
         assert output.features.shape == (3, method.encoder.feature_dim)

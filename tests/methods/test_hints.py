@@ -24,7 +24,7 @@ from lightly_mim.decoders import MAEDecoder
 from lightly_mim.heads import InverseSwinHead, LinearHead
 from lightly_mim.losses import L1, SmoothL1
 from lightly_mim.masking import BlockMasking, MixtureMasking, RandomMasking
-from lightly_mim.methods import CrossMAE, MaskedImageModel, MaskTokenMAE
+from lightly_mim.methods import CrossMAE, MaskTokenMAE
 from lightly_mim.targets import HOG, Pixels
 
 VIT = "vit_tiny_patch16_224"
@@ -37,7 +37,11 @@ SMALL: dict[str, Any] = {
     "num_heads": 2,
 }
 UNIT: dict[str, Any] = {"mask_patch_size": 32}  # the paper's
-DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+DECODER: dict[str, Any] = {
+    "decoder_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
     ],
 )
 def test_unit__names_a_pair_that_fits(
-    method: type[MaskedImageModel],
+    method: type[Any],
     name: str,
     options: dict[str, Any],
     img_size: Any,
@@ -71,11 +75,11 @@ def test_unit__names_a_pair_that_fits(
     small = {"depths": (1, 1, 1, 1)} if name == SWIN else {"depth": 1}
     hint = f"img_size={img_size} with mask_patch_size={unit}."
     with pytest.raises(ValueError, match=re.escape(hint)) as error:
-        method(name, **small, **options)  # type: ignore[call-arg]
+        method(name, **small, **options)
     assert str(error.value).startswith(f"{method.__name__} masks whole patches")
     # Who follows the advice is not sent on.
     options = {**options, "img_size": img_size, "mask_patch_size": unit}
-    method(name, **small, **options).check_masking()  # type: ignore[call-arg]
+    method(name, **small, **options).check_masking()
 
 
 @pytest.mark.parametrize(
@@ -86,9 +90,9 @@ def test_unit__names_a_pair_that_fits(
     ],
 )
 @pytest.mark.parametrize("method", [SimMIM, MAE])
-def test_unit__of_other_maskings(method: type[MaskedImageModel], masking: Any) -> None:
+def test_unit__of_other_maskings(method: type[Any], masking: Any) -> None:
     with pytest.raises(ValueError, match=r"multiple of 8 x 8, got 12 x 12.*=8\."):
-        method(VIT, masking=masking, **SMALL)  # type: ignore[call-arg]
+        method(VIT, masking=masking, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -119,13 +123,13 @@ def test_mae__on_a_swin_by_hand() -> None:
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("method", [SimMIM, MAE])
-def test_lightlys_encoder_is_taken(method: type[MaskedImageModel], pool: str) -> None:
+def test_lightlys_encoder_is_taken(method: type[Any], pool: str) -> None:
     torch.manual_seed(0)
-    vit = timm.create_model(VIT, global_pool=pool, **SMALL)
+    vit: Any = timm.create_model(VIT, global_pool=pool, **SMALL)
     wrapper = MaskedVisionTransformerTIMM(vit)
     weights = {name: value.clone() for name, value in vit.state_dict().items()}
     options = DECODER if method is MAE else {}
-    model = method(wrapper, mask_patch_size=8, **options)  # type: ignore[call-arg]
+    model = method(wrapper, mask_patch_size=8, **options)
     assert model.encoder.vit is vit
     for name, value in model.encoder.vit.state_dict().items():
         assert torch.equal(value, weights[name]), name
@@ -136,7 +140,7 @@ def test_lightlys_encoder_is_taken(method: type[MaskedImageModel], pool: str) ->
 
 
 @pytest.mark.parametrize("method", [SimMIM, MAE])
-def test_torchvisions_encoder_is_refused(method: type[MaskedImageModel]) -> None:
+def test_torchvisions_encoder_is_refused(method: type[Any]) -> None:
     vit = torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64)
     for module, name in (
         (vit, "torchvision's VisionTransformer"),
@@ -146,7 +150,7 @@ def test_torchvisions_encoder_is_refused(method: type[MaskedImageModel]) -> None
         ),
     ):
         with pytest.raises(ValueError, match=f"{name} is.*Take timm's, such as 'vit_b"):
-            method(module)  # type: ignore[call-arg]
+            method(module)
 
 
 @pytest.mark.parametrize("method", [MAE, CrossMAE, MaskTokenMAE])
@@ -167,7 +171,8 @@ def test_decoder__of_ones_own() -> None:
     model = MAE(VIT, **SMALL, **DECODER)
     model.decoder = MAEDecoder((4, 4), 32, depth=3, num_heads=4)
     model(torch.randn(2, 3, 32, 32)).loss.backward()
-    assert model.decoder.blocks[2].mlp.fc1.weight.grad is not None
+    block: Any = model.decoder.blocks[2]
+    assert block.mlp.fc1.weight.grad is not None
 
 
 BY_HAND = timm.create_model(VIT, img_size=32, depth=1, embed_dim=32, num_heads=2)
@@ -190,17 +195,17 @@ BY_HAND = timm.create_model(VIT, img_size=32, depth=1, embed_dim=32, num_heads=2
     ],
 )
 def test_misspelled_argument(
-    method: type[MaskedImageModel], options: dict[str, Any], meant: str
+    method: type[Any], options: dict[str, Any], meant: str
 ) -> None:
     (name, *_) = options
     message = (
         rf"Neither {method.__name__} nor timm takes '{name}'\. Did you mean {meant}"
     )
     with pytest.raises(ValueError, match=message):
-        method(VIT, **(SMALL | options))  # type: ignore[call-arg]
+        method(VIT, **(SMALL | options))
     if "depth" not in options:
         with pytest.raises(ValueError, match=message):
-            method(BY_HAND, **options)  # type: ignore[call-arg]
+            method(BY_HAND, **options)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +225,10 @@ def test_misspelled_argument(
 )
 @pytest.mark.parametrize("method", [SimMIM, MAE])
 def test_misspelled_option_of_the_encoder(
-    method: type[MaskedImageModel], options: dict[str, Any], message: str
+    method: type[Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        method(VIT, **(SMALL | options))  # type: ignore[call-arg]
+        method(VIT, **(SMALL | options))
     assert "Did you mean" not in str(error.value)
 
 
@@ -255,16 +260,17 @@ def test_class_where_an_object_is_wanted(
 ) -> None:
     message = re.escape(f"Make an object of it: {instance}")
     with pytest.raises(ValueError, match=f"^{argument} of SimMIM is .*{message}"):
-        SimMIM(VIT, **SMALL, **{argument: part})
+        SimMIM(VIT, **(SMALL | {argument: part}))
     if argument != "head":
         with pytest.raises(ValueError, match=message):
-            MAE(VIT, **SMALL, **{argument: part})
+            MAE(VIT, **(SMALL | {argument: part}))
 
 
 def test_class_in_a_mixture() -> None:
-    for maskings in ([RandomMasking], [BlockMasking(8, 0.5), BlockMasking]):
+    mistaken: Any = ([RandomMasking], [BlockMasking(8, 0.5), BlockMasking])
+    for maskings in mistaken:
         with pytest.raises(ValueError, match=r"each a Masking, .* Make an object of"):
-            MixtureMasking(maskings)  # type: ignore[list-item]
+            MixtureMasking(maskings)
 
 
 def plain(prediction: Any, target: Any) -> Any:
@@ -279,7 +285,8 @@ class Keyword:
     "loss", [plain, Keyword(), nn.L1Loss(), nn.MSELoss(reduction="none"), min]
 )
 def test_loss_without_reduction__fails_when_it_is_made(loss: Any) -> None:
-    for method in (SimMIM, MAE):
+    methods: list[type[Any]] = [SimMIM, MAE]
+    for method in methods:
         if loss is min:  # does not tell what it takes
             method(VIT, **SMALL, loss=loss)
             continue

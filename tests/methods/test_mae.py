@@ -134,7 +134,8 @@ def plain_loss(model: MAE, pixels: Tensor, mask: Mask) -> Tensor:
 
     The target and the loss are loops over patches.
     """
-    encoder, decoder = model.encoder, model.decoder
+    encoder: Any = model.encoder
+    decoder = model.decoder
     (h, w), (p, q) = encoder.grid, encoder.patch_size
     prefix = encoder.num_prefix_tokens
     cells = mask.on((h, w)).cells.flatten(1).tolist()
@@ -252,8 +253,8 @@ def test_reconstruct__undoes_the_normalisation_and_pastes() -> None:
     for b in range(2):
         for y in range(4):
             for x in range(4):
-                place = (b, slice(None), slice(16 * y, 16 * y + 16))
-                place = (*place, slice(16 * x, 16 * x + 16))
+                rows, columns = slice(16 * y, 16 * y + 16), slice(16 * x, 16 * x + 16)
+                place = (b, slice(None), rows, columns)
                 patch = pixels[place]
                 if mask.cells[b, y, x]:
                     row = output.index[b].tolist().index(4 * y + x)
@@ -436,7 +437,7 @@ def test_initialisation__is_the_references() -> None:
 
 
 def test_initialisation__equals_lightlys_positions() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
     lightlys = MaskedVisionTransformerTIMM(vit)
     ours = MAE("vit_tiny_patch16_224", img_size=64, depth=1, **DECODER)
     positions = ours.encoder.vit.pos_embed
@@ -444,7 +445,7 @@ def test_initialisation__equals_lightlys_positions() -> None:
 
 
 def test_initialisation__leaves_what_comes_from_elsewhere() -> None:
-    options = {"img_size": 64, "depth": 1}
+    options: dict[str, Any] = {"img_size": 64, "depth": 1}
     vit = timm.create_model("vit_tiny_patch16_224", **options)
     expected = copy.deepcopy(vit.state_dict())
     for encoder in (vit, masked_encoder(vit)):
@@ -479,6 +480,7 @@ def test_masking__covers_what_random_blocks_are_short_for() -> None:
     assert type(plain) is RandomMasking
     assert (plain.mask_patch_size, plain.ratio) == ((16, 16), 0.75)
     short = MAE(**VIT, mask_ratio=0.5).masking
+    assert isinstance(short, RandomMasking)
     assert (short.mask_patch_size, short.ratio) == ((16, 16), 0.5)
     for part in (BlockMasking(32, 0.5), GridMasking(16)):
         assert MAE(**VIT, masking=part).masking is part

@@ -48,7 +48,8 @@ def test_forward__equals_lightlys_interfaces() -> None:
     pixels = images(model)
     mask = model.draw_mask(pixels)
     flat = functional.pad(mask.cells.flatten(1), (3, 0), value=False)
-    tokens = model.encoder.encode(pixels, mask=flat)
+    encoder: Any = model.encoder
+    tokens = encoder.encode(pixels, mask=flat)
     assert isinstance(model.decoder, MaskedVisionTransformerDecoderTIMM)
     decoded = model.decoder(model.decoder_embed(tokens))
     prediction = model.head(decoded[flat]).view(2, 12, -1)

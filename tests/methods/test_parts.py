@@ -126,7 +126,7 @@ def check_training(model: MaskedImageModel) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / norm
+                parameter.sub_(1e-3 * parameter.grad / norm)
     assert model(pixels, mask).loss < output.loss
 
 
@@ -278,7 +278,10 @@ class TanhHead(nn.Module):
         self, tokens: Tensor, grid: tuple[int, int], index: Tensor | None = None
     ) -> Tensor:
         rows = torch.arange(len(tokens))[:, None]
-        return self.linear(tokens.tanh() if index is None else tokens[rows, index])
+        values: Tensor = self.linear(
+            tokens.tanh() if index is None else tokens[rows, index]
+        )
+        return values
 
 
 def tanh_head(
@@ -354,12 +357,11 @@ def test_own_target__counts_cells_by_their_share(name: str) -> None:
 def test_own_parts__pretrain_goes_on_without_pictures(
     target: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    parts: dict[str, Any] = {"masking": checkers, "target": target, "loss": cubes}
     trained = pretrain(
         tmp_path / "run",
         photos,
-        lambda: SimMIM(
-            **{**VIT, "img_size": 32}, masking=checkers, target=target, loss=cubes
-        ),
+        lambda: SimMIM(**VIT | {"img_size": 32} | parts),
         epochs=1,
         batch_size=8,
         precision="32-true",
@@ -516,12 +518,14 @@ def test_own_parts__say_what_is_missing() -> None:
     def no_target(images: Tensor, index: Tensor, cell_size: tuple[int, int]) -> Tensor:
         return gather_patches(images, index, cell_size)
 
+    parts: dict[str, Any] = {"target": no_target}
     with pytest.raises(ValueError, match="width and num_classes.*no_target"):
-        SimMIM(**VIT, target=no_target)
+        SimMIM(**VIT, **parts)
+    parts = {"head": nn.Linear(32, 768)}
     with pytest.raises(ValueError, match="A head is built by the method.*Linear"):
-        SimMIM(**VIT, head=nn.Linear(32, 768))
-    head = {"head": lambda *sizes: TanhHead(32, 700)}
-    model = SimMIM(**VIT, **head, mask_patch_size=32)
+        SimMIM(**VIT, **parts)
+    parts = {"head": lambda *sizes: TanhHead(32, 700)}
+    model = SimMIM(**VIT, **parts, mask_patch_size=32)
     with pytest.raises(ValueError, match=r"\(3, 12, 700\).*has \(3, 12, 768\): build"):
         model(images(model))
     with pytest.raises(ValueError, match="ColorBins.*has not seen any images"):

@@ -307,6 +307,7 @@ class Brightness(Target):
 
 def plain_cell_loss(model: SimMIM, pixels: Tensor, mask: Tensor) -> Tensor:
     """The loss of targets above, where a cell counts by the share of its pixels."""
+    head: Any = model.head
     (p, q), prefix = model.encoder.stride, model.encoder.num_prefix_tokens
     h, w = pixels.shape[2] // p, pixels.shape[3] // q
     tokens = model.encoder.encode_masked(pixels, mask)
@@ -319,7 +320,7 @@ def plain_cell_loss(model: SimMIM, pixels: Tensor, mask: Tensor) -> Tensor:
                 mean = pixels[b, :, rows, columns].mean()
                 share = sum(sum(row[columns]) for row in counts[b][rows]) / (p * q)
                 token = tokens[b, prefix + i * w + j]
-                values = functional.linear(token, model.head.weight, model.head.bias)
+                values = functional.linear(token, head.weight, head.bias)
                 if isinstance(model.target, MeanColors):
                     wanted = torch.stack([mean, mean, 0 * mean, 0 * mean])
                     losses = (values - wanted).abs()
@@ -356,6 +357,7 @@ def test_loss__of_cells_equals_plain_loops(
         target=target,
     ).eval()
     # Far from zero, so that the logits say something.
+    assert isinstance(model.head, nn.Linear)
     model.head.weight.data *= 20
     pixels = images(size, channels)
     mask = model.draw_mask(pixels)

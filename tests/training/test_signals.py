@@ -236,7 +236,10 @@ def test_pretrain__stopped_twice_and_once_saved(
     out = tmp_path / "run"
     with listening(stop=[signal.SIGUSR2], save=[signal.SIGTERM]):
         # The launcher listens; the request to save does not end the run.
-        plan = {(0, 1): signal.SIGTERM, (1, 0): signal.SIGUSR2}
+        plan: dict[tuple[int, int], int] = {
+            (0, 1): signal.SIGTERM,
+            (1, 0): signal.SIGUSR2,
+        }
         callback = Send(plan)
         with pytest.raises(Preempted):
             run(out, photos, callback)
@@ -368,7 +371,7 @@ def test_pretrain__killed_program_goes_on(
     )
     script.write_text(text.replace("{devices}", str(devices)))
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, script, tmp_path]
+    command = [sys.executable, str(script), str(tmp_path)]
     program = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -390,7 +393,7 @@ def test_pretrain__killed_program_goes_on(
         # Adam makes steps of rounding where a gradient is next to nothing: compare with
         # as many processes.
         (tmp_path / "whole").mkdir()
-        command[-1] = tmp_path / "whole"
+        command[-1] = str(tmp_path / "whole")
         subprocess.run(command, env=environment, check=True, timeout=240)
         whole = tmp_path / "whole" / "run"
     assert_same(run_directory.path, whole)

@@ -20,64 +20,47 @@ Shapes: B images, C classes, (H, W) pixels, (h, w) patches, D features, P patche
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
-from rich.progress import track
-from torch import Generator, Tensor
-
-from lightly_mim.arguments import (
-    NonEmpty,
-    PositiveInt,
-    Seed,
-    Workers,
-    checked,
-)
-from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
+from lightly_mim.arguments import NonEmpty, PositiveInt, Seed, Workers, checked
+from lightly_mim.data import keyed_random_state
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.segmentation import (
-    IGNORED,
     MaskedFiles,
     SegmentationDataset,
     check_masks,
     open_segmentation,
 )
-from lightly_mim.encoders import Encoder, MaskedEncoder
-from lightly_mim.encoders.tables import Tables
+from lightly_mim.encoders import Encoder
 from lightly_mim.evaluation.broken import Part, find_readable
 from lightly_mim.evaluation.dense.protocols import (
-    DenseKNN,
-    DenseLinear,
+    DENSE_PROTOCOLS,
     DenseProtocol,
-    PatchBank,
-    Predictor,
-    patch_labels,
+    DenseProtocolName,
 )
 from lightly_mim.evaluation.dense.results import (
-    RESULTS_FILE,
+    DENSE_FILE,
     DenseResult,
     DenseResults,
-    class_iou,
-    count_pixels,
-    miou_interval,
 )
-from lightly_mim.evaluation.features import Precision, evaluating, normalize_images
+from lightly_mim.evaluation.dense.runner import DenseRunner, Views
+from lightly_mim.evaluation.features import Precision
 from lightly_mim.evaluation.loading import (
     at_random,
+    check_loading,
     describe_encoder,
     load_encoder,
     origin_notes,
 )
+from lightly_mim.evaluation.protocols import resolve_protocols
 from lightly_mim.evaluation.provenance import (
     choose_device,
     model_name,
@@ -85,23 +68,18 @@ from lightly_mim.evaluation.provenance import (
     to_json,
 )
 from lightly_mim.evaluation.results import RANDOM, results_file, to_text
+from lightly_mim.evaluation.resume import Kept, Task
 from lightly_mim.files import atomic_write
-from lightly_mim.patches import Size
-from lightly_mim.training.machine import autocast, check_precision
+from lightly_mim.reporting.page import write_page_or_warn
+from lightly_mim.training.machine import check_precision
 from lightly_mim.transforms import EvalTransform
-
-DenseProtocolName = Literal["knn", "linear"]
-
-_HELD_OUT_PART = 5  # one of so many training images
-_MAX_HELD_OUT = 100  # images: bounds memory and the time of the choice
-_AT_A_TIME = 8  # images whose pixels are predicted
 
 
 @checked
 def evaluate_dense(
     encoder: Encoder | Path,
     data: str | Path,
-    protocols: NonEmpty[DenseProtocolName] = ("knn", "linear"),
+    protocols: NonEmpty[DenseProtocolName | DenseProtocol] = ("knn", "linear"),
     *,
     val: str | Path | None = None,
     classes: Sequence[str] | None = None,
@@ -109,6 +87,7 @@ def evaluate_dense(
     layers: NonEmpty[int] = (-1,),
     random_baseline: bool = False,
     out: Path | str | None = None,
+    cache: Path | str | None = None,
     overwrite: bool = False,
     seed: Seed = 0,
     batch_size: PositiveInt = 32,
@@ -117,14 +96,9 @@ def evaluate_dense(
     precision: Precision = "32",
     on_error: OnError = "raise",
     value_range: ValueRange | None = None,
-    img_size: Size | None = None,
-    tables: Tables | None = None,
-    in_chans: PositiveInt = 3,
-    pretrained: bool = True,
     max_patches: PositiveInt = 50_000,
-    knn: DenseKNN = DenseKNN(),  # noqa: B008, frozen
-    linear: DenseLinear = DenseLinear(),  # noqa: B008, frozen
     progress: bool | None = None,
+    **loading: Any,
 ) -> DenseResults:
     """Evaluates a frozen encoder on images whose pixels have classes.
 
@@ -134,17 +108,23 @@ def evaluate_dense(
     training images, 100 at most; the test images are scored once with that choice, at
     the size of the encoder's images.
 
+    With `out`, patch tokens and finished rows are kept there as they come, as by
+    `evaluate`: an evaluation that was cut, called again with the same arguments, ends
+    with the same numbers and makes nothing twice.
+
     Args:
         encoder:
             The directory of a pretraining run or its `encoder.safetensors`; the name of
-            a timm model; or, in Python, a timm model or one of our encoders.
+            a timm model; or, in Python, a timm model or one of our encoders. See
+            `load_encoder`.
         data:
             A folder that holds train/ and val/, or the training images; each of these
             holds images/ and masks/. The mask of images/a/b.jpg is masks/a/b.png, with
             one channel or a palette. Without test images, a fifth is held out by the
             seed.
         protocols:
-            Any of "knn" and "linear".
+            Any of "knn" and "linear", or objects with settings such as
+            `DenseLinear(epochs=5)`.
         val:
             The test images, if they do not come with `data`.
         classes:
@@ -158,7 +138,12 @@ def evaluate_dense(
         random_baseline:
             Evaluate the same encoder at random initialisation, too.
         out:
-            Directory that `dense.json` is written to.
+            Directory that `dense.json` and `report.html` are written to. It may be that
+            of `evaluate`.
+        cache:
+            Directory of patch tokens on disk, which several evaluations may share: 300
+            MB per 1,000 images and layer for a ViT-B/16 at 224 pixels. By default
+            features/ in `out`, or, without `out`, a temporary one.
         overwrite:
             Replace a `dense.json` that is there.
         seed:
@@ -180,26 +165,14 @@ def evaluate_dense(
             The values of 16-bit pictures that become 0 and 255, such as (0, 4095) for a
             camera of 12 bits. By default those that a run was pretrained with, else
             (0, 65535).
-        img_size:
-            For a run and the name of a timm model: size of the images in pixels, one
-            number or height and width. By default the size that the model was made for.
-            The encoder of a run is resized.
-        tables:
-            See `lightly_mim.evaluation.evaluate`.
-        in_chans:
-            For the name of a timm model: number of image channels.
-        pretrained:
-            For the name of a timm model: load timm's pretrained weights.
         max_patches:
-            Number of training patches that are kept, drawn evenly from all images, at
-            least one of each. Bounds the memory, with the patches of the held-out
-            images.
-        knn:
-            Settings of kNN.
-        linear:
-            Settings of the linear classifier.
+            Number of training patches that a protocol learns from, drawn evenly from
+            all images, at least one of each. Bounds the memory, with the patches of the
+            held-out images.
         progress:
-            Show a progress bar while encoding. By default on a terminal.
+            Show progress bars. By default on a terminal.
+        loading:
+            Other arguments of `load_encoder`, such as `img_size=224`.
 
     Returns:
         One row per encoder and protocol, notes, and what it takes to run it again.
@@ -208,33 +181,22 @@ def evaluate_dense(
         ValueError: If an argument is out of range, if masks are missing or do not fit
             their images or classes, or if `out` holds results already. Nothing has been
             written then.
+        OSError: If `out` or `cache` cannot be written, or if there is no room.
     """
-    arguments = {name: to_json(value) for name, value in locals().items()}
-    file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
-    settings: dict[str, DenseProtocol] = {"knn": knn, "linear": linear}
-    for name, setting in settings.items():
-        if name not in protocols and setting != type(setting)():
-            warnings.warn(
-                f"{name} does nothing here: protocols={list(protocols)} does not name "
-                "it.",
-                stacklevel=3,
-            )
+    given = dict(locals())
+    chosen = resolve_protocols(protocols, DENSE_PROTOCOLS)
+    file = None if out is None else results_file(Path(out), overwrite, DENSE_FILE)
+    loading = check_loading("evaluate_dense", loading, DENSE_PROTOCOLS)
     with keyed_random_state(seed, "evaluation", "encoder"):
-        model = load_encoder(
-            encoder,
-            img_size=img_size,
-            tables=tables,
-            in_chans=in_chans,
-            pretrained=pretrained,
-        )
-    chosen_layers = _check_layers(layers, model.num_layers)
+        model = load_encoder(encoder, **loading)
+    layers = _check_layers(layers, model.num_layers)
     train_files, test_files, held_out = open_segmentation(
         data, val, seed=seed, in_chans=model.in_chans
     )
     if value_range is None:
         value_range = getattr(model, "value_range", None)
     transform = EvalTransform(model.img_size, crop_ratio=1.0, normalize=None)
-    notes = origin_notes(model, resized=img_size is not None)
+    notes = origin_notes(model, resized=loading.get("img_size") is not None)
     show = sys.stdout.isatty() if progress is None else progress
     if on_error == "skip":
 
@@ -261,281 +223,83 @@ def evaluate_dense(
     notes += overlap_notes(
         *([files.root / name for name in files.images] for files in both)
     )
-    encoders = {model_name(encoder, model): model}
+    models = {model_name(encoder, model): model}
     if random_baseline:
-        encoders[RANDOM] = at_random(model, seed)
+        models[RANDOM] = at_random(model, seed)
+    tasks = [Task(name, protocol) for name in models for protocol in chosen]
 
     place = choose_device(device)
     check_precision(precision, place)
-    rows: list[DenseResult] = []
+    kept = Kept(
+        models,
+        [Views(part, "image") for part in (train, test)],
+        None if out is None else Path(out),
+        None if cache is None else Path(cache),
+        {
+            "transform": vars(transform),
+            "normalize": [list(model.mean), list(model.std)],
+            "precision": precision,
+            "device": place.type,
+            "versions": package_versions(),
+        },
+    )
+    settings = {
+        "layers": layers,
+        "seed": seed,
+        "classes": names,
+        "masks": [Views(part, "mask").fingerprint for part in (train, test)],
+        "max_patches": max_patches,
+    }
+    keys = {task: kept.row_key(task, chosen[task.protocol], settings) for task in tasks}
+    found = {task: row for task in tasks if (row := kept.read(keys[task]))}
+    pending = [task for task in tasks if task not in found]
     with ExitStack() as stack:
-        for each in encoders.values():
-            if isinstance(each, MaskedEncoder):
-                each.choose_attention(place, bf16=precision == "bf16")
-            stack.enter_context(evaluating(each, place))
-        study = _Study(encoders, place, precision, batch_size, num_workers, show)
-        banks = study.read_training(train, chosen_layers, len(names), max_patches, seed)
-        predictors: dict[tuple[str, str], tuple[_Choice, float]] = {}
-        for title, by_layer in banks.items():
-            for name in protocols:
-                start = time.perf_counter()
-                choice = _choose(settings[name], by_layer, len(names), seed)
-                seconds = time.perf_counter() - start
-                predictors[title, name] = (choice, seconds)
-        scores = study.score(test, predictors, len(names))
-        for key, (choice, seconds) in predictors.items():
-            title, protocol = key
-            counts, predicting = scores[key]
-            low, high = miou_interval(counts, seed)
-            if not counts.any():
-                raise ValueError("No pixel of the test images has a class.")
-            ious = class_iou(counts.sum(dim=0))
-            rows.append(
-                DenseResult(
-                    model=title,
-                    protocol=protocol,
-                    layer=choice.layer,
-                    hyperparameters=choice.hyperparameters,
-                    miou=float(ious.nanmean()),
-                    miou_low=low,
-                    miou_high=high,
-                    iou={
-                        each: None if iou.isnan() else float(iou)
-                        for each, iou in zip(names, ious, strict=True)
-                    },
-                    pixel_accuracy=float(
-                        counts[..., 0].sum() / counts[..., [0, 2]].sum()
-                    ),
-                    feature_seconds=study.seconds[title],
-                    seconds=seconds + predicting,
-                    num_train=len(train),
-                    num_test=len(test),
-                    num_patches=len(banks[title][choice.layer].bank.labels),
-                    selection=choice.selection,
-                )
-            )
+        runner = DenseRunner(
+            models,
+            chosen,
+            train,
+            test,
+            names,
+            kept,
+            layers=layers,
+            max_patches=max_patches,
+            seed=seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=place,
+            precision=precision,
+            progress=show,
+            stack=stack,
+        )
+        if pending:
+            runner.encode({task.model for task in pending})
+        for task in pending:
+            found[task] = {"rows": [asdict(runner.run(task))]}
+            kept.write(keys[task], found[task])
+    rows = [DenseResult(**row) for task in tasks for row in found[task]["rows"]]
+    arguments = {name: to_json(value) for name, value in given.items()}
+    del arguments["loading"]
     record = {
         "command": shlex.join(sys.orig_argv),
-        "arguments": arguments,
+        "arguments": arguments
+        | {"protocols": list(chosen)}
+        | {name: to_json(each) for name, each in chosen.items()}
+        | {name: to_json(value) for name, value in given["loading"].items()},
         "encoder": describe_encoder(model),
         "data": {"classes": names, "num_train": len(train), "num_test": len(test)},
         "versions": package_versions(),
     }
-    results = DenseResults(rows, notes, record)
+    results = DenseResults(rows, [*notes, *kept.notes], record)
     if file is not None:
         with atomic_write(file) as temporary:
             temporary.write_text(to_text(results.to_dict()))
+        kept.clear(list(keys.values()))
+        write_page_or_warn(file.parent)
     return results
 
 
-class _Layer(NamedTuple):
-    """Patches of the training images, of one layer.
-
-    `bank` is drawn from all of them, `fit` says which of it are not of held-out images,
-    of which `held_out` has all tokens, (B, h, w, D), and `masks` the pixels, (B, H, W).
-    """
-
-    bank: PatchBank
-    fit: Tensor
-    held_out: Tensor
-    masks: Tensor
-
-
-class _Choice(NamedTuple):
-    layer: int
-    hyperparameters: dict[str, float]
-    selection: list[dict[str, Any]]
-    predict: Predictor
-
-
-class _Study:
-    """Passes over the images with several encoders at once."""
-
-    def __init__(
-        self,
-        encoders: Mapping[str, Any],
-        device: torch.device,
-        precision: Precision,
-        batch_size: int,
-        num_workers: int | None,
-        show: bool,
-    ) -> None:
-        self.encoders = encoders
-        self.device = device
-        # Classifiers compute in float64 in places; Apple's accelerator does not.
-        self.home = device if device.type == "cuda" else torch.device("cpu")
-        self.precision = precision
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.show = show
-        self.seconds = dict.fromkeys(encoders, 0.0)
-
-    def batches(
-        self, data: SegmentationDataset, layers: Mapping[str, Sequence[int]], what: str
-    ) -> Iterator[tuple[Tensor, dict[tuple[str, int], Tensor]]]:
-        """Yields masks, (B, H, W), and tokens, (B, h, w, D), by encoder and layer."""
-        loader = KeyedLoader(
-            data, self.batch_size, training=False, num_workers=self.num_workers
-        )
-        for views, _, _ in track(
-            loader, f"Encoding {what} images", disable=not self.show
-        ):
-            images = views[0].to(self.device)
-            tokens = {}
-            for name, encoder in self.encoders.items():
-                start = time.perf_counter()
-                pixels = normalize_images(images, encoder.mean, encoder.std)
-                with torch.no_grad(), autocast(self.device, self.precision):
-                    found = encoder.embed_layers(pixels, layers[name], ["tokens"])
-                for (layer, _), value in found.items():
-                    if not bool(value.isfinite().all()):
-                        raise ValueError(
-                            f"The tokens of layer {layer} hold NaN or infinite values: "
-                            "the weights of the encoder are broken, or the images are."
-                        )
-                    grid = _grid(encoder, value.shape[1])
-                    tokens[name, layer] = value.float().to(self.home).unflatten(1, grid)
-                self.seconds[name] += time.perf_counter() - start
-            yield views[1].to(self.home).long(), tokens
-
-    def read_training(
-        self,
-        data: SegmentationDataset,
-        layers: Sequence[int],
-        num_classes: int,
-        max_patches: int,
-        seed: int,
-    ) -> dict[str, dict[int, _Layer]]:
-        """Keeps patches of all training images, and held-out images as a whole."""
-        held_out = _held_out(len(data), seed)
-        kept = max(max_patches // len(data), 1)
-        parts: dict[tuple[str, int], list[list[Tensor]]] = {}
-        number = 0
-        wanted = dict.fromkeys(self.encoders, layers)
-        for masks, tokens in self.batches(data, wanted, "training"):
-            numbers = range(number, number + len(masks))
-            number += len(masks)
-            out = [i for i, n in enumerate(numbers) if n in held_out]
-            for key, value in tokens.items():
-                labels = patch_labels(
-                    masks, (value.shape[1], value.shape[2]), num_classes
-                )
-                places = parts.setdefault(key, [[], [], [], [], []])
-                for i, n in enumerate(numbers):
-                    key_of_draw = seed_from(seed, "patches", n)
-                    drawn = _draw(labels[i].flatten(), kept, key_of_draw)
-                    places[0].append(value[i].flatten(0, 1)[drawn].cpu())
-                    places[1].append(labels[i].flatten()[drawn].cpu())
-                    places[2].append(torch.full((len(drawn),), n not in held_out))
-                places[3].append(value[out].cpu())
-                places[4].append(masks[out].short().cpu())
-        banks: dict[str, dict[int, _Layer]] = {name: {} for name in self.encoders}
-        for (name, layer), places in parts.items():
-            bank, labels, fit, whole, masks = (torch.cat(part) for part in places)
-            if not len(labels) or not bool(fit.any()):
-                raise ValueError(
-                    "No pixel of the training images has a class: look at the masks "
-                    "and at ignore_index."
-                )
-            moved = bank.to(self.home), labels.to(self.home)
-            banks[name][layer] = _Layer(PatchBank(*moved), fit, whole, masks)
-        return banks
-
-    def score(
-        self,
-        data: SegmentationDataset,
-        predictors: Mapping[tuple[str, str], tuple[_Choice, float]],
-        num_classes: int,
-    ) -> dict[tuple[str, str], tuple[Tensor, float]]:
-        """Returns counts, (num_images, C, 3), see `_counts`, and seconds."""
-        layers: dict[str, list[int]] = {name: [] for name in self.encoders}
-        for (name, _), (choice, _) in predictors.items():
-            layers[name] = sorted({*layers[name], choice.layer})
-        counts: dict[tuple[str, str], list[Tensor]] = {key: [] for key in predictors}
-        seconds = dict.fromkeys(predictors, 0.0)
-        for masks, tokens in self.batches(data, layers, "test"):
-            for key, (choice, _) in predictors.items():
-                start = time.perf_counter()
-                size = (masks.shape[1], masks.shape[2])
-                parts = _split(tokens[key[0], choice.layer], masks)
-                for part, part_masks in parts:
-                    classes = choice.predict(part, size)
-                    for predicted, mask in zip(classes, part_masks, strict=True):
-                        counts[key].append(
-                            count_pixels(predicted, mask, num_classes).cpu()
-                        )
-                seconds[key] += time.perf_counter() - start
-        return {key: (torch.stack(counts[key]), seconds[key]) for key in predictors}
-
-
-def _grid(encoder: Any, num_tokens: int) -> tuple[int, int]:
-    """Returns how many patches lie along (height, width), in the images' aspect."""
-    height, width = getattr(encoder, "grid", encoder.img_size)
-    h = round(math.sqrt(num_tokens * height / width))
-    w = num_tokens // max(h, 1)
-    if h * w != num_tokens:
-        raise ValueError(
-            f"{num_tokens} patch tokens are no grid of the aspect of "
-            f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels."
-        )
-    return h, w
-
-
-def _held_out(num_images: int, seed: int) -> set[int]:
-    if num_images < 2:
-        raise ValueError(
-            "Hyper-parameters are chosen on held-out training images, which takes at "
-            f"least 2, got {num_images}."
-        )
-    count = min(max(num_images // _HELD_OUT_PART, 1), _MAX_HELD_OUT)
-    generator = Generator().manual_seed(seed_from(seed, "segmentation", "held out"))
-    return set(torch.randperm(num_images, generator=generator)[:count].tolist())
-
-
-def _draw(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Returns the numbers of some patches that have a class."""
-    valid = (labels != IGNORED).nonzero().flatten()
-    generator = Generator().manual_seed(seed)
-    order = torch.randperm(len(valid), generator=generator)[:count]
-    return valid[order.to(valid.device)]
-
-
-def _choose(
-    settings: DenseProtocol, layers: Mapping[int, _Layer], num_classes: int, seed: int
-) -> _Choice:
-    """Chooses layer and hyper-parameters, and fits them on the whole bank."""
-    seed = seed_from(seed, "dense")
-    found: list[dict[str, Any]] = []
-    for layer, (bank, fit, held_out, masks) in layers.items():
-        index = fit.nonzero().flatten().to(bank.labels.device)
-        part = PatchBank(bank.tokens[index], bank.labels[index])
-        candidates = settings.predictors(part, num_classes, seed=seed)
-        counts = torch.zeros(len(candidates), num_classes, 3)
-        for tokens, mask in _split(held_out, masks):
-            tokens, mask = tokens.to(bank.tokens.device), mask.to(bank.tokens.device)
-            size = (mask.shape[1], mask.shape[2])
-            for i, (_, predict) in enumerate(candidates):
-                predicted = predict(tokens, size)
-                counts[i] += count_pixels(predicted, mask.long(), num_classes).cpu()
-        ious = [float(class_iou(each).nanmean()) for each in counts]
-        # NaN if no pixel that was held out has a class.
-        i = max(range(len(ious)), key=lambda i: -1 if math.isnan(ious[i]) else ious[i])
-        found.append({"layer": layer, **candidates[i][0], "miou": ious[i]})
-    best = max(found, key=lambda entry: entry["miou"])
-    layer = best["layer"]
-    chosen = {k: v for k, v in best.items() if k not in ("layer", "miou")}
-    predict = settings.predictor(layers[layer].bank, num_classes, chosen, seed=seed)
-    return _Choice(layer, chosen, found, predict)
-
-
-def _split(tokens: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields a few images at a time: their logits have a number per pixel and class."""
-    parts = torch.split(tokens, _AT_A_TIME), torch.split(masks, _AT_A_TIME)
-    yield from zip(*parts, strict=True)
-
-
 def _check_layers(layers: Sequence[int], count: int) -> list[int]:
-    if not layers or not all(-count <= layer < count for layer in layers):
+    if not all(-count <= layer < count for layer in layers):
         raise ValueError(
             f"layers is one or more of 0 to {count - 1} (or -{count} to -1, from the "
             f"end), got {list(layers)}."
@@ -552,9 +316,8 @@ def _classes(
 ) -> tuple[list[str], list[int]]:
     """Returns names and values of the classes, and checks all masks."""
     known = None if names is None else {*range(len(names)), *ignored}
-    found: set[int] = set()
-    for files in (train, test):
-        found |= check_masks(files, model.in_chans, known)
+    both = [check_masks(files, model.in_chans, known) for files in (train, test)]
+    found = set.union(*both)
     if names is not None:
         values = [value for value in range(len(names)) if value not in ignored]
         titles = [str(names[value]) for value in values]
@@ -567,6 +330,8 @@ def _classes(
             f"hold only {titles or 'pixels without a class'} (besides ignore_index="
             f"{list(ignored)})."
         )
+    if not both[1] & set(values):
+        raise ValueError("No pixel of the test images has a class.")
     if len(set(titles)) < len(titles):
         raise ValueError(f"The names of the classes differ, got {list(names or [])}.")
     return titles, values

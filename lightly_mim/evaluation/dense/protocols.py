@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked
+from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, Rule, checked
 from lightly_mim.data.segmentation import IGNORED
 from lightly_mim.evaluation.probes.knn import knn_predict_grid
 from lightly_mim.evaluation.probes.linear import fit_linear_grid
@@ -46,7 +46,14 @@ Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 class DenseProtocol(Protocol):
-    """How classes are predicted from patch tokens."""
+    """How classes are predicted from patch tokens.
+
+    Attributes:
+        name:
+            What `evaluate_dense`, the command line, tables and `dense.json` call it.
+    """
+
+    name: ClassVar[str]
 
     def predictors(
         self, bank: PatchBank, num_classes: int, *, seed: int = 0
@@ -78,6 +85,8 @@ class DenseKNN:
         chunk_size:
             Number of patches that look for neighbours at a time; bounds the memory.
     """
+
+    name: ClassVar[str] = "knn"
 
     ks: NonEmpty[PositiveInt] = (1, 3, 10, 30)
     temperatures: NonEmpty[PositiveFloat] = (0.02, 0.07, 0.2)
@@ -143,6 +152,8 @@ class DenseLinear:
             Largest number of patches in a batch.
     """
 
+    name: ClassVar[str] = "linear"
+
     learning_rates: NonEmpty[PositiveFloat] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 256
@@ -187,6 +198,19 @@ class DenseLinear:
         one = DenseLinear([chosen["learning_rate"]], self.epochs, self.batch_size)
         ((_, predictor),) = one.predictors(bank, num_classes, seed=seed)
         return predictor
+
+
+DENSE_PROTOCOLS: dict[str, type[Any]] = {
+    each.name: each for each in (DenseKNN, DenseLinear)
+}
+DenseProtocolName = Annotated[
+    str,
+    Rule(
+        f"one of {', '.join(map(repr, DENSE_PROTOCOLS))}",
+        lambda name: isinstance(name, str) and name in DENSE_PROTOCOLS,
+        alone=True,
+    ),
+]
 
 
 def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:

@@ -19,7 +19,7 @@ from lightly_mim.data.segmentation import IGNORED
 from lightly_mim.evaluation.scores import CONFIDENCE, NUM_RESAMPLES
 from lightly_mim.files import printable
 
-RESULTS_FILE = "dense.json"
+DENSE_FILE = "dense.json"
 
 _MAX_CLASSES_SHOWN = 40
 
@@ -207,7 +207,7 @@ def _by_class(rows: Sequence[DenseResult]) -> Table:
         shown = [row.iou[name] for row in rows]
         _add(table, [name, *("" if x is None else f"{100 * x:.1f}" for x in shown)])
     if len(names) > _MAX_CLASSES_SHOWN:
-        _add(table, [f"and {len(names) - _MAX_CLASSES_SHOWN} more in {RESULTS_FILE}"])
+        _add(table, [f"and {len(names) - _MAX_CLASSES_SHOWN} more in {DENSE_FILE}"])
     return table
 
 

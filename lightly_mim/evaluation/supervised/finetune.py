@@ -726,12 +726,12 @@ def mixed_loss(
         with shape (B,)) to the mean cross-entropy. It changes the images.
     """
     smoothing = recipe.label_smoothing
-    erase = RandomErasing(  # type: ignore[no-untyped-call]
+    erase = RandomErasing(
         recipe.random_erasing, mode="pixel", max_count=1, device=str(device)
     )
     mix = None
     if recipe.mixup > 0 or recipe.cutmix > 0:
-        mix = Mixup(  # type: ignore[no-untyped-call]
+        mix = Mixup(
             mixup_alpha=recipe.mixup,
             cutmix_alpha=recipe.cutmix,
             label_smoothing=smoothing,

@@ -68,52 +68,45 @@ def result_lines(run: RunFiles) -> list[dict[str, Any]]:
     `chosen`, the accuracies `top1`, `low`, `high`, `top5` and `mean_class` in [0, 1] or
     None, `num_test` and `seconds`.
     """
-    lines = []
-    for row in run.results["rows"] if run.results else []:
-        chosen = as_mapping(row.get("hyperparameters"))
-        spent = [as_number(row.get(n)) for n in ("feature_seconds", "seconds")]
-        lines.append(
-            {
-                "model": model_name(row, run),
-                "baseline": row["model"] in BASELINES,
-                "protocol": protocol_name(row),
-                "layer": words_of(row["layer"]) if row.get("layer") is not None else "",
-                "pooling": as_text(row.get("pooling", ""), 40),
-                "chosen": ", ".join(
-                    f"{_SHORT.get(str(k), as_text(k, 40))} {words_of(v)}"
-                    for k, v in chosen.items()
-                ),
-                "top1": as_number(row["top1"]),
-                "low": as_number(row["top1_low"]),
-                "high": as_number(row["top1_high"]),
-                "top5": as_number(row.get("top5")),
-                "mean_class": as_number(row.get("mean_class")),
-                "num_test": row.get("num_test"),
-                "seconds": sum(s for s in spent if s is not None)
-                if any(spent)
-                else None,
-            }
-        )
-    return lines
+    rows = run.results["rows"] if run.results else []
+    return [_line(row, run, "top1") for row in rows]
 
 
 def dense_lines(run: RunFiles) -> list[dict[str, Any]]:
-    """Returns the rows of the table of a dense evaluation."""
+    """Returns the rows of the table of a dense evaluation, as `result_lines`.
+
+    What is `top1` there is the mean intersection over union.
+    """
+    names = "miou", "miou_low", "miou_high"
     return [
-        {
-            "model": as_text(row.get("model", ""), 80),
-            "protocol": _PROTOCOLS.get(str(row.get("protocol")), "")
-            or as_text(row.get("protocol", ""), 60),
-            "layer": words_of(row.get("layer")),
-            "top1": as_number(row.get("miou")),
-            "low": as_number(row.get("miou_low")),
-            "high": as_number(row.get("miou_high")),
-            "num_test": row.get("num_test"),
-        }
+        _line(row, run, "miou")
         for row in (run.dense["rows"] if run.dense else [])
-        if None
-        not in [as_number(row.get(n)) for n in ("miou", "miou_low", "miou_high")]
+        if {"model", "protocol"} <= row.keys()
+        and None not in [as_number(row.get(name)) for name in names]
     ]
+
+
+def _line(row: Mapping[str, Any], run: RunFiles, score: str) -> dict[str, Any]:
+    chosen = as_mapping(row.get("hyperparameters"))
+    spent = [as_number(row.get(n)) for n in ("feature_seconds", "seconds")]
+    return {
+        "model": model_name(row, run),
+        "baseline": row["model"] in BASELINES,
+        "protocol": protocol_name(row),
+        "layer": words_of(row["layer"]) if row.get("layer") is not None else "",
+        "pooling": as_text(row.get("pooling", ""), 40),
+        "chosen": ", ".join(
+            f"{_SHORT.get(str(k), as_text(k, 40))} {words_of(v)}"
+            for k, v in chosen.items()
+        ),
+        "top1": as_number(row[score]),
+        "low": as_number(row[f"{score}_low"]),
+        "high": as_number(row[f"{score}_high"]),
+        "top5": as_number(row.get("top5")),
+        "mean_class": as_number(row.get("mean_class")),
+        "num_test": row.get("num_test"),
+        "seconds": sum(s for s in spent if s is not None) if any(spent) else None,
+    }
 
 
 def sentences(run: RunFiles) -> list[str]:

@@ -186,10 +186,7 @@ def _context(
     if not several:
         found = {
             "lines": findings.result_lines(only),
-            "dense": [
-                line | {"baseline": line["model"] in findings.BASELINES}
-                for line in findings.dense_lines(only)
-            ],
+            "dense": findings.dense_lines(only),
             "sentences": findings.sentences(only),
             "map": findings.heat_map(only),
             "classes": findings.classes(only),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import warnings
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from sklearn.metrics import jaccard_score
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import DenseKNN, DenseLinear, evaluate_dense
-from lightly_mim.evaluation.dense.evaluate import _grid
 from lightly_mim.evaluation.dense.protocols import (
     DenseProtocol,
     PatchBank,
@@ -28,6 +27,7 @@ from lightly_mim.evaluation.dense.results import (
     count_pixels,
     miou_interval,
 )
+from lightly_mim.evaluation.dense.runner import grid_of
 from lightly_mim.files import sealed
 
 COLOURS = {0: (90, 90, 90), 3: (200, 30, 30), 7: (30, 30, 200)}
@@ -43,7 +43,7 @@ def draw(folder: Path, count: int, size: tuple[int, int], seed: int) -> None:
     for number in range(count):
         mask = Image.new("L", size)
         pen = ImageDraw.Draw(mask)
-        x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
+        x, y = int(rng.integers(0, width // 2)), int(rng.integers(0, height // 2))
         pen.ellipse((x, y, x + width // 2, y + height // 2), fill=3)
         x = int(rng.integers(width // 2, width - 12))
         pen.rectangle((x, 0, x + 12, height), fill=7)
@@ -67,7 +67,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vit() -> MaskedEncoder:
+def vit() -> Any:
     torch.manual_seed(0)
     return masked_encoder(
         "vit_tiny_patch16_224",
@@ -80,7 +80,7 @@ def vit() -> MaskedEncoder:
 
 
 def test_evaluate_dense__random_vit_sees_colours(
-    shapes: Path, vit: MaskedEncoder, tmp_path: Path
+    shapes: Path, vit: Any, tmp_path: Path
 ) -> None:
     vit.train()
     results = evaluate_dense(
@@ -126,6 +126,59 @@ def test_evaluate_dense__random_vit_sees_colours(
     assert again.rows[0].miou == results.rows[0].miou
 
 
+class Cut(DenseLinear):
+    """Ends the evaluation, as a kill does."""
+
+    def predictors(self, *args: Any, **options: Any) -> Any:
+        raise InterruptedError
+
+
+def test_evaluate_dense__cut_and_again(
+    shapes: Path, vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found is read again; other masks, settings or weights are not."""
+    whole = evaluate_dense(vit, shapes, **FAST)
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedError):
+        evaluate_dense(vit, shapes, ["knn", Cut()], out=out, **FAST)
+    assert not (out / "dense.json").exists()
+    seen: list[int] = []
+    encode = vit.embed_layers
+
+    def count(images: Tensor, *args: Any) -> Any:
+        seen.append(len(images))
+        return encode(images, *args)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("kNN is run again")
+
+    monkeypatch.setattr(vit, "embed_layers", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseKNN, "predictors", refuse)
+        found = evaluate_dense(vit, shapes, out=out, **FAST)
+    assert not seen
+    assert [(row.miou, row.iou, row.selection) for row in found.rows] == [
+        (row.miou, row.iou, row.selection) for row in whole.rows
+    ]
+    assert not list((out / "rows").glob("*"))
+    page = (out / "report.html").read_text()
+    assert all(f"<b>{100 * row.miou:.1f}</b>" in page for row in found.rows)
+    # With the features of the other evaluation, which are of the same images.
+    few = [DenseKNN(ks=[1])]
+    evaluate_dense(vit, shapes, few, cache=out / "features", layers=[-1], **FAST)
+    assert not seen
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)  # with the times of change
+    mask = copy / "val" / "masks" / "a" / "0.png"
+    Image.fromarray(np.full((64, 96), 3, np.uint8)).save(mask)
+    (other,) = evaluate_dense(vit, copy, ["knn"], out=out, overwrite=True, **FAST).rows
+    assert not seen  # the images are the same
+    assert other.miou != whole.rows[0].miou
+    torch.nn.init.normal_(vit.vit.blocks[1].mlp.fc2.weight)
+    evaluate_dense(vit, shapes, ["knn"], cache=out / "features", **FAST)
+    assert sum(seen) >= 18
+
+
 @pytest.mark.parametrize("layer", [0, -1])
 def test_evaluate_dense__stages_of_a_swin(shapes: Path, layer: int) -> None:
     torch.manual_seed(0)
@@ -152,14 +205,12 @@ def test_evaluate_dense__convolutional_net(shapes: Path) -> None:
     assert row.miou > 0.4
 
 
-def test_evaluate_dense__flat_folder_and_names(
-    shapes: Path, vit: MaskedEncoder
-) -> None:
+def test_evaluate_dense__flat_folder_and_names(shapes: Path, vit: Any) -> None:
     names = [f"class {number}" for number in range(8)]
-    few = {"knn": DenseKNN(ks=[1], temperatures=[0.07]), "max_patches": 100}
-    options: dict[str, Any] = FAST | few
+    few = [DenseKNN(ks=[1], temperatures=[0.07])]
+    options: dict[str, Any] = FAST | {"max_patches": 100}
     results = evaluate_dense(
-        vit, shapes / "train", ["knn"], classes=names, ignore_index=(255, 0), **options
+        vit, shapes / "train", few, classes=names, ignore_index=(255, 0), **options
     )
     (row,) = results.rows
     assert (row.num_train, row.num_test, row.num_patches) == (10, 2, 100)
@@ -168,9 +219,7 @@ def test_evaluate_dense__flat_folder_and_names(
     assert row.iou["class 1"] is None  # neither there nor predicted
     assert row.iou["class 3"] is not None
     assert row.miou > 0.6
-    with_val = evaluate_dense(
-        vit, shapes / "train", ["knn"], val=shapes / "val", **options
-    )
+    with_val = evaluate_dense(vit, shapes / "train", few, val=shapes / "val", **options)
     assert (with_val.rows[0].num_train, with_val.rows[0].num_test) == (12, 6)
     assert not with_val.notes
 
@@ -184,7 +233,7 @@ def perfect(images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_evaluate_dense__perfect_features(
-    tmp_path: Path, vit: MaskedEncoder, monkeypatch: pytest.MonkeyPatch, protocol: Any
+    tmp_path: Path, vit: Any, monkeypatch: pytest.MonkeyPatch, protocol: Any
 ) -> None:
     """Stripes of whole patches."""
     for part, count in (("train", 6), ("val", 3)):
@@ -271,13 +320,13 @@ def test_grid__of_any_aspect() -> None:
     class Encoder:
         img_size = (64, 96)
 
-    assert _grid(Encoder(), 6) == (2, 3)
-    assert _grid(Encoder(), 8 * 12) == (8, 12)
+    assert grid_of(Encoder(), 6) == (2, 3)
+    assert grid_of(Encoder(), 8 * 12) == (8, 12)
     Encoder.grid = (8, 6)  # type: ignore[attr-defined]  # patches of 8 x 16
-    assert _grid(Encoder(), 48) == (8, 6)
-    assert _grid(Encoder(), 12) == (4, 3)
+    assert grid_of(Encoder(), 48) == (8, 6)
+    assert grid_of(Encoder(), 12) == (4, 3)
     with pytest.raises(ValueError, match="47 patch tokens are no grid"):
-        _grid(Encoder(), 47)
+        grid_of(Encoder(), 47)
 
 
 @pytest.mark.parametrize("settings", [DenseKNN(), DenseLinear(epochs=3)])
@@ -315,20 +364,21 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocols": ["svm"]}, "protocols of .* each one of 'knn', 'linear', got"),
+        ({"protocols": ["svm"]}, "protocols of .* each one of 'knn', 'linear' or"),
         ({"protocols": []}, "protocols of .* one or more"),
         ({"layers": [2]}, "layers is one or more of 0 to 1"),
         ({"layers": []}, "layers of .* one or more"),
         ({"max_patches": 0}, "at least 1, got max_patches=0"),
         ({"device": "cuda:9"}, "cuda:9"),
-        ({"knn": DenseLinear()}, "knn of evaluate_dense is a DenseKNN"),
+        ({"protocols": [DenseKNN]}, "protocols has the class DenseKNN"),
+        ({"protocols": ["knn", DenseKNN([1])]}, "Two protocols are called 'knn'"),
         ({"classes": ["a", "b"]}, "holds the value.s. 3, 7, which name no class"),
         ({"classes": ["a"] * 8}, "names of the classes differ"),
         ({"ignore_index": (0, 3, 255)}, r"hold only \['7'\]"),
     ],
 )
 def test_evaluate_dense__refuses(
-    folder: Path, vit: MaskedEncoder, options: dict[str, Any], message: str
+    folder: Path, vit: Any, options: dict[str, Any], message: str
 ) -> None:
     out = folder.parent / "out"
     with pytest.raises(ValueError, match=message):
@@ -336,7 +386,9 @@ def test_evaluate_dense__refuses(
     assert not out.exists()
 
 
-def test_settings__refuse() -> None:
+def test_settings__refuse(folder: Path, vit: Any) -> None:
+    with pytest.raises(TypeError, match=r"no argument 'knn'. .*protocols=\[DenseKNN"):
+        evaluate_dense(vit, folder, knn=DenseKNN())
     with pytest.raises(ValueError, match="ks of DenseKNN is a list of one or more"):
         DenseKNN(ks=[0])
     with pytest.raises(ValueError, match="learning_rates of DenseLinear is a list"):
@@ -368,9 +420,8 @@ def break_folder(folder: Path, how: str) -> None:
             (folder / "train" / name).mkdir(parents=True)
             (folder / "val" / name).mkdir(parents=True)
             (folder / name / "a").rename(folder / "train" / name / "a")
-        image, mask = Image.new("RGB", (48, 32)), Image.new("L", (48, 32), 255)
-        image.save(folder / "val" / "images" / "0.png")
-        mask.save(folder / "val" / "masks" / "0.png")
+        Image.new("RGB", (48, 32)).save(folder / "val" / "images" / "0.png")
+        Image.new("L", (48, 32), 255).save(folder / "val" / "masks" / "0.png")
     elif how == "ignored":
         for path in (folder / "masks" / "a").iterdir():
             Image.new("L", (48, 32), 255).save(path)
@@ -392,7 +443,7 @@ def break_folder(folder: Path, how: str) -> None:
     ],
 )
 def test_evaluate_dense__refuses_folders(
-    folder: Path, vit: MaskedEncoder, how: str, message: str
+    folder: Path, vit: Any, how: str, message: str
 ) -> None:
     break_folder(folder, how)
     with pytest.raises(ValueError, match=message):
@@ -411,24 +462,3 @@ def test_cli(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     saved = json.loads((tmp_path / "dense.json").read_text())
     assert saved["arguments"]["ignore_index"] == [255, 254]
     assert saved["rows"][0]["hyperparameters"]["k"] == 1
-
-
-@pytest.mark.filterwarnings("always")
-@pytest.mark.parametrize(
-    ("protocols", "settings", "said"),
-    [
-        (["knn"], {"linear": DenseLinear(epochs=1)}, "linear"),
-        (["linear"], {"knn": DenseKNN(ks=[1])}, "knn"),
-        (["knn"], {"knn": DenseKNN(ks=[1])}, None),
-        (["knn"], {"linear": DenseLinear()}, None),
-    ],
-)
-def test_evaluate_dense__says_what_does_nothing(
-    shapes: Path, vit: MaskedEncoder, protocols: Any, settings: Any, said: str | None
-) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        evaluate_dense(vit, shapes, protocols, **FAST, **settings)
-    found = [str(each.message) for each in caught if "does nothing" in str(each)]
-    expected = f"{said} does nothing here: protocols={protocols} does not name it."
-    assert found == ([] if said is None else [expected])

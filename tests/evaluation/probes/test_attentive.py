@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ class PlainProbe(nn.Module):
         with torch.no_grad():
             self.query.copy_(probes.query[i].reshape(self.query.shape))
             if self.kind == "single":
+                assert probes.key is not None
                 self.key.weight.copy_(probes.key[i].flatten(0, 1))
             self.value.weight.copy_(probes.value[i].flatten(0, 1))
             self.head.weight.copy_(probes.weight[i])
@@ -67,13 +69,15 @@ class PlainProbe(nn.Module):
                 query, keys = self.query[head], tokens[image]
             attention = (keys @ query / math.sqrt(len(query))).softmax(dim=0)
             pooled[image, head] = attention @ values[image, :, head]
-        return self.head(self.norm(pooled.flatten(1)))
+        logits: Tensor = self.head(self.norm(pooled.flatten(1)))
+        return logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_attentive_grid__equals_training_alone(kind: attentive.Kind) -> None:
     tokens, labels = random_tokens()
-    settings = {"kind": kind, "queries": 4, "epochs": 3, "batch_size": 8, "seed": 3}
+    settings: dict[str, Any] = {"kind": kind, "queries": 4, "epochs": 3}
+    settings |= {"batch_size": 8, "seed": 3}
     # The bound on the memory cuts the grid into single probes.
     for max_numbers in (1, 2**26):
         probes = attentive.fit_attentive_grid(
@@ -151,6 +155,7 @@ def test_attentive_probes__equal_multihead_attention() -> None:
         parameter.data.copy_(values)
     mean, std = tokens.mean(dim=(0, 1)), tokens.std(dim=(0, 1), correction=0)
     standardized = (tokens - mean) / std
+    assert probes.key is not None
     for i, logits in enumerate(probes(tokens)):
         layer = nn.MultiheadAttention(DIM, 2, bias=False, batch_first=True).double()
         eye = torch.eye(DIM, dtype=torch.float64)
@@ -226,7 +231,7 @@ def test_attentive__finds_the_token_that_tells(kind: attentive.Kind) -> None:
 def test_choose_attentive__equals_a_held_out_part_by_hand() -> None:
     tokens, labels = random_tokens(num_images=40, dim=8)
     tokens[..., 0] += labels[:, None] * 2
-    settings = {"epochs": 4, "batch_size": 10}
+    settings: dict[str, Any] = {"epochs": 4, "batch_size": 10}
     grid_of = attentive.Attentive(
         learning_rates=RATES, weight_decays=DECAYS, num_parts=4, **settings
     )
@@ -255,7 +260,8 @@ def test_attentive__reads_a_batch_at_a_time() -> None:
 
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore
-            result = super().__torch_function__(func, types, args, kwargs or {})
+            parent: Any = super()
+            result = parent.__torch_function__(func, types, args, kwargs or {})
             if func is Tensor.__getitem__:
                 cls.taken.append(len(result))
                 return result.as_subclass(Tensor)
@@ -307,7 +313,7 @@ def test_num_heads() -> None:
         ({"num_parts": 31}, "num_folds=31 for 30 image"),
     ],
 )
-def test_attentive__bad_settings(settings: dict[str, object], message: str) -> None:
+def test_attentive__bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attentive.Attentive(**settings).check(30)
 
@@ -322,7 +328,7 @@ def test_attentive__bad_settings(settings: dict[str, object], message: str) -> N
     ],
 )
 def test_fit_attentive_grid__bad_input(change: dict[str, object], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "tokens": torch.ones(5, 2, 4),
         "labels": torch.zeros(5, dtype=torch.int64),
         "num_classes": 3,

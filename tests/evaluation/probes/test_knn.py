@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -197,7 +199,7 @@ def test_choose_knn__one_class() -> None:
 )
 def test_knn_predict_grid__bad_input(change: dict[str, object], message: str) -> None:
     bank, labels = clusters(12)
-    arguments = {
+    arguments: dict[str, Any] = {
         "queries": bank,
         "bank": bank,
         "bank_labels": labels,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.evaluation.probes import linear
 from lightly_mim.evaluation.probes.linear import GridChoice, Linear
 from lightly_mim.evaluation.probes.standardize import Standardizer
@@ -55,7 +56,7 @@ def test_fit_linear_grid__equals_torch_sgd() -> None:
         probe = nn.Linear(6, 3, dtype=torch.float64)
         nn.init.zeros_(probe.weight)
         nn.init.zeros_(probe.bias)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [probe.weight], "weight_decay": decay},
             {"params": [probe.bias]},
         ]
@@ -159,7 +160,7 @@ def test_choose_linear__one_class() -> None:
 def by_hand(features: Tensor, labels: Tensor, num_folds: int, seed: int) -> GridChoice:
     """Cross-validation over RATES and DECAYS, one probe after the other."""
     folds = assign_folds(labels, num_folds, seed=seed)
-    choices = []
+    choices: list[Any] = []
     for rate, decay in itertools.product(RATES, DECAYS):
         correct, loss = 0, 0.0
         for fold in range(num_folds):
@@ -180,12 +181,10 @@ def by_hand(features: Tensor, labels: Tensor, num_folds: int, seed: int) -> Grid
             loss += float(
                 functional.cross_entropy(logits, expected, reduction="sum").double()
             )
-        choices.append(
-            GridChoice(
-                rate, decay, correct / len(labels), pytest.approx(loss / len(labels))
-            )
-        )
-    return max(choices, key=lambda choice: (choice.accuracy, -choice.loss.expected))
+        held_out: Any = pytest.approx(loss / len(labels))
+        choices.append(GridChoice(rate, decay, correct / len(labels), held_out))
+    best: GridChoice = max(choices, key=lambda c: (c.accuracy, -c.loss.expected))
+    return best
 
 
 @pytest.mark.parametrize("max_numbers", [1, 1500, 2**26])
@@ -206,8 +205,11 @@ def test_choose_linear__equals_cross_validation_by_hand(max_numbers: int) -> Non
 def test_linear__takes_half_precision_and_the_best_features() -> None:
     train, labels, test, expected = digits(300)
     noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
-    values = {(0, "mean"): noise.half(), (1, "mean"): train.half()}
-    tests = {(0, "mean"): noise[:100].half(), (1, "mean"): test[:100].half()}
+    values: dict[Key, Tensor] = {(0, "mean"): noise.half(), (1, "mean"): train.half()}
+    tests: dict[Key, Tensor] = {
+        (0, "mean"): noise[:100].half(),
+        (1, "mean"): test[:100].half(),
+    }
     protocol = linear.Linear([0.02, 0.2], epochs=20)
     assert protocol.check(300) == []
     [outcome] = protocol(
@@ -251,7 +253,7 @@ def test_linear__takes_half_precision_and_the_best_features() -> None:
     ],
 )
 def test_fit_linear_grid__bad_input(change: dict[str, object], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "features": torch.ones(5, 2),
         "labels": torch.zeros(5, dtype=torch.int64),
         "num_classes": 3,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -133,7 +135,8 @@ def test_choose_logistic__equals_cross_validation_by_hand() -> None:
         logistic.Logistic(cs, num_folds=3, tolerance=1e-7),
         seed=4,
     )
-    assert choice == (best[0], best[1], pytest.approx(best[2], rel=1e-4), True)
+    wanted: Any = (best[0], best[1], pytest.approx(best[2], rel=1e-4), True)
+    assert choice == wanted
     assert worse.accuracy < choice.accuracy
 
 
@@ -181,7 +184,7 @@ def test_logistic__says_when_it_did_not_converge() -> None:
         ({"num_folds": 11}, "num_folds=11 for 10 image"),
     ],
 )
-def test_logistic__bad_settings(settings: dict[str, object], message: str) -> None:
+def test_logistic__bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         logistic.Logistic(**settings).check(10)
 
@@ -195,7 +198,7 @@ def test_logistic__bad_settings(settings: dict[str, object], message: str) -> No
     ],
 )
 def test_fit_logistic_path__bad_input(change: dict[str, object], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "features": torch.ones(5, 2),
         "labels": torch.zeros(5, dtype=torch.int64),
         "num_classes": 3,

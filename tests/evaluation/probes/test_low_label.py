@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from lightly_mim.data.notes import printable
 from lightly_mim.evaluation import KNN, evaluate
-from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.evaluation.probes import low_label
+from lightly_mim.evaluation.splits import draw_per_class
 
 
 def digits() -> tuple[Features, Features]:
@@ -26,7 +27,7 @@ def digits() -> tuple[Features, Features]:
     values, targets = torch.tensor(pixels[order]).float(), torch.tensor(labels[order])
 
     def part(rows: slice) -> Features:
-        several = {
+        several: dict[Key, Tensor] = {
             (0, "mean"): values[rows],
             (2, "mean"): values[rows, 20:25].half(),
             (2, "cls"): values[rows, :30],
@@ -38,24 +39,24 @@ def digits() -> tuple[Features, Features]:
 
 def test_draw_per_class() -> None:
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 50)
-    drawn = low_label.draw_per_class(labels, 3, 8, seed=0)
+    drawn = draw_per_class(labels, 3, 8, seed=0)
     assert drawn.shape == (3, 8)
     assert torch.equal(labels[drawn], torch.arange(3)[:, None].expand(3, 8))
     assert len(drawn.unique()) == 24
-    fewer = low_label.draw_per_class(labels, 3, 5, seed=0)
+    fewer = draw_per_class(labels, 3, 5, seed=0)
     assert torch.equal(fewer, drawn[:, :5])
-    assert not torch.equal(low_label.draw_per_class(labels, 3, 8, seed=1), drawn)
+    assert not torch.equal(draw_per_class(labels, 3, 8, seed=1), drawn)
     # Every image has its turn.
-    seen = [low_label.draw_per_class(labels, 3, 1, seed) for seed in range(200)]
+    seen = [draw_per_class(labels, 3, 1, seed) for seed in range(200)]
     assert len(torch.cat(seen)[:, 0].unique()) > 60
 
 
 def test_draw_per_class__too_few() -> None:
     labels = torch.tensor([0, 0, 2, 2, 2])
     with pytest.raises(ValueError, match=r"Class 1 has 0 .* draw 2 per class"):
-        low_label.draw_per_class(labels, 3, 2, seed=0)
+        draw_per_class(labels, 3, 2, seed=0)
     with pytest.raises(ValueError, match=r"Class 0 has 2 .* draw 3 per class"):
-        low_label.draw_per_class(labels // 2, 2, 3, seed=0)
+        draw_per_class(labels // 2, 2, 3, seed=0)
 
 
 def test_low_label() -> None:
@@ -95,11 +96,10 @@ def test_low_label__equals_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None
         Features({(0, "mean"): part.values[0, "mean"]}, part.labels, [], 0.0)
         for part in (train, test)
     )
-    drawn = []
-    draw = low_label.draw_per_class
+    drawn: list[Tensor] = []
 
-    def record(*args: object) -> Tensor:
-        drawn.append(draw(*args))
+    def record(*args: Any) -> Tensor:
+        drawn.append(draw_per_class(*args))
         return drawn[-1]
 
     monkeypatch.setattr(low_label, "draw_per_class", record)
@@ -114,7 +114,7 @@ def test_low_label__equals_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None
 def test_low_label__reads_no_other_label(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = digits()
     protocol = low_label.LowLabel(shots=[2], draws=1, cs=[0.1, 1.0])
-    rows = low_label.draw_per_class(train.labels, 10, 2, seed=3)
+    rows = draw_per_class(train.labels, 10, 2, seed=3)
     monkeypatch.setattr(low_label, "draw_per_class", lambda *_: rows)
     [outcome] = protocol(train, test, 10)
     few = torch.full_like(train.labels, -1)
@@ -133,7 +133,9 @@ def test_low_label__says_when_it_did_not_converge() -> None:
 
 def test_low_label__one_class_and_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
-    values = {(None, "pixels"): torch.randn(12, 4, generator=generator)}
+    values: dict[Key, Tensor] = {
+        (None, "pixels"): torch.randn(12, 4, generator=generator)
+    }
     data = Features(values, torch.zeros(12, dtype=torch.int64), [], 0.0)
     for outcome in low_label.LowLabel(shots=[1, 2], draws=2)(data, data, 1):
         assert outcome.key == (None, "pixels")
@@ -160,13 +162,17 @@ def test_evaluate__too_few_images_of_a_class_is_refused_early(photos: Path) -> N
 
     read = []
 
+    def feature_function(images: Tensor) -> Tensor:
+        read.append(images)
+        return images[:, :, 0, 0]
+
     def evaluate_on(data: Any, shots: int) -> None:
         evaluate(
             nn.Identity(),
             data,
             [Never(), low_label.LowLabel(shots=[1, shots])],
             val=None if isinstance(data, Path) else data,
-            feature_function=lambda images: read.append(images) or images[:, :, 0, 0],
+            feature_function=feature_function,
             img_size=16,
             num_workers=0,
             device="cpu",
@@ -192,7 +198,7 @@ def test_evaluate__too_few_images_of_a_class_is_refused_early(photos: Path) -> N
         ({"fixed_c": 0.0}, "above 0, got fixed_c"),
     ],
 )
-def test_low_label__bad_settings(settings: dict[str, object], message: str) -> None:
+def test_low_label__bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         low_label.LowLabel(**({"shots": [1]} | settings)).check(10)
 

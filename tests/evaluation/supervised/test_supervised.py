@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
 }
 FINETUNE = FineTune(epochs=2, batch_size=8, micro_batch_size=4)
 LINEAR = LinearMAE(epochs=2, batch_size=8, micro_batch_size=4, lr=6.4)
-PROTOCOLS = [FINETUNE, LINEAR]
+PROTOCOLS: list[ImageProtocol] = [FINETUNE, LINEAR]
 
 
 class Stripes(Dataset[Any]):
@@ -91,9 +91,8 @@ def encoder() -> MaskedEncoder:
 def run(
     protocol: ImageProtocol, encoder: MaskedEncoder, out: Path, **options: Any
 ) -> Tensor:
-    outcomes = protocol(
-        encoder, stripes(), 2, **({"out": out, "num_workers": 0} | options)
-    )
+    settings: dict[str, Any] = {"out": out, "num_workers": 0} | options
+    outcomes = protocol(encoder, stripes(), 2, **settings)
     assert len(outcomes) == 1
     return outcomes[0].ranked
 
@@ -352,10 +351,12 @@ def test_train_and_score__leaves_everything_as_it_was(
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     modules = str(encoder)
     torch.manual_seed(1)
-    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
+    old: Any = np.random.get_state()  # noqa: NPY002
+    states = torch.get_rng_state(), old[1], random.getstate()
     run(protocol, encoder, tmp_path)
     assert torch.get_rng_state().equal(states[0])
-    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    new: Any = np.random.get_state()  # noqa: NPY002
+    assert (new[1] == states[1]).all()
     assert random.getstate() == states[2]
     assert_same(encoder.state_dict(), before)
     assert str(encoder) == modules
