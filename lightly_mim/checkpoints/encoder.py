@@ -61,7 +61,7 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         encoder:
             The encoder.
     """
-    spec = {
+    spec: dict[str, Any] = {
         "name": encoder.name,
         "img_size": list(encoder.img_size),
         "in_chans": encoder.in_chans,

@@ -166,7 +166,7 @@ class Older(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        vit = timm.create_model(TINY, img_size=64, depth=2)
+        vit: Any = timm.create_model(TINY, img_size=64, depth=2)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         self.decoder = MAEDecoderTIMM(
             num_patches=16,
