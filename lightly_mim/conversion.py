@@ -19,7 +19,7 @@ from lightly_mim.cards import is_card, model_card
 from lightly_mim.checkpoints import encoder_spec, save_encoder, timm_model
 from lightly_mim.checkpoints import huggingface_writing as huggingface
 from lightly_mim.checkpoints import lightly_benchmark as lightly_layout
-from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.encoders import MaskedEncoder, masked_encoder
 from lightly_mim.evaluation.loading import build_saved, origin_notes
 from lightly_mim.masking import RandomMasking
 from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
@@ -145,8 +145,26 @@ def _to_timm(encoder: MaskedEncoder, method: MaskedImageModel | None) -> _Conver
             "model.safetensors": lambda path: _save(state, path),
         },
         'model = timm.create_model("local-dir:{out}", pretrained=True)',
-        [],
+        _norm_notes(encoder),
     )
+
+
+def _norm_notes(encoder: MaskedEncoder) -> list[str]:
+    """Returns how the norms differ from those that timm builds, which no file says."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are not there
+        own = masked_encoder(
+            str(encoder.name),
+            img_size=encoder.img_size,
+            in_chans=encoder.in_chans,
+            **encoder.options,
+        ).norm_eps
+    if encoder.norm_eps == own:
+        return []
+    return [
+        f"The norms of timm's model add {own:g} to the variance, and these weights "
+        f"come with {encoder.norm_eps:g}: set eps of its norms for the same features."
+    ]
 
 
 def _to_lightly(encoder: MaskedEncoder, method: MaskedImageModel | None) -> _Converted:
@@ -157,7 +175,7 @@ def _to_lightly(encoder: MaskedEncoder, method: MaskedImageModel | None) -> _Con
             f"VisionTransformer, got a {family}. Convert it to timm."
         )
     parts: dict[str, Tensor] = {}
-    notes = []
+    notes = _norm_notes(encoder)
     if type(method) is MAE:
         heads = _decoder_heads(method)
         if heads == _LIGHTLY_HEADS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from lightly_mim.checkpoints import (
     read_weights,
     save_encoder,
 )
+from lightly_mim.checkpoints.ours import METHOD_KEY
 from lightly_mim.cli import main
+from lightly_mim.config import to_config
 from lightly_mim.conversion import convert
 from lightly_mim.evaluation import load_encoder
+from lightly_mim.heads import InverseSwinHead, MLPHead
 from lightly_mim.masking import RandomMasking
 from lightly_mim.methods import MAE, MaskedImageModel, SimMIM
 from lightly_mim.pretraining import Pretraining, pretrain
@@ -166,6 +170,40 @@ def test_from_pretrained__options(first: Path) -> None:
     simmim = SimMIM.from_pretrained(first)
     assert isinstance(simmim, SimMIM)
     assert not isinstance(simmim.target, Pixels)
+
+
+@pytest.mark.parametrize(
+    ("head", "other"),
+    [
+        (None, MLPHead()),
+        (MLPHead(), None),
+        (InverseSwinHead(depths=(2, 2)), InverseSwinHead(depths=(4, 2))),
+    ],
+)
+def test_init__another_head_begins_anew(
+    head: Any, other: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = SimMIM(**TINY_VIT, head=head)
+    checkpoint: dict[str, Any] = {
+        "state_dict": Pretraining(method).state_dict(),
+        METHOD_KEY: json.dumps(to_config(method)),
+    }
+    put_encoder(method.encoder, checkpoint, None)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    begun = SimMIM.from_pretrained(tmp_path / "a.ckpt", head=other)
+    said = capsys.readouterr().out
+    assert (
+        "takes the encoder, its mask token. The head begins anew: the weights" in said
+    )
+    assert f"are of another one, and {begun.init_args['head']} is asked for." in said
+    assert type(begun.head) is type(SimMIM(**TINY_VIT, head=other).head)
+    # A part of a head is damage, not another one.
+    del checkpoint["state_dict"][
+        next(n for n in checkpoint["state_dict"] if n.startswith("method.head"))
+    ]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="weights of the head .* missing or unexpecte"):
+        SimMIM.from_pretrained(tmp_path / "a.ckpt")
 
 
 def test_init__statistics_of_the_weights_last(

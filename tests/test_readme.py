@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from lightly_mim.cli import main
 
 from .checkpoints import official
+from .test_conversion import Benchmark
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -59,7 +61,11 @@ def blocks(language: str) -> list[str]:
 def folder(photos: Path, tmp_path: Path) -> Path:
     """Where a reader stands: images in photos/, an empty runs/."""
     shutil.copytree(photos, tmp_path / "photos")
-    torch.save({"model": official.mae()}, tmp_path / "mae_visualize_vit_base.pth")
+    for name in ("mae_visualize_vit_base.pth", "mae_pretrain_vit_base_full.pth"):
+        torch.save({"model": official.mae()}, tmp_path / name)
+    torch.save({"state_dict": Benchmark().state_dict()}, tmp_path / "lightly_mae.ckpt")
+    deit = timm.create_model("deit3_small_patch16_224", depth=1)
+    torch.save(deit.state_dict(), tmp_path / "deit3_small.pth")
     torch.save({"model": official.swin()}, tmp_path / "simmim_pretrain__swin_base.pth")
     small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2}

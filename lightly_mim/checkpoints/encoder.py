@@ -47,7 +47,7 @@ class EncoderCheckpoint(NamedTuple):
             of the encoder and the `version` of lightly_mim that wrote the file.
             `unfinished`, see `MaskedEncoder`, if the weights are of a run that had not
             come to its end. `value_range` and `tables`, see there, where they are not
-            the default.
+            the default, and `norm_eps`, where there is one.
     """
 
     state_dict: dict[str, Tensor]
@@ -61,7 +61,7 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         encoder:
             The encoder.
     """
-    spec = {
+    spec: dict[str, Any] = {
         "name": encoder.name,
         "img_size": list(encoder.img_size),
         "in_chans": encoder.in_chans,
@@ -79,6 +79,8 @@ def encoder_spec(encoder: MaskedEncoder) -> dict[str, Any]:
         spec["value_range"] = list(encoder.value_range)
     if encoder.tables != "timm":
         spec["tables"] = encoder.tables
+    if encoder.norm_eps is not None:
+        spec["norm_eps"] = encoder.norm_eps
     return spec
 
 

@@ -174,6 +174,7 @@ def _config(
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": 0.0,
+        "layer_norm_eps": spec["norm_eps"],
     }
     if kind.startswith("swin"):
         hidden = len(encoder["layers.0.blocks.0.mlp.fc1.weight"])
@@ -186,7 +187,6 @@ def _config(
             "mlp_ratio": hidden / dim,
             "qkv_bias": True,
             "use_absolute_embeddings": False,
-            "layer_norm_eps": 1e-5,
             "hidden_size": dim * 2 ** (stages - 1),
             **({"pretrained_window_sizes": facts["units"]} if "units" in facts else {}),
         }
@@ -195,7 +195,6 @@ def _config(
         "num_hidden_layers": count(encoder, "blocks."),
         "num_attention_heads": facts["num_heads"][0],
         "intermediate_size": len(encoder["blocks.0.mlp.fc1.weight"]),
-        "layer_norm_eps": 1e-6,
     }
     if kind == "vit":
         return config | {"qkv_bias": True}

@@ -44,7 +44,13 @@ def read(content: Content, num_heads: int | None = None) -> Weights | None:
     parts = decoder_parts(tensors, DECODER)
     options = decoder_options(parts)
     normalised = getattr(content.beside.get("args"), "norm_pix_loss", None)
-    if normalised is not None:
+    notes: tuple[str, ...] = ()
+    if normalised is None:
+        notes = (
+            "The file does not say whether normalised pixels were predicted, as in "
+            "MAE's own training: pass target=Pixels() for mae_visualize_ files.",
+        )
+    else:
         target = "PatchNormalizedPixels" if normalised else "Pixels"
         options["target"] = {"class_path": f"lightly_mim.targets.{target}"}
     spec = encoder_of(encoder, num_heads, pos_embed="sincos")
@@ -56,6 +62,7 @@ def read(content: Content, num_heads: int | None = None) -> Weights | None:
         options=options,
         parts=parts,
         licence=LICENCE,
+        notes=notes,
     )
 
 

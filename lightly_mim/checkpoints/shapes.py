@@ -169,7 +169,8 @@ def _vit(
             "use_rel_pos_bias": own is not None,
             "use_shared_rel_pos_bias": shared is not None,
             "use_fc_norm": pooled,
-            "init_values": 0.1 if "blocks.0.gamma_1" in tensors else None,
+            # None would be the named model's own.
+            "init_values": 0.1 if "blocks.0.gamma_1" in tensors else 0.0,
             "qkv_bias": "blocks.0.attn.q_bias" in tensors,
         }
     else:

@@ -79,6 +79,8 @@ def read_spec(text: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }.items():
         value: Any = spec.get(key, allowed[0])
         _check(value in allowed, key, value, f"one of {allowed}")
+    eps: Any = spec.get("norm_eps", 0)
+    _check(_is_number(eps) and 0 <= eps < 1, "norm_eps", eps, "a number from 0 to 1")
     place: Any = spec.get("unfinished")
     _check(
         place is None or _is_place(place),

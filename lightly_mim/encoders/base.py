@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -95,6 +95,10 @@ class MaskedEncoder(ABC, nn.Module):
         tables:
             How its tables of relative positions go to another size, "timm" or "simmim",
             see `lightly_mim.encoders.resize_encoder`.
+        norm_eps:
+            What the norms of its blocks and behind them add to the variance, None where
+            they differ. timm's own, unless weights of another library were made with
+            another.
     """
 
     can_drop_tokens: ClassVar[bool] = False
@@ -157,6 +161,25 @@ class MaskedEncoder(ABC, nn.Module):
         check_pool(pool)
         self.check_features([-1], [pool])
         self._pool = pool
+
+    @property
+    def norm_eps(self) -> float | None:
+        """What the norms add to the variance."""
+        values = {norm.eps for norm in self._norms()}
+        return values.pop() if len(values) == 1 else None
+
+    @norm_eps.setter
+    def norm_eps(self, eps: float | None) -> None:
+        if eps is not None:
+            for norm in self._norms():
+                norm.eps = eps
+
+    def _norms(self) -> Iterator[nn.LayerNorm]:
+        for name, module in self.vit.named_modules():
+            # Those of patches have PyTorch's own in transformers, too.
+            of_patches = name.startswith("patch_embed.") or ".downsample." in name
+            if isinstance(module, nn.LayerNorm) and not of_patches:
+                yield module
 
     def extra_repr(self) -> str:
         """Returns what a user asks of an encoder first."""

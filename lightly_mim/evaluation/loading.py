@@ -163,7 +163,7 @@ def at_random(encoder: AnyEncoder, seed: Seed) -> AnyEncoder:
                 encoder.options,
                 encoder.init,
             )
-            other.pool = encoder.pool
+            other.pool, other.norm_eps = encoder.pool, encoder.norm_eps
         else:
             other = _build_timm(
                 encoder.name, encoder.img_size, encoder.in_chans, pretrained=False
@@ -349,6 +349,7 @@ def build_saved(
     if "value_range" in spec:
         encoder.value_range = tuple(spec["value_range"])
     encoder.tables = spec.get("tables", "timm")
+    encoder.norm_eps = spec.get("norm_eps")
     return encoder
 
 

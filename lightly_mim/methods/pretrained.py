@@ -20,7 +20,7 @@ from lightly_mim.checkpoints import Weights, encoder_spec, read_weights
 from lightly_mim.checkpoints.hub import fetch, is_hub_name
 from lightly_mim.checkpoints.layouts import KNOWN
 from lightly_mim.checkpoints.shapes import count
-from lightly_mim.config import WEIGHT_OPTIONS, check_known, from_config
+from lightly_mim.config import WEIGHT_OPTIONS, check_known, from_config, to_config
 from lightly_mim.encoders import MaskedEncoder, fit_encoder, masked_encoder
 from lightly_mim.evaluation.loading import build_saved
 from lightly_mim.files import expanded
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _FITTED = ("img_size", "patch_size", "window_size", "in_chans")
 _WIDTHS = ("dim", "depth", "heads")  # endings of options
 _SLACK = 2**20  # weights that a method may have beyond those in its file
+_HEAD = {"class_path": "lightly_mim.heads.LinearHead"}  # of files that do not say it
 _MASKING = {"masking", "mask_patch_size", "mask_ratio"}
 
 
@@ -265,7 +266,7 @@ def _take(
     """Copies weights into a method, and prints what there is to say of it."""
     target = method.encoder
     _load_encoder(target, encoder, source)
-    for name in ("mean", "std", "value_range", "tables"):
+    for name in ("mean", "std", "value_range", "tables", "norm_eps"):
         setattr(target, name, getattr(encoder, name))
     target.untrained = False
     token = weights.mask_token
@@ -350,6 +351,12 @@ def _load_parts(
         if depths[0] != depths[1]:
             other.append(f"{depths[1]} blocks, and {depths[0]} are asked for")
         if odd and not other and here and there:
+            asked = method.init_args.get(top)
+            if asked is not None and to_config(asked) != weights.options.get(
+                top, _HEAD
+            ):
+                anew[top] = f"the weights are of another one, and {asked} is asked for"
+                continue
             raise ValueError(
                 f"The weights of the {top} in {source} are not those of a "
                 f"{type(method).__name__}: missing or unexpected are {', '.join(odd)}."

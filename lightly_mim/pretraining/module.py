@@ -310,8 +310,10 @@ class Pretraining(TrainingModule):
         encoder = self.method.encoder
         encoder.untrained = False
         # Which may be those of the weights that the run began with.
-        if dict(json.loads(checkpoint.get(ENCODER_KEY) or "{}")).get("tables"):
+        said = dict(json.loads(checkpoint.get(ENCODER_KEY) or "{}"))
+        if said.get("tables"):
             encoder.tables = "simmim"
+        encoder.norm_eps = said.get("norm_eps")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -130,6 +130,33 @@ def test_main__stages_give_what_one_command_gives(
     ]
 
 
+def test_main__begins_with_weights(
+    script: ModuleType,
+    finished: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a run at another size, by both methods, in stages."""
+    out, init = tmp_path / "out", str(finished / "SimMIM-seed0")
+    words = ["--data-dir", str(data_dir), "--out", str(out), "--img-size", "96"]
+    words += ["--stage", "train", "--init"]
+    message = refusal(script, capsys, *words, str(tmp_path / "nowhere"))
+    assert "There are no weights" in message and not out.exists()
+    script.main([*TINY, *words, init])
+    said = capsys.readouterr().out
+    assert f"SimMIM from {init} (the run {init}): takes the encoder, its mask" in said
+    assert "img_size (64, 64) -> (96, 96)" in said
+    words[words.index("train")] = "evaluate"
+    message = refusal(script, capsys, *words, "vit_base_patch16_224.mae")
+    assert f"init: {init!r} in the run, 'vit_base_patch16_224.mae' now" in message
+    script.main([*TINY, *words, init])
+    config = yaml.safe_load((out / "SimMIM-seed0" / "config.yaml").read_text())
+    assert config["init"] == init
+    table = (out / "table.md").read_text()
+    assert "| SimMIM, pretrained |" in table and f"--init {init}`" in table
+
+
 def test_main__resumes_with_more_seeds(
     script: ModuleType,
     data_dir: Path,

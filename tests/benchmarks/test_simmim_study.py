@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.ndimage import distance_transform_edt
@@ -393,6 +394,29 @@ def test_main__goes_on_where_it_was_cut(
     assert "Evaluated before" in output and "going on from" in output
     assert marker.stat().st_mtime_ns == before
     same_numbers(tmp_path / "cut", finished)
+
+
+def test_main__begins_with_weights(
+    script: ModuleType,
+    finished: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rows of both methods, with the encoder of a row that is there."""
+    init, rows = str(finished / "default-seed0"), ["default", "mae", "head-mlp"]
+    words = [*WORDS, "--row", *rows, "--data", str(photos), "--out", str(tmp_path)]
+    script.main([*words, "--init", init])
+    said = capsys.readouterr().out
+    assert (
+        "SimMIM from" in said and "takes the encoder, its mask token, the head" in said
+    )
+    assert "MAE from" in said and "What MAE has besides begins anew" in said
+    assert "The head begins anew" in said
+    summary = [row for row in summary_of(tmp_path) if row["model"] == "pretrained"]
+    assert {row["row"] for row in summary} == {*rows}
+    config = yaml.safe_load((tmp_path / "head-mlp-seed0" / "config.yaml").read_text())
+    assert config["init"] == init
 
 
 def test_main__stages_and_tables_of_an_array(

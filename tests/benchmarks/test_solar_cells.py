@@ -56,6 +56,12 @@ def test_main__quick(
     assert config["data"] == "solar-cells"
     assert config["method"]["init_args"]["in_chans"] == 1
 
+    words = ["--img-size", "64", "--init", str(out / "SimMIM-seed0"), "--stage"]
+    script.main([*WORDS, *words, "train", "--out", str(tmp_path / "further")])
+    said = capsys.readouterr().out
+    assert "takes the encoder, its mask token, the head." in said
+    assert "img_size (96, 96) -> (64, 64)" in said
+
 
 def test_main__without_the_images(
     script: ModuleType,

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from lightly_mim import MAE, convert
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.masking import Mask
+from lightly_mim.patches import sincos_positions
 
 COMMIT = "a" * 40
 CONFIG = transformers.ViTMAEConfig(
@@ -36,7 +37,6 @@ CONFIG = transformers.ViTMAEConfig(
     decoder_num_hidden_layers=1,
     decoder_num_attention_heads=4,
     decoder_intermediate_size=128,
-    layer_norm_eps=1e-6,  # MAE's own; 1e-12 there moves a class token of 0.02
 )
 
 
@@ -90,6 +90,12 @@ def main(port: int, root: Path) -> None:
     torch.manual_seed(0)
     theirs = transformers.ViTMAEForPreTraining(CONFIG)
     theirs.eval()
+    # As published ones have them; transformers leaves them at zero.
+    for positions in (
+        theirs.vit.embeddings.position_embeddings,
+        theirs.decoder.decoder_pos_embed,
+    ):
+        positions.data.copy_(sincos_positions((4, 4), positions.shape[-1], 1))
     theirs.save_pretrained(root / "safetensors")
     (root / "bin").mkdir()
     shutil.copy(root / "safetensors" / "config.json", root / "bin")

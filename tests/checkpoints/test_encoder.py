@@ -195,6 +195,7 @@ def test_save_encoder__metadata_is_json(tmp_path: Path) -> None:
         "mean",
         "std",
         "pool",
+        "norm_eps",
         "sha256",
         "version",
     }
