@@ -46,6 +46,7 @@ from lightly_mim.evaluation import (
 )
 from lightly_mim.evaluation.provenance import to_json
 from lightly_mim.files import is_file, print_any_name
+from lightly_mim.interrupts import INTERRUPTED
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
@@ -181,21 +182,21 @@ def main(args: Sequence[str] | None = None) -> None:
         command = COMMANDS.get(words[0] if words else "")
         with spelled_warnings(command, words):
             result = auto_cli(COMMANDS, args=words, **_PARSER)
+        first = not distributed.is_initialized() or distributed.get_rank() == 0
+        if isinstance(result, Results | DenseResults | Predictions) and first:
+            notes = [as_options(note, command, words) for note in result.notes]
+            rich.print(dataclasses.replace(result, notes=notes))
     except (ValueError, argparse.ArgumentError) as error:
         _fail(2, _spelled(error, words))
     except (NonFiniteLossError, OSError) as error:
         _fail(1, error)
     except KeyboardInterrupt:
         _say_interrupted(words)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Preempted:
         if "SLURM_JOB_ID" not in os.environ:  # where the job is queued again
             _say_interrupted(words)
         raise
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if isinstance(result, Results | DenseResults | Predictions) and first:
-        notes = [as_options(note, command, words) for note in result.notes]
-        rich.print(dataclasses.replace(result, notes=notes))
 
 
 def read(args: Sequence[str]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def report_run(
         warnings.warn(f"The report shows no features: {error}", stacklevel=2)
     finally:
         method.to(home)
-    if page := write_page_or_warn(directory, figures=True):
+    if page := write_page_or_warn(directory):
         print(f"The report is in {page}.", flush=True)
 
 

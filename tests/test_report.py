@@ -164,7 +164,7 @@ def test_report_run__a_failure_is_a_warning(
         report_run(run, method, images, "images", cpu)
     assert (run / REPORT).exists()
     images.transform = plain
-    said = "(?s)could not be written: .*The run is complete.*lightly-mim report"
+    said = "(?s)could not be written: .*All else is complete.*lightly-mim report"
     with pytest.warns(UserWarning, match=said):
         report_run(tmp_path / "empty", method, images, "images", cpu)
 

@@ -295,7 +295,7 @@ def test_page__of_several_runs(browser: Any, real_run: Path, tmp_path: Path) -> 
         assert tab.evaluate(wide) <= 0
         heads = tab.locator("#study th").all_text_contents()
         assert heads[:2] == ["run", "lr"]
-        rates = tab.locator("#study tbody td:nth-child(2)")
+        rates = tab.locator("#study tbody:nth-of-type(1) td:nth-child(2)")
         assert rates.all_text_contents() == ["0.1", "0.01", "0.001"]
         tab.locator("#study th").nth(1).click()
         assert rates.all_text_contents() == ["0.001", "0.01", "0.1"]

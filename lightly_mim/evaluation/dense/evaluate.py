@@ -87,6 +87,7 @@ from lightly_mim.evaluation.provenance import (
 from lightly_mim.evaluation.results import RANDOM, results_file, to_text
 from lightly_mim.files import atomic_write
 from lightly_mim.patches import Size
+from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.training.machine import autocast, check_precision
 from lightly_mim.transforms import EvalTransform
 
@@ -325,6 +326,7 @@ def evaluate_dense(
     if file is not None:
         with atomic_write(file) as temporary:
             temporary.write_text(to_text(results.to_dict()))
+        write_page_or_warn(file.parent)
     return results
 
 
