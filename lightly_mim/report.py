@@ -118,7 +118,7 @@ def report_run(
     finally:
         method.to(home)
     if page := write_page_or_warn(directory):
-        print(f"The report is in {page}.", flush=True)
+        print(f"The report is in {page}: open it with a browser.", flush=True)
 
 
 def look_at(directory: Path | str, data: Data | None = None) -> str:

@@ -39,14 +39,18 @@ def test_pretrain_then_evaluate(
     where = ["--out", str(out), "--data", str(photos)]
     main(["pretrain", *where, *VIT, *RUN])
     assert (out / "encoder.safetensors").exists()
-    assert f"lightly-mim evaluate --encoder {out} --data {photos}" in (
-        capsys.readouterr().out
-    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"lightly-mim evaluate --encoder {out} --data {photos}" in last
     main(["pretrain", *where, *VIT, *RUN, "--resume"])
     evaluation = ["--encoder", str(out), "--data", str(photos), "--num_workers", "0"]
     layers = ["--layers", "0", "-1", "--protocols", "knn", "--knn.ks", "1", "5"]
     main(["evaluate", *evaluation, *layers, "--out", str(out)])
-    assert "knn" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "knn" in shown
+    last = f"Everything is in {out}; open {out}/report.html with a browser."
+    assert shown.splitlines()[-1] == last
+    main(["evaluate", *evaluation, *layers])
+    assert "Nothing was written: add --out" in capsys.readouterr().out.splitlines()[-1]
     results = json.loads((out / "results.json").read_text())
     assert [row["protocol"] for row in results["rows"]] == ["knn"]
     assert results["arguments"]["layers"] == [0, -1]
