@@ -28,7 +28,7 @@ def summary(run: RunFiles) -> list[str]:
         size = arguments.get("img_size")
         encoder = as_text(arguments.get("encoder", "an encoder"), 80)
         said = [
-            class_name(config.get("method")),
+            class_name(config.get("method") or ""),
             encoder + (f" at {words_of(size)}" if size else ""),
             as_text(config.get("data", ""), 80),
         ]

@@ -236,7 +236,7 @@
       const pad = (high - low) * 0.08;
       let drawing, spot;
       if (names) {
-        const x = scale(low - pad, high + pad, side + 8, width - 14, Math.max(Math.floor((width - side) / 70), 2), false);
+        const x = scale(low - pad, high + pad, side + 8, width - 14, Math.max(Math.floor((width - side) / 70), 3), false);
         drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": host.getAttribute("aria-label") || "" });
         for (const [value, text] of x.ticks) {
           drawing.append(svg("line", { class: "rule", x1: x.at(value), x2: x.at(value), y1: 4, y2: height - 42 }));
