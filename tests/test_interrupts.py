@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytorch_lightning import Trainer
+from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
+from torch.utils.data import DataLoader
+
+from lightly_mim.training.signals import Preempted
+from lightly_mim.training.trainer import calling
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "lightly_mim"]
@@ -120,3 +126,15 @@ def test_interrupt__of_a_benchmark(tmp_path: Path) -> None:
     words = [sys.executable, script, "--quick", "--epochs", "900", "--out", "out"]
     said = interrupted(words, "epoch 1/", cwd=tmp_path)
     assert "Interrupted. Go on with: python benchmarks/solar_cells.py" in said
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Preempted(15)])
+def test_calling__tells_lightnings_ways_to_end_apart(error: Any) -> None:
+    class Stops(BoringModel):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            raise error
+
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    with pytest.raises(BaseException) as raised, calling(trainer):
+        trainer.test(Stops(), DataLoader(RandomDataset(32, 4)))
+    assert raised.type is (error if error is KeyboardInterrupt else Preempted)
