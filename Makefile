@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo test test-slow browser-test slurm-test check format clean
+.PHONY: install demo test test-slow browser-test slurm-test check format help clean
 
 install: $(READY)  ## set up .venv
 
@@ -46,6 +46,9 @@ check: $(READY)  ## all that CI checks
 format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+help: $(READY)  ## what COMMAND --help says, as the parser says it now
+	WRITE_HELP=1 $(BIN)/python -m pytest -q -k is_what_the_parser_says tests/test_cli.py
 
 clean:  ## remove .venv, caches and builds
 	rm -rf .venv dist build .*_cache

@@ -24,12 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Of a script of this folder, Ctrl-C needs no traceback while it imports PyTorch.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    from lightly_mim.interrupts import end_at_once
+
+    end_at_once()
+
 import lightly_mim.methods  # isort: skip  # before PyTorch, whose threads it sets up
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_only
 
-from lightly_mim import cli, heads, losses, masking, targets
+from lightly_mim import cli, heads, interrupts, losses, masking, targets
 from lightly_mim.config import Recorded
 from lightly_mim.encoders import Pool
 from lightly_mim.evaluation import PIXELS, RANDOM, evaluate
@@ -37,6 +43,7 @@ from lightly_mim.files import atomic_write, print_any_name, printable, read_seal
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import check_pretraining, default_precision, pretrain
+from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.reporting.study import (
     PROTOCOLS,
     RESULTS_FILE,
@@ -333,6 +340,7 @@ def run_script(
         said = respell(str(error), options)
         parser.exit(code, f"{parser.prog}: error: {said}\n")
 
+    interrupts.raise_again()
     try:
         main(arguments, command)
     except (ValueError, MisconfigurationException) as error:
@@ -340,7 +348,12 @@ def run_script(
     except (NonFiniteLossError, OSError) as error:
         fail(1, error)
     except KeyboardInterrupt:
-        parser.exit(130, f"\nInterrupted. Go on with: {resuming(command)}\n")
+        parser.exit(
+            interrupts.INTERRUPTED,
+            f"\nInterrupted. Go on with: {resuming(command)}\n",
+        )
+    finally:
+        interrupts.end_at_once()
 
 
 def spell(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
@@ -444,9 +457,24 @@ def run_study(
         summary, table = arguments.out / "summary.csv", arguments.out / "table.md"
         write_summary(runs, command, summary)
         _report(runs, title, notes, command, table)
-        print(f"The table: {table}; every number: {summary}")
         print(f"The command took {duration(time.perf_counter() - start)}.")
+        say_files(table, summary, write_page_or_warn(arguments.out))
     return runs
+
+
+def say_files(table: Path, summary: Path, page: Path | None) -> None:
+    """Says where the files of a study are.
+
+    Args:
+        table:
+            Its tables, in Markdown.
+        summary:
+            Every number.
+        page:
+            Its page, None if it could not be written.
+    """
+    shown = "" if page is None else f"; open {page} with a browser"
+    print(f"The table: {table}; every number: {summary}{shown}.", flush=True)
 
 
 def train_and_evaluate(

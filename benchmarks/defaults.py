@@ -50,6 +50,7 @@ from lightly_mim import (
     MaskedImageModel,
     SimMIM,
     evaluate,
+    interrupts,
     masked_encoder,
     pretrain,
 )
@@ -652,4 +653,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.raise_again()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(interrupts.INTERRUPTED)

@@ -333,8 +333,8 @@ def _run(arguments: argparse.Namespace, plans: dict[str, Plan], command: str) ->
         not arguments.axis or {*MASK_AXES, "all"} & {*arguments.axis}
     ):
         _plot(space(arguments), arguments.out)
-    write_tables([arguments.out], command)
     print(f"The command took {duration(time.perf_counter() - start)}.")
+    write_tables([arguments.out], command)
 
 
 def _train(

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from common import Plan
+from common import Plan, say_files
 from simmim_space import AXES, DEFAULT, MAE_DEFAULT, RATIO, Space
 from solar_cells import CREDIT, MODULES
 from solar_cells import DATA as SOLAR_CELLS
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightly_mim.files import atomic_write
 from lightly_mim.masking import average_distance
 from lightly_mim.methods import MaskedImageModel
+from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.reporting.study import (
     PIXELS,
     PRETRAINED,
@@ -222,7 +223,7 @@ def write_tables(folders: Sequence[Path], command: str) -> None:
         summary,
         lambda run: _about(abouts[run.path]),
     )
-    print(f"\nThe tables: {table}; every number: {summary}")
+    say_files(table, summary, write_page_or_warn(*folders))
 
 
 def _about(about: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """The command line: `lightly-mim`, and `python -m lightly_mim`.
 
-Which commands there are, and the version, are told without PyTorch and Lightning, whose
-import takes seconds.
+Which commands there are, their options and the version are told without PyTorch and
+Lightning, whose import takes seconds. What the parser says of a command is kept in
+`help/`, which `make help` writes anew and a test compares with the parser.
 """
 
 import sys
+from pathlib import Path
 
 from lightly_mim import __version__
+from lightly_mim.interrupts import end_at_once, raise_again
 
 HELP = """\
 usage: lightly-mim COMMAND [options]
@@ -31,17 +34,30 @@ Begin with: lightly-mim pretrain --data photos/ --out runs/first --minutes 30
 """
 
 
+def _commands() -> dict[str, Path]:
+    """Returns the files of help by the names of their commands."""
+    files = (Path(__file__).parent / "help").glob("*.txt")
+    return {file.stem: file for file in files}
+
+
 def main() -> None:
     """Runs the command line."""
     words = sys.argv[1:]
     if words in ([], ["-h"], ["--help"]):
         print(HELP, end="")
+    elif len(words) == 2 and words[1] in ("-h", "--help") and words[0] in _commands():
+        print(_commands()[words[0]].read_text(), end="")
     elif words == ["--version"]:
         print(f"lightly-mim {__version__}")
     else:
+        end_at_once()
         from lightly_mim import cli
 
-        cli.main(words)
+        raise_again()
+        try:
+            cli.main(words)
+        finally:
+            end_at_once()
 
 
 if __name__ == "__main__":

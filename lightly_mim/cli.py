@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,14 +46,17 @@ from lightly_mim.evaluation import (
     predict,
     show,
 )
+from lightly_mim.evaluation.classifier_files import CLASSIFIERS
 from lightly_mim.evaluation.dense.protocols import DENSE_PROTOCOLS
 from lightly_mim.evaluation.provenance import to_json
 from lightly_mim.files import is_file, print_any_name
+from lightly_mim.interrupts import INTERRUPTED
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import check_pretraining, pretrain
 from lightly_mim.report import report
+from lightly_mim.reporting.page import REPORT
 from lightly_mim.settings import check_batch
 from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
@@ -187,6 +191,11 @@ def main(args: Sequence[str] | None = None) -> None:
         command = COMMANDS.get(words[0] if words else "")
         with spelled_warnings(command, words):
             result = auto_cli(COMMANDS, args=words, **_PARSER)
+        first = not distributed.is_initialized() or distributed.get_rank() == 0
+        if isinstance(result, Results | DenseResults | Predictions) and first:
+            notes = [as_options(note, command, words) for note in result.notes]
+            rich.print(dataclasses.replace(result, notes=notes))
+            print(_where(result, words))
     except (ValueError, argparse.ArgumentError) as error:
         _fail(2, _spelled(error, words))
     except (NonFiniteLossError, OSError) as error:
@@ -197,15 +206,11 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(1, f"There is not enough memory: {error}")
     except KeyboardInterrupt:
         _say_interrupted(words)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Preempted:
         if "SLURM_JOB_ID" not in os.environ:  # where the job is queued again
             _say_interrupted(words)
         raise
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if isinstance(result, Results | DenseResults | Predictions) and first:
-        notes = [as_options(note, command, words) for note in result.notes]
-        rich.print(dataclasses.replace(result, notes=notes))
 
 
 def read(args: Sequence[str]) -> dict[str, Any]:
@@ -426,6 +431,33 @@ def _say_interrupted(words: Sequence[str]) -> None:
         out = Path(words[words.index("--out") + 1])
         what = what if (out / "config.yaml").is_file() else " There is no run yet."
     print(f"lightly-mim: interrupted.{what}", file=sys.stderr)
+
+
+def _where(result: Results | DenseResults | Predictions, words: Sequence[str]) -> str:
+    """Says where everything is that a command has written, and what to type next."""
+    if words[0] == "show":
+        results = Path(words[words.index("--results") + 1])
+        folder = results if results.is_dir() else results.parent
+        return f"The same as a page: {_command('report', folder)}"
+    if isinstance(result, Predictions):
+        return (
+            f"All classes of every image: {words[words.index('--out') + 1]}"
+            if "--out" in words
+            else "Nothing was written: add --out classes.csv to keep them."
+        )
+    out = result.record["arguments"].get("out")
+    if out is None:
+        return (
+            "Nothing was written: add --out FOLDER to keep the results and their page."
+        )
+    said = f"Everything is in {out}; open {Path(out) / REPORT} with a browser."
+    if any((Path(out) / CLASSIFIERS).glob("*.safetensors")):
+        said += f" The classes of other images: {_command('predict', out)} IMAGES"
+    return said
+
+
+def _command(*words: str | Path) -> str:
+    return shlex.join(["lightly-mim", *map(str, words)])
 
 
 def _fail(code: int, message: object) -> NoReturn:

@@ -100,7 +100,8 @@ def convert(
         if out.exists():
             out.rename(Path(folder) / "replaced")  # removed once the new one is there
         made.rename(out)
-    print("\n".join([*notes, f"{to}: written to {out}."]), flush=True)
+    said = f"{to}: written to {out}. How to load it: {out / 'README.md'}"
+    print("\n".join([*notes, said]), flush=True)
     return out
 
 

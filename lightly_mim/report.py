@@ -117,8 +117,8 @@ def report_run(
         warnings.warn(f"The report shows no features: {error}", stacklevel=2)
     finally:
         method.to(home)
-    if page := write_page_or_warn(directory, figures=True):
-        print(f"The report is in {page}.", flush=True)
+    if page := write_page_or_warn(directory):
+        print(f"The report is in {page}: open it with a browser.", flush=True)
 
 
 def look_at(directory: Path | str, data: Data | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Collects what the tasks of a study found: study.csv and one page, study.md.
+"""Collects what the tasks of a study found: study.csv, study.md and report.html.
 
 python slurm/report.py STUDY        (a study's last job does so by itself)
 """
@@ -11,6 +11,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ _WITH_REASON = ("failed", "interrupted", "lost")  # states
 
 
 def write_report(study: Study) -> str:
-    """Writes study.csv and study.md.
+    """Writes study.csv, study.md and, if a run has begun, report.html.
 
     Returns:
         What to tell the user.
     """
+    from lightly_mim.reporting.page import find_runs, write_page_or_warn
+
     found, lines = [], []
     for row in rows(study, queue()):
         try:
@@ -47,7 +50,12 @@ def write_report(study: Study) -> str:
     page = _page(study, found, lines)
     with files.atomic_write(study.path / "study.md") as temporary:
         temporary.write_text(page)
-    return f"{page}\nEvery number: {study.path / 'study.csv'}"
+    said = f"{page}\nEvery number: {study.path / 'study.csv'}"
+    with suppress(ValueError):  # no run has begun
+        find_runs(study.path)
+        if html := write_page_or_warn(study.path):
+            said += f"; open {html} with a browser"
+    return f"{said}."
 
 
 def _lines(study: Study, row: Row) -> Iterator[dict[str, Any]]:

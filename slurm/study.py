@@ -6,7 +6,8 @@ code/                 lightly_mim/, benchmarks/ and slurm/ as they were: what jo
 jobs/                 submitit's folder: sbatch scripts, pickles, and a log per job
 tasks/NN-name/run/    what the command writes, its --out
 tasks/NN-name/state.json   how far it is; written by rank 0 of the task's jobs alone
-study.csv  study.md   every number, and one page; written by report.py
+study.csv  study.md   every number, and the tables; written by report.py
+report.html           all runs on one page, whose figures are in figures/, too
 """
 
 from __future__ import annotations

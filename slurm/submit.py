@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 try:
+    from lightly_mim import interrupts
+
+    if __name__ == "__main__":  # there is nothing to save yet
+        interrupts.end_at_once()
     import submitit
 except ModuleNotFoundError:
     sys.exit(
@@ -170,10 +174,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     cut = words.index("--") if "--" in words else len(words)
     own, command = spell(words[:cut]), words[cut + 1 :]
     made, study = parser()
+    interrupts.raise_again()
     try:
         _main(made, study, own, command)
     except (ValueError, OSError, FailedSubmissionError, FailedJobError) as error:
         made.exit(2, f"submit.py: error: {error}\n")
+    except KeyboardInterrupt:
+        made.exit(interrupts.INTERRUPTED, "\nsubmit.py: interrupted.\n")
+    finally:
+        interrupts.end_at_once()
 
 
 def spell(words: Sequence[str]) -> list[str]:

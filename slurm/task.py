@@ -374,7 +374,7 @@ class Report:
     study: str
 
     def __call__(self) -> None:
-        """Writes study.csv and study.md."""
+        """Writes what a study found, see `report.write_report`."""
         from report import write_report
         from study import Study
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -39,14 +40,18 @@ def test_pretrain_then_evaluate(
     where = ["--out", str(out), "--data", str(photos)]
     main(["pretrain", *where, *VIT, *RUN])
     assert (out / "encoder.safetensors").exists()
-    assert f"lightly-mim evaluate --encoder {out} --data {photos}" in (
-        capsys.readouterr().out
-    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"lightly-mim evaluate --encoder {out} --data {photos}" in last
     main(["pretrain", *where, *VIT, *RUN, "--resume"])
     evaluation = ["--encoder", str(out), "--data", str(photos), "--num_workers", "0"]
     layers = ["--layers", "0", "-1", "--protocols", "knn", "--knn.ks", "1", "5"]
     main(["evaluate", *evaluation, *layers, "--out", str(out)])
-    assert "knn" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "knn" in shown
+    last = f"Everything is in {out}; open {out}/report.html with a browser."
+    assert shown.splitlines()[-1] == last
+    main(["evaluate", *evaluation, *layers])
+    assert "Nothing was written: add --out" in capsys.readouterr().out.splitlines()[-1]
     results = json.loads((out / "results.json").read_text())
     assert [row["protocol"] for row in results["rows"]] == ["knn"]
     assert results["arguments"]["layers"] == [0, -1]
@@ -408,10 +413,39 @@ def test_help__names_every_command() -> None:
 
 def test_help__leaves_pytorch_alone() -> None:
     code = (
-        "import sys; sys.argv[1:] = ['--help']; from lightly_mim import __main__; "
-        "__main__.main(); assert 'torch' not in sys.modules"
+        "import sys; from lightly_mim import __main__\n"
+        "for words in ['--help'], ['pretrain', '-h'], ['evaluate-dense', '--help']:\n"
+        "    sys.argv[1:] = words; __main__.main()\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_help__is_what_the_parser_says() -> None:
+    """`make help` writes it anew."""
+    code = (
+        "import contextlib, io, json; from lightly_mim import cli; told = {}\n"
+        "for name in cli.COMMANDS:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, \\\n"
+        "            contextlib.suppress(SystemExit):\n"
+        "        cli.main([name, '--help'])\n"
+        "    told[name] = out.getvalue()\n"
+        "print(json.dumps(told))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"COLUMNS": "88"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    folder = Path(__main__.__file__).parent / "help"
+    if "WRITE_HELP" in os.environ:
+        for name, text in told.items():
+            (folder / f"{name}.txt").write_text(text)
+    kept = {file.stem: file.read_text() for file in folder.iterdir()}
+    assert kept.keys() == told.keys()
+    for name, text in told.items():
+        # Where argparse breaks its lines changes from one Python to the next.
+        assert kept[name].split() == text.split(), f"{name}: run make help"
 
 
 def test_version() -> None:

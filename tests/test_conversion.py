@@ -407,7 +407,8 @@ def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (run / "results.json").write_text(json.dumps({"rows": [row]}))
     out = tmp_path / "out"
     main(["convert", "--checkpoint", str(run), "--to", "timm", "--out", str(out)])
-    assert f"timm: written to {out}" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"timm: written to {out}. How to load it: {out}/README.md"
     card = (out / "README.md").read_text()
     for line in (
         "vit_tiny_patch16_224, pretrained with MAE",

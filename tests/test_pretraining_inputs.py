@@ -499,7 +499,15 @@ def test_proposed_command_is_quoted(
     ]
     words = shlex.split(line.removeprefix("Evaluate it: "))
     assert words[:4] == ["lightly-mim", "evaluate", "--encoder", str(out)]
-    assert words[4:] == ["--data", str(data / "train"), "--val", str(data / "val")]
+    where = ["--data", str(data / "train"), "--val", str(data / "val")]
+    where += ["--baselines", "random", "pixels", "--out", str(out)]
+    assert words[4:] == where
+    # Without labels of test images.
+    run(tmp_path / "b", data / "val", epochs=1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    features = tmp_path / "b" / "features.npz"
+    words = shlex.split(last.removeprefix("Write the features of its images: "))
+    assert words[2:] == [str(tmp_path / "b"), str(data / "val"), "--out", str(features)]
 
 
 @pytest.mark.parametrize(

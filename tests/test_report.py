@@ -23,7 +23,7 @@ from torch import Tensor
 from lightly_mim import SimMIM, evaluate, pretrain
 from lightly_mim.cli import main
 from lightly_mim.data import open_data
-from lightly_mim.gallery import write_gallery
+from lightly_mim.gallery import _colours, write_gallery
 from lightly_mim.methods.pretrained import from_pretrained
 from lightly_mim.report import look_at, report, report_run
 from lightly_mim.reporting.page import REPORT, find_runs
@@ -164,7 +164,7 @@ def test_report_run__a_failure_is_a_warning(
         report_run(run, method, images, "images", cpu)
     assert (run / REPORT).exists()
     images.transform = plain
-    said = "(?s)could not be written: .*The run is complete.*lightly-mim report"
+    said = "(?s)could not be written: .*All else is complete.*lightly-mim report"
     with pytest.warns(UserWarning, match=said):
         report_run(tmp_path / "empty", method, images, "images", cpu)
 
@@ -295,3 +295,16 @@ def test_gallery__images_that_are_all_the_same(reported: Path, tmp_path: Path) -
     assert found["map"] is None
     with Image.open(tmp_path / "gallery" / "patches.webp") as picture:
         assert picture.width == 3 * 224
+
+
+def test_gallery__colours_are_principal_components_of_fixed_sign() -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.normal(size=(50, 6)).astype(np.float32)
+    tokens[:, 2] *= 10  # the first component, whose largest loading is that value's
+    colours = _colours(tokens)
+    assert colours.shape == (50, 3) and colours.dtype == np.uint8
+    red = colours[:, 0].astype(float)
+    assert np.corrcoef(red, tokens[:, 2])[0, 1] > 0.9
+    assert np.corrcoef(_colours(-tokens)[:, 0].astype(float), red)[0, 1] < -0.9
+    moved = _colours(tokens[::-1] + 5)[::-1].astype(int)
+    assert abs(moved - colours).max() <= 1

@@ -448,7 +448,7 @@ def test_pretrain__minutes(
     options: dict[str, Any] = {"epochs": None, "minutes": 0.05}
     model = begin(out, photos, **options)
     match = re.search(
-        r"(\d+) images/s: (\d+) epochs in (\S+) minutes", capsys.readouterr().out
+        r"(\d+) images/s: (\d+) epochs? in (\S+) minutes", capsys.readouterr().out
     )
     assert match is not None
     speed, epochs, minutes = float(match[1]), int(match[2]), float(match[3])

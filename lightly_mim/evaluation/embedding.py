@@ -139,10 +139,18 @@ def embed(
     classes = data.classes and [data.classes[n] for n in made.labels.tolist()]
     with atomic_write(out) as temporary:
         _WRITERS[out.suffix](temporary, made, classes)
-    print(f"{len(made)} images in {out}: {', '.join(map(key_name, made.values))}")
     for note in notes:
         print(note)
+    named = ", ".join(map(key_name, made.values))
+    print(f"{len(made)} images in {out}: {named}. Read it by {_READERS[out.suffix]}.")
     return made
+
+
+_READERS = {
+    ".npz": "numpy.load",
+    ".csv": "pandas.read_csv",
+    ".parquet": "pandas.read_parquet",
+}
 
 
 def _columns(features: Features, classes: list[str]) -> dict[str, Any]:

@@ -480,11 +480,15 @@ def pretrain(
                 report_run(run.path, method, *images.shown(), device)
             testable = images.val is not None and getattr(images.val, "classes", None)
             named = all(isinstance(part, str | Path | None) for part in (data, val))
-            if named and testable and method.encoder.name:
-                words = ["--encoder", str(run.path), "--data", str(data)]
+            if named and method.encoder.name:
+                words = ["evaluate", "--encoder", str(run.path), "--data", str(data)]
                 words += [] if val is None else ["--val", str(val)]
-                command = shlex.join(["lightly-mim", "evaluate", *words])
-                print(f"Evaluate it: {command}", flush=True)
+                words += ["--baselines", "random", "pixels", "--out", str(run.path)]
+                if not testable:
+                    features = str(run.path / "features.npz")
+                    words = ["embed", str(run.path), str(data), "--out", features]
+                what = "Evaluate it" if testable else "Write the features of its images"
+                print(f"{what}: {shlex.join(['lightly-mim', *words])}", flush=True)
     return method
 
 

@@ -16,9 +16,8 @@ from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.optim import Recipe
 from lightly_mim.pretraining.images import PretrainingImages
 from lightly_mim.pretraining.module import Pretraining
-from lightly_mim.training.logs import quiet
 from lightly_mim.training.machine import Layout, Precision
-from lightly_mim.training.trainer import make_trainer
+from lightly_mim.training.trainer import calling, make_trainer
 
 
 class _Speed(Callback):
@@ -85,13 +84,14 @@ def epochs_in(
     copied.fit_target(images.sample)
     seed, compile = arguments["seed"], arguments["compile"]
     module = Pretraining(copied, settings, settings.batch_size, seed, compile)
-    with keyed_random_state(seed, "speed"), quiet(1):
+    with keyed_random_state(seed, "speed"), calling(trainer):
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer.fit(module, datamodule=images)
     per_epoch = speed.seconds * images.steps_per_epoch * arguments["accumulate"]
     rate = images.steps_per_epoch * settings.batch_size / per_epoch
     epochs = max(int(minutes * 60 / per_epoch), 1)
     print(
-        f"{rate:.0f} images/s: {epochs} epochs in {epochs * per_epoch / 60:.3g} minutes"
+        f"{rate:.0f} images/s: {epochs} epoch{'s' if epochs > 1 else ''} in "
+        f"{epochs * per_epoch / 60:.3g} minutes"
     )
     return epochs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -158,7 +159,7 @@ def fit(
     # Its handler of SIGTERM would talk to the other ranks from within a step of theirs.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore
     with (
-        quiet(trainer.world_size),
+        calling(trainer),
         repeatable(device),
         float32_products(device, str(trainer.precision)),
     ):
@@ -167,10 +168,26 @@ def fit(
         warnings.filterwarnings("ignore", "The dirpath has changed")
         # What is frozen stays in evaluation mode.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+        # Lightning takes names that begin with "http" for addresses.
+        where = None if checkpoint is None else checkpoint.absolute()
+        trainer.fit(module, ckpt_path=where, **data)
+
+
+@contextmanager
+def calling(trainer: pl.Trainer) -> Iterator[None]:
+    """Keeps a Trainer quiet within the block, and tells its ways to end apart.
+
+    Args:
+        trainer:
+            The Trainer, which fits, validates or tests.
+
+    Raises:
+        Preempted: If a signal told the process to stop.
+        KeyboardInterrupt: If Ctrl-C did.
+    """
+    with quiet(trainer.world_size):
         try:
-            # Lightning takes names that begin with "http" for addresses.
-            where = None if checkpoint is None else checkpoint.absolute()
-            trainer.fit(module, ckpt_path=where, **data)
+            yield
         except Preempted as preempted:
             launcher = getattr(trainer.strategy, "cluster_environment", None)
             if trainer.local_rank and isinstance(launcher, LightningEnvironment):

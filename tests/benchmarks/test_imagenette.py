@@ -104,6 +104,10 @@ def test_main__writes_the_study(finished: Path, data_dir: Path) -> None:
     assert "| SimMIM, pretrained |" in table
     command = f"python benchmarks/imagenette.py {' '.join(TINY)} --data-dir {data_dir}"
     assert f"`{command} --out {finished}`" in table
+    page = (finished / "report.html").read_text()
+    for row in rows:
+        assert f'data-value="{row["top1"]}"' in page
+    assert (finished / "figures" / "loss.json").exists()
 
 
 def test_main__stages_give_what_one_command_gives(

@@ -348,6 +348,12 @@ def test_main__writes_the_study(finished: Path) -> None:
     assert rows[-1]["axis"] == "ratio" and rows[-1]["method"] == "SimMIM"
     assert float(rows[-1]["masked"]) == 15 / 16
     assert "masking ratio unit head" in rows[0]["axis"]
+    html = (finished / "report.html").read_text()
+    assert '<table class="sort" id="study">' in html
+    for name in ("default-seed0", "ratio-90-seed0"):
+        assert f"</i> {name}</td>" in html
+    assert '"title": "kNN over ratio"' in html
+    assert (finished / "figures" / "multiple_0.png").exists()
     page = (finished / "table.md").read_text()
     assert page.startswith("**Masking ratio, random**\n\n|  | masked % | AvgDist px |")
     lines = [line for line in page.splitlines() if line.startswith("|")]
@@ -443,6 +449,8 @@ def test_main__stages_and_tables_of_an_array(
         for key in ("row", "seed", "model", "protocol", "top1", "avg_dist", "axis"):
             assert row[key] == other[key]
     assert "--tables" in (tmp_path / "table.md").read_text()
+    last = output.splitlines()[-1]
+    assert last.endswith(f"; open {tmp_path / 'report.html'} with a browser.")
     # Not the same run twice, and not another study.
     with pytest.raises(SystemExit):
         script.main(["--tables", str(tmp_path), str(finished)])

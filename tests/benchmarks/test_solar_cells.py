@@ -40,6 +40,7 @@ def test_main__quick(
     picture = out / "SimMIM-seed0" / "reconstructions" / "epoch_0001.png"
     assert f"SimMIM's reconstructions: {picture}\n" in output
     assert picture.exists()
+    assert f"; open {out / 'report.html'} with a browser." in output
     assert output.endswith(
         "Next, the real thing, in minutes:\n  python benchmarks/solar_cells.py\n"
     )

@@ -96,6 +96,7 @@ def test_predict__command_line(
     main(words)
     printed = capsys.readouterr().out
     assert "probability 1" in printed and "temple" in printed
+    assert last(printed) == f"All classes of every image: {out}"
     with out.open() as file:
         rows = list(csv.DictReader(file))
     found = predict(evaluation, photos / "val", **FAST)
@@ -111,6 +112,11 @@ def test_predict__command_line(
     with pytest.raises(SystemExit):
         main([*words[:3], "more"])
     assert "'more' stands behind no option" in capsys.readouterr().err
+
+
+def last(output: str) -> str:
+    """Returns the last line: where everything is, and what to type next."""
+    return output.splitlines()[-1]
 
 
 def test_predict__refuses(evaluation: Path, photos: Path, tmp_path: Path) -> None:
@@ -275,7 +281,11 @@ def test_finetuned__of_another_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["csv", "npz", "parquet"])
 def test_embed__equals_extract_features(
-    evaluation: Path, photos: Path, tmp_path: Path, ending: str
+    evaluation: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ending: str,
 ) -> None:
     out = tmp_path / f"features.{ending}"
     if ending == "parquet":
@@ -283,6 +293,8 @@ def test_embed__equals_extract_features(
     words = ["embed", str(evaluation), str(photos / "val"), "--out", str(out)]
     words += ["--layers", "0", "1", "--crop_ratio", "1", "--num_workers", "0"]
     main([*words, "--device", "cpu"])
+    assert f"12 images in {out}: " in (said := last(capsys.readouterr().out))
+    assert said.endswith(("numpy.load.", "read_csv.", "read_parquet."))
     encoder = load_encoder(evaluation)
     data = ImageDataset(photos / "val", EvalTransform(32, 1.0, normalize=None))
     expected = extract_features(encoder, data, layers=[0, 1], num_workers=0)
@@ -340,6 +352,7 @@ def test_show(
     main(["show", str(evaluation / "results.json")])
     first = capsys.readouterr().out
     assert "Top-1" in first and "linear" in first and "logistic" in first
+    assert last(first).endswith(f": lightly-mim report {evaluation}")
     written = json.loads((evaluation / "results.json").read_text())
     del written["sha256"]
     assert show(evaluation).to_dict() == written

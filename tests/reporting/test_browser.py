@@ -295,7 +295,7 @@ def test_page__of_several_runs(browser: Any, real_run: Path, tmp_path: Path) -> 
         assert tab.evaluate(wide) <= 0
         heads = tab.locator("#study th").all_text_contents()
         assert heads[:2] == ["run", "lr"]
-        rates = tab.locator("#study tbody td:nth-child(2)")
+        rates = tab.locator("#study tbody:nth-of-type(1) td:nth-child(2)")
         assert rates.all_text_contents() == ["0.1", "0.01", "0.001"]
         tab.locator("#study th").nth(1).click()
         assert rates.all_text_contents() == ["0.001", "0.01", "0.1"]
@@ -304,6 +304,44 @@ def test_page__of_several_runs(browser: Any, real_run: Path, tmp_path: Path) -> 
         assert tab.locator('[data-figure="multiple_0"] circle').count() == 3
         tab.locator('[data-figure="multiple_0"] circle').first.hover()
         assert "lr 0." in tab.locator('[data-figure="multiple_0"] .tip').text_content()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_page__of_a_study(browser: Any, tmp_path: Path, size: tuple[int, int]) -> None:
+    """Names beside their dots, a paper's numbers as rings, marks where runs went on."""
+    shown = ["a quarter of all the patches of an image", "half", "three quarters"]
+    for number, text in enumerate(shown):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        (run / "config.yaml").write_text(f"seed: {number}\n")
+        (run / "metrics.csv").write_text("epoch,step,train_loss\n0,1,2\n1,9,1\n")
+        sessions = [{"step": 0}, {"step": 4, "time": "2026-01-02"}]
+        (run / "history.json").write_text(json.dumps({"sessions": sessions}))
+        ends = {"top1_low": 0.4, "top1": 0.5 + number / 10, "top1_high": 0.8}
+        rows = [{"model": "r", "protocol": "linear", **ends}]
+        (run / "results.json").write_text(json.dumps({"rows": rows}))
+        axis = {"place": 2 - number, "shown": text, "paper": "84.0 / 65.5"}
+        (run / "row.json").write_text(json.dumps({"axes": {"ratio": axis}}))
+    page = report(tmp_path, features=False)
+    with opened(browser, page, size) as tab:
+        wide = "document.documentElement.scrollWidth - window.innerWidth"
+        assert tab.evaluate(wide) <= 0
+        figure = tab.locator('[data-figure="multiple_0"]')
+        names = figure.locator("text", has=tab.locator("title")).all_text_contents()
+        assert names[0].startswith("three quarters") and names[1].startswith("half")
+        assert names[2].startswith("a quarter")
+        assert figure.locator("circle").count() == 3 + 3
+        # All of it is within the picture.
+        box = figure.bounding_box()
+        for dot in figure.locator("circle").all():
+            place = dot.bounding_box()
+            assert box["x"] <= place["x"] <= box["x"] + box["width"]
+        figure.locator("circle").first.hover()
+        assert "paper: 84.0 / 65.5" in figure.locator(".tip").text_content()
+        loss = tab.locator('.chart[data-figure="loss"]')
+        assert loss.locator("line.mark").count() == 3
+        papers = tab.locator("#study tbody tr").first.text_content()
+        assert "84.0 / 65.5" in papers
 
 
 @pytest.mark.slow

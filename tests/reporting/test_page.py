@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -501,7 +502,10 @@ def test_comparison(tmp_path: Path) -> None:
         metrics = f"epoch,step,train_loss\n0,1,{number}.5\n"
         recipe = {"epochs": 3, "batch_size": 8, "lr": lr}
         run = write_run(tmp_path / f"run{number}", metrics, recipe=recipe)
-        write_results(run, row("r", top1 - 0.08, top1, top1 + 0.08))
+        baselines = [row("raw pixels", 0.2, 0.3, 0.4)]
+        baselines.append(row("random initialisation", 0.1, 0.2 + lr, 0.4))
+        own = row("r", top1 - 0.08, top1, top1 + 0.08)
+        write_results(run, own, *baselines)
         axes = {
             "lr": {
                 "place": number,
@@ -511,23 +515,57 @@ def test_comparison(tmp_path: Path) -> None:
         }
         (run / "row.json").write_text(json.dumps({"axes": axes, "row": f"r{number}"}))
         runs.append(read_run(run))
-    found = compare_runs(runs)
+    found = compare_runs([replace(run, row=None) for run in runs])
     assert found["varied"] == ["lr"]
     assert found["scores"] == ["kNN %", "training loss"]
-    assert [line["paper"] for line in found["lines"]] == ["82.8", "", "x"]
     assert [line["scores"][0]["text"] for line in found["lines"]] == [
         "50.0",
         "60.0",
         "90.0",
     ]
+    cells = {line["name"]: line["scores"][0] for line in found["baselines"]}
+    pixels, start = cells["raw pixels"], cells["random initialisation"]
+    assert (pixels["text"], pixels["beside"]) == ("30.0", "20.0 to 40.0")
+    assert (start["text"], start["beside"]) == ("23.7", "of 3, 20.1 to 30.0")
     assert "run2 is highest (90.0 %), beyond the draw" in found["says"][0]
     (figure,) = found["multiples"]
     assert [p["x"] for p in figure["points"]] == [0.1, 0.01, 0.001]
     assert [p["y"] for p in figure["points"]] == pytest.approx([50, 60, 90])
     assert figure["log"]
+    # As the study tells it.
+    found = compare_runs(runs)
+    assert [line["paper"] for line in found["lines"]] == ["82.8", "", "x"]
+    (figure,) = found["multiples"]
+    assert figure["categories"] == ["0.1", "0.01", "0.001"]
+    assert [p["x"] for p in figure["points"]] == [0, 1, 2]
+    assert figure["points"][0]["text"] == "lr 0.1: 50.0 (42.0 to 58.0); paper: 82.8"
     page = write_page([run.path for run in runs], tmp_path, figures=True)
     assert "82.8" in page.read_text()
     assert (tmp_path / "figures" / "multiple_0.png").exists()
+
+
+def test_comparison__parts_of_parts_and_a_papers_numbers(tmp_path: Path) -> None:
+    runs = []
+    for number, ratio in enumerate((0.5, 0.75)):
+        masking = {"class_path": "RandomMasking", "init_args": {"ratio": ratio}}
+        method = {"class_path": "MAE", "init_args": {"masking": masking}}
+        run = write_run(tmp_path / f"run{number}", method=method, seed=number)
+        linear = row("r", 0.4, 0.5, 0.6, protocol="linear")
+        write_results(run, row("r", 0.5, 0.6, 0.7, protocol="finetune"), linear)
+        runs.append(read_run(run))
+    found = compare_runs(runs)
+    assert found["varied"] == ["masking ratio", "seed"]
+    lines = [line["varied"] for line in found["lines"]]
+    assert lines == [["0.5", "0"], ["0.75", "1"]]
+    assert {figure["x"] for figure in found["multiples"]} == {"masking ratio"}
+    entry = {"place": 0, "shown": "half", "paper": "84.9 / 70.0"}
+    rows = [{"axes": {"ratio": {**entry, "shown": s}}} for s in ("half", "more")]
+    runs = [replace(run, row=row) for run, row in zip(runs, rows, strict=True)]
+    tuned, linear = compare_runs(runs)["multiples"]
+    assert (tuned["y"], linear["y"]) == ("fine-tuning %", "linear probe %")
+    for figure, paper in ((tuned, 84.9), (linear, 70.0)):
+        assert [p["y"] for p in figure["points"] if p.get("paper")] == [paper] * 2
+        assert "rings the paper's" in figure["says"]
 
 
 def test_find_runs__of_a_study(tmp_path: Path) -> None:

@@ -237,6 +237,23 @@ def test_report(status: ModuleType, study: Any) -> None:
     assert [line["top1"] for line in lines] == ["0.75", "0.5", "0.8", "0.5"]
     assert {line["commit"] for line in lines} == {study.origin["commit"]}
     assert lines[0]["gpus"] == '["A100"]'
+    assert not (study.path / "report.html").exists()  # there is no run
+
+
+def test_report__page_of_all_runs(status: ModuleType, study: Any) -> None:
+    report = importlib.import_module("report")
+    for task, lr in zip(study.tasks, (0.1, 0.01), strict=True):
+        run = study.run(task) / "MAE-seed0"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(f"recipe: {{lr: {lr}}}\n")
+        (run / "metrics.csv").write_text(f"epoch,step,train_loss\n0,1,{lr}\n")
+    said = report.write_report(study)
+    assert said.endswith(f"; open {study.path / 'report.html'} with a browser.")
+    page = (study.path / "report.html").read_text()
+    for task in study.tasks:
+        assert f"</i> {task.name}" in page
+    assert '"title": "training loss over lr"' in page
+    assert (study.path / "figures" / "multiple_0.png").exists()
 
 
 def test_report__lists_what_failed(status: ModuleType, study: Any) -> None:

@@ -43,7 +43,7 @@ from lightly_mim.training.machine import (
 )
 from lightly_mim.training.module import TrainingModule
 from lightly_mim.training.signals import deferred, listening
-from lightly_mim.training.trainer import fit, resumable_trainer
+from lightly_mim.training.trainer import calling, fit, resumable_trainer
 
 CHECKPOINT_FILE = "last.ckpt"
 PREVIOUS_FILE = "previous.ckpt"
@@ -427,7 +427,8 @@ def train_and_score(
                 checkpoint if checkpoint.exists() else None,
                 train_dataloaders=loader(train, training=True),
             )
-            with float32_products(device, str(trainer.precision)):
+            products = float32_products(device, str(trainer.precision))
+            with calling(trainer), products:
                 trainer.test(module, loader(test, training=False), verbose=False)
     parts = [module.logits]
     if processes > 1:

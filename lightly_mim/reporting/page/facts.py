@@ -28,7 +28,7 @@ def summary(run: RunFiles) -> list[str]:
         size = arguments.get("img_size")
         encoder = as_text(arguments.get("encoder", "an encoder"), 80)
         said = [
-            class_name(config.get("method")),
+            class_name(config.get("method") or ""),
             encoder + (f" at {words_of(size)}" if size else ""),
             as_text(config.get("data", ""), 80),
         ]
@@ -84,9 +84,13 @@ def versions(run: RunFiles) -> dict[str, Any]:
 
 
 def _method_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    method = as_mapping(config.get("method"))
-    named = as_mapping(method.get("init_args"))
-    return {**named, **as_mapping(method.get("dict_kwargs"))}
+    return arguments_of(as_mapping(config.get("method")))
+
+
+def arguments_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an object that a configuration describes."""
+    named = as_mapping(described.get("init_args"))
+    return {**named, **as_mapping(described.get("dict_kwargs"))}
 
 
 def class_name(value: Any) -> str:
@@ -98,11 +102,8 @@ def class_name(value: Any) -> str:
 def words_of(value: Any) -> str:
     """Returns a setting in one line: a class with its arguments, a number, a list."""
     if isinstance(value, dict) and "class_path" in value:
-        arguments = {
-            **as_mapping(value.get("init_args")),
-            **as_mapping(value.get("dict_kwargs")),
-        }
-        inner = ", ".join(f"{k} {words_of(v)}" for k, v in arguments.items())
+        arguments = arguments_of(value).items()
+        inner = ", ".join(f"{k} {words_of(v)}" for k, v in arguments)
         return as_text(class_name(value) + (f" ({inner})" if inner else ""))
     if isinstance(value, list | tuple):
         return as_text(" x ".join(map(words_of, value)) if value else "none")

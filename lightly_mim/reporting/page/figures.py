@@ -119,22 +119,31 @@ def _lines(axes: Axes, figure: dict[str, Any]) -> None:
 
 
 def _dots(axes: Axes, figure: dict[str, Any]) -> None:
+    names = figure["categories"]
     for point in figure["points"]:
         colour = _COLOURS[point["colour"] % len(_COLOURS)]
+        place = point["x"]
+        if names:  # down the side, those of one beside each other
+            same = [each for each in figure["points"] if each["x"] == place]
+            place += 0.7 * ((same.index(point) + 0.5) / len(same) - 0.5)
         if "low" in point:
-            ends = (point["low"], point["high"])
-            axes.plot([point["x"]] * 2, ends, color=colour, linewidth=3, alpha=0.3)
+            ends, both = (point["low"], point["high"]), (place, place)
+            line = (ends, both) if names else (both, ends)
+            axes.plot(*line, color=colour, linewidth=3, alpha=0.3)
         fill = "none" if point.get("paper") else "full"
-        axes.plot(point["x"], point["y"], "o", color=colour, fillstyle=fill)
-    if figure["categories"]:
-        axes.set_xticks(range(len(figure["categories"])))
-        names = [_plain(name) for name in figure["categories"]]
-        axes.set_xticklabels(names, rotation=20, ha="right", fontsize=8)
+        spot = (point["y"], place) if names else (place, point["y"])
+        axes.plot(*spot, "o", color=colour, fillstyle=fill)
+    labels = (figure["x"], figure["y"])
+    if names:
+        labels = (figure["y"], "")
+        axes.set_yticks(range(len(names)))
+        axes.set_yticklabels([_plain(name) for name in names], fontsize=8)
+        axes.invert_yaxis()
     elif figure["log"]:
         axes.set_xscale("log")
     axes.set_title(_plain(figure["title"]), fontsize=10, loc="left")
-    axes.set_xlabel(_plain(figure["x"]), fontsize=9)
-    axes.set_ylabel(_plain(figure["y"]), fontsize=9)
+    axes.set_xlabel(_plain(labels[0]), fontsize=9)
+    axes.set_ylabel(_plain(labels[1]), fontsize=9)
 
 
 def _heat(heat: dict[str, Any]) -> Figure:

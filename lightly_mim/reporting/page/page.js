@@ -224,26 +224,47 @@
     host.append(tip);
     const draw = () => {
       const width = host.clientWidth || 400;
-      const height = 220;
+      const names = figure.categories;
+      const lines = names && names.map((_, k) => figure.points.filter((p) => p.x === k));
+      // Names stand beside their dots: below them there is no room for many.
+      const side = names && Math.min(Math.max(...names.map((name) => name.length)) * 6.4 + 18, width * 0.42);
+      const heights = names && lines.map((line) => Math.max(26, line.length * 9 + 12));
+      const height = names ? heights.reduce((sum, one) => sum + one, 0) + 46 : 220;
       find("svg", host).forEach((node) => node.remove());
       const ends = figure.points.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]);
       const [low, high] = [Math.min(...ends), Math.max(...ends)];
       const pad = (high - low) * 0.08;
-      const y = scale(low - pad, high + pad, height - 42, 10, 4, false);
-      let x;
-      if (figure.categories) {
-        const room = (width - 66) / figure.categories.length;
-        const cut = Math.max(Math.floor(room / 7), 3);
-        x = { at: (k) => 56 + room * (k + 0.5), ticks: figure.categories.map((text, k) => [k, text.length > cut ? `${text.slice(0, cut - 1)}…` : text]) };
+      let drawing, spot;
+      if (names) {
+        const x = scale(low - pad, high + pad, side + 8, width - 14, Math.max(Math.floor((width - side) / 70), 3), false);
+        drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": host.getAttribute("aria-label") || "" });
+        for (const [value, text] of x.ticks) {
+          drawing.append(svg("line", { class: "rule", x1: x.at(value), x2: x.at(value), y1: 4, y2: height - 42 }));
+          drawing.append(svg("text", { x: x.at(value), y: height - 26, "text-anchor": "middle" }, text));
+        }
+        drawing.append(svg("text", { x: width - 8, y: height - 6, "text-anchor": "end" }, figure.y));
+        const cut = Math.max(Math.floor((side - 12) / 6.4), 4);
+        let top = 4;
+        const middles = heights.map((one) => { top += one; return top - one / 2; });
+        names.forEach((name, k) => {
+          const shown = svg("text", { x: side - 4, y: middles[k] + 4, "text-anchor": "end" }, name.length > cut ? `${name.slice(0, cut - 1)}…` : name);
+          shown.append(svg("title", {}, name));
+          drawing.append(shown);
+        });
+        spot = (p, value) => [x.at(value), middles[p.x] + (lines[p.x].indexOf(p) - (lines[p.x].length - 1) / 2) * 9];
       } else {
+        const y = scale(low - pad, high + pad, height - 42, 10, 4, false);
         const all = figure.points.map((p) => p.x);
-        const log = figure.log;
-        x = scale(Math.min(...all), Math.max(...all), 70, width - 26, 4, log);
+        const x = scale(Math.min(...all), Math.max(...all), 70, width - 26, 4, figure.log);
+        drawing = axes(host, height, x, y, figure.x);
+        spot = (p, value) => [x.at(p.x), y.at(value)];
       }
-      const drawing = axes(host, height, x, y, figure.x);
       for (const p of figure.points) {
-        const [px, py] = [x.at(p.x), y.at(p.y)];
-        if (p.low !== undefined) drawing.append(svg("line", { x1: px, x2: px, y1: y.at(p.low), y2: y.at(p.high), style: `stroke: ${colour(p.colour)}; stroke-width: 3; opacity: .3; stroke-linecap: round` }));
+        const [px, py] = spot(p, p.y);
+        if (p.low !== undefined) {
+          const [[x1, y1], [x2, y2]] = [spot(p, p.low), spot(p, p.high)];
+          drawing.append(svg("line", { x1, x2, y1, y2, style: `stroke: ${colour(p.colour)}; stroke-width: 3; opacity: .3; stroke-linecap: round` }));
+        }
         const dot = svg("circle", { cx: px, cy: py, r: p.paper ? 4 : 5, style: p.paper ? "fill: none; stroke: var(--soft); stroke-width: 2" : `fill: ${colour(p.colour)}` });
         dot.addEventListener("pointerenter", () => {
           tip.replaceChildren(html("b", { text: p.label }), html("div", { text: p.text }));

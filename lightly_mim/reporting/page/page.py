@@ -29,7 +29,13 @@ from lightly_mim.reporting.page.comparison import compare_runs
 from lightly_mim.reporting.page.curves import curves, thinned
 from lightly_mim.reporting.page.facts import commands, facts, state, summary
 from lightly_mim.reporting.page.pictures import MAX_FRAMES, frames, gallery
-from lightly_mim.reporting.page.reading import RunFiles, as_text, names_of, read_run
+from lightly_mim.reporting.page.reading import (
+    RunFiles,
+    as_text,
+    find_runs,
+    names_of,
+    read_run,
+)
 
 REPORT = "report.html"
 MAX_BYTES = 10_000_000
@@ -81,24 +87,26 @@ def write_page(
     return path
 
 
-def write_page_or_warn(run: Path | str, figures: bool = False) -> Path | None:
-    """Writes the page of a run beside what it has found, or warns if it cannot.
+def write_page_or_warn(*folders: Path | str) -> Path | None:
+    """Writes the page of what has just finished, with figures, or warns if it cannot.
 
     Args:
-        run:
-            The directory, whose other files stay as they are in any case.
-        figures:
-            See `write_page`.
+        folders:
+            The directory of a run, or those of the runs of a study. The page goes into
+            the first one; all other files in them stay as they are.
 
     Returns:
         The page's path, or None.
     """
     try:
-        return write_page([run], run, figures=figures)
+        runs = [run for folder in folders for run in find_runs(folder)]
+        return write_page(runs, folders[0], figures=True)
     except Exception as error:
+        words = ["lightly-mim", "report", *map(str, folders)]
+        words += ["--out", str(folders[0])] if len(folders) > 1 else []
         warnings.warn(
-            f"The report could not be written: {error} The run is complete without it; "
-            f"try `lightly-mim report {shlex.quote(str(run))}`.",
+            f"The report could not be written: {error} All else is complete; try "
+            f"`{shlex.join(words)}`.",
             stacklevel=2,
         )
         return None
