@@ -657,4 +657,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on.", file=sys.stderr)
         sys.exit(interrupts.INTERRUPTED)

@@ -202,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(write_report(Study.load(options.study)))
     except (ValueError, OSError) as error:
         parser.exit(2, f"report.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nreport.py: interrupted.\n")
 
 
 if __name__ == "__main__":

@@ -526,7 +526,7 @@ def test_comparison(tmp_path: Path) -> None:
     cells = {line["name"]: line["scores"][0] for line in found["baselines"]}
     pixels, start = cells["raw pixels"], cells["random initialisation"]
     assert (pixels["text"], pixels["beside"]) == ("30.0", "20.0 to 40.0")
-    assert (start["text"], start["beside"]) == ("23.7", "of 3, 20.1 to 30.0")
+    assert (start["text"], start["beside"]) == ("23.7", "mean of 3, 20.1 to 30.0")
     assert "run2 is highest (90.0 %), beyond the draw" in found["says"][0]
     (figure,) = found["multiples"]
     assert [p["x"] for p in figure["points"]] == [0.1, 0.01, 0.001]
@@ -566,6 +566,25 @@ def test_comparison__parts_of_parts_and_a_papers_numbers(tmp_path: Path) -> None
     for figure, paper in ((tuned, 84.9), (linear, 70.0)):
         assert [p["y"] for p in figure["points"] if p.get("paper")] == [paper] * 2
         assert "rings the paper's" in figure["says"]
+
+
+def test_comparison__what_one_method_alone_has_is_left_out(tmp_path: Path) -> None:
+    runs = []
+    for number, (name, ratio) in enumerate([("SimMIM", 0.6), ("MAE", 0.75)] * 2):
+        arguments = {
+            "mask_ratio": ratio,
+            "depth": 1 + number // 2,
+            "width": number // 2,
+        }
+        arguments |= {"window": 7} if name == "SimMIM" else {"heads": 3}
+        method = {"class_path": name, "init_args": arguments}
+        run = write_run(tmp_path / f"run{number}", method=method)
+        write_results(run, row("r", 0.4, 0.5, 0.6))
+        runs.append(read_run(run))
+    found = compare_runs(runs)
+    assert found["varied"] == ["method", "mask ratio", "depth", "width"]
+    # Method and ratio cannot be told apart, nor depth and width.
+    assert [figure["x"] for figure in found["multiples"]] == ["method", "depth"]
 
 
 def test_find_runs__of_a_study(tmp_path: Path) -> None:

@@ -103,17 +103,28 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 
 def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the names of the settings that differ between runs."""
+    """Returns the names of the settings that differ between runs.
+
+    Left out is what one method alone has, and one of two that are the same.
+    """
     names = dict.fromkeys(name for each in settings for name in each)
+    methods = _parts([each.get("method") for each in settings])
     found: list[str] = []
     seen: set[tuple[str, ...]] = set()
     for name in names:
-        values = tuple(repr(each.get(name)) for each in settings)
-        # Two settings that always change together are shown once.
-        if len(set(values)) > 1 and values not in seen:
-            seen.add(values)
+        values = [each.get(name) for each in settings]
+        told = tuple(map(repr, values))
+        alone = None in values and _parts(values) == methods
+        if len(set(told)) > 1 and told not in seen and not alone:
+            seen.add(told)
             found.append(name)
     return found[:_MAX_VARIED]
+
+
+def _parts(values: Sequence[Any]) -> list[int]:
+    """Returns for each run the first one with the same value."""
+    told = [repr(value) for value in values]
+    return [told.index(each) for each in told]
 
 
 def _short(name: str) -> str:
@@ -163,7 +174,7 @@ def _baselines(
                 cell = {
                     "value": mean,
                     "text": percent(mean / 100),
-                    "beside": f"of {len(values)}, {ends}",
+                    "beside": f"mean of {len(values)}, {ends}",
                 }
             cells.append(cell)
         if any(cell["text"] for cell in cells):
@@ -294,9 +305,16 @@ def _axes(runs: Sequence[RunFiles]) -> Iterator[_Over]:
 def _settings_as_axes(
     settings: Sequence[Mapping[str, Any]], varied: Sequence[str]
 ) -> Iterator[_Over]:
-    """Yields the settings that differ; seeds only where nothing else does."""
+    """Yields the settings that differ; seeds only where nothing else does.
+
+    Of those that always change together one is enough: nothing tells them apart.
+    """
+    seen: list[list[int]] = []
     for name in [name for name in varied if name != "seed"] or varied:
         values = [each.get(name) for each in settings]
+        if _parts(values) in seen:
+            continue
+        seen.append(_parts(values))
         words = [words_of(value) for value in values]
         numbers = [as_number(value) for value in values]
         categories = list(dict.fromkeys(words))
