@@ -582,7 +582,7 @@ def test_comparison__what_one_method_alone_has_is_left_out(tmp_path: Path) -> No
         write_results(run, row("r", 0.4, 0.5, 0.6))
         runs.append(read_run(run))
     found = compare_runs(runs)
-    assert found["varied"] == ["method", "mask ratio", "depth", "width"]
+    assert found["varied"] == ["method", "depth", "mask ratio", "width"]
     # Method and ratio cannot be told apart, nor depth and width.
     assert [figure["x"] for figure in found["multiples"]] == ["method", "depth"]
 
