@@ -74,6 +74,14 @@ _PLANS = (
         "the one with the higher rank need not be the better one.",
     ),
     _Plan(
+        "uniformity",
+        "How evenly the features spread",
+        "uniformity",
+        (_Line("uniformity", "uniformity", "line"),),
+        "0 if all images get the same feature, lower the more evenly they cover all "
+        "directions.",
+    ),
+    _Plan(
         "lr",
         "Learning rate",
         "learning rate",

@@ -29,7 +29,7 @@
   function short(value, step) {
     if (value === 0) return "0";
     const size = Math.abs(value);
-    if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
+    if (size >= 1e5 || size < 1e-4) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
     return value.toFixed(clamp(-Math.floor(Math.log10(step) + 1e-9), 0, 6));
   }
 
