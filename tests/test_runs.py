@@ -671,37 +671,6 @@ def test_kill_before_the_first_checkpoint__steps_are_there_once(
     assert_same(weights(out), weights(whole))
 
 
-def test_kill_before_a_row_is_written__it_is_there_once(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lightning writes the metrics of a batch or an epoch after its checkpoint."""
-    options: dict[str, Any] = {"log_every": 1, "save_every_minutes": 1e-6}
-    whole = tmp_path / "whole"
-    run(whole, photos, epochs=2, **options)
-    expected = [{**row, "images_per_second": ""} for row in rows_of(whole)]
-    write = MetricsLogger.log_metrics
-    # 1 before the first step, then 4 of steps, of validation, and of the epoch.
-    assert len(expected) == 13
-    for count in (3, 4, 5, 6, 9, 12):
-        left = count
-
-        def cut(self: MetricsLogger, metrics: Any, step: int | None = None) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise InterruptedError
-            write(self, metrics, step)
-
-        out = tmp_path / str(count)
-        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(MetricsLogger, "log_metrics", cut)
-            run(out, photos, epochs=2, **options)
-        run(out, photos, epochs=2, resume=True, **options)
-        rows = [{**row, "images_per_second": ""} for row in rows_of(out)]
-        assert rows == expected, count
-        assert_same(weights(out), weights(whole))
-
-
 NEW = {"out": "x", "data": "new", "method": "m"}
 
 

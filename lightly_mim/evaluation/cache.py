@@ -81,6 +81,12 @@ def cached_features(
         raise ValueError("data holds no images to take features of.")
     if lacking := sorted(functions.keys() - stores.keys()):
         raise ValueError(f"stores has a place for each function, none of {lacking}.")
+    for name, each in stores.items():
+        if each.num_images != len(data):  # type: ignore[arg-type]
+            raise ValueError(
+                f"data holds {len(data)} images, "  # type: ignore[arg-type]
+                f"and the place of {name} in stores is for {each.num_images}."
+            )
 
     def make(shards: Sequence[tuple[int, dict[str, list[Key]]]]) -> None:
         if not shards:

@@ -29,6 +29,7 @@ from lightly_mim.checkpoints.spec import read_spec
 from lightly_mim.data import ImageDataset, KeyedLoader
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
+from lightly_mim.data.opening import is_memory_error
 from lightly_mim.encoders import Encoder
 from lightly_mim.evaluation.broken import find_readable
 from lightly_mim.evaluation.classifier_files import CLASSIFIERS, Said, read_classifier
@@ -409,5 +410,7 @@ def _tried(path: Path, said: Said, build: Callable[[], Classifier]) -> Classifie
             classifier = build().eval()
             classifier(torch.zeros(1, classifier.encoder.in_chans, *said.img_size))
     except Exception as error:  # whatever PyTorch makes of shapes in a file
+        if is_memory_error(error):
+            raise
         raise ValueError(f"{path} cannot be built: {error}") from error
     return classifier

@@ -250,6 +250,11 @@ def collect_features(
     filenames: list[str] = []
     for batch in batches:
         images = batch_images(batch).to(device, non_blocking=True)
+        if images.ndim != 4:
+            raise ValueError(
+                "The images of the data are tensors with shape (channels, height, "
+                f"width), got {tuple(images.shape[1:])}."
+            )
         labels.append(check_labels(batch[1]))
         filenames.extend(batch[2] if len(batch) > 2 else ())
         for name, function in functions.items():

@@ -40,13 +40,10 @@ class SaveBetweenBatches(Callback):
     """Saves within an epoch: now and then, and when a signal asks for it.
 
     All ranks do it after the same batch, of a window of accumulated ones the last. If
-    the process was asked to stop, the run ends by `Preempted` before the next batch.
-    After the last batch of an epoch nothing is saved here, since the epoch's end saves,
-    and the run ends before the next epoch.
-
-    Lightning writes the metrics of a batch, and of an epoch, after the hooks in which a
-    checkpoint is made. A kill in between would lose them, since the run goes on behind
-    them: so a checkpoint takes its place when the next batch or epoch begins.
+    the process was asked to stop, the run ends by `Preempted` before the next batch,
+    when the metrics of the last one are written. After the last batch of an epoch
+    nothing is saved here, since the epoch's end saves, and the run ends before the next
+    epoch.
 
     Attributes:
         path:
@@ -64,7 +61,7 @@ class SaveBetweenBatches(Callback):
         self.path = Path(path)
         self.every_minutes = every_minutes
         self.every_n_steps = every_n_steps
-        self._saved_as = ""
+        self._stops = False
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -78,7 +75,6 @@ class SaveBetweenBatches(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         """Ends the run if a signal asked for it since the last check."""
-        self._settle(trainer)
         self._saved = time.monotonic()
         if self._agreed(trainer, pl_module) == signals.Request.STOP:
             self._say(trainer, "told to stop")
@@ -91,23 +87,9 @@ class SaveBetweenBatches(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Lets a checkpoint take its place, and ends the run if it was for that."""
-        self._settle(trainer)
-        if not self._saved_as:
-            return
-        self._say(trainer, self._saved_as)
-        stops, self._saved_as = self._saved_as != "saved", ""
-        if stops:
+        """Ends the run if it was saved for that."""
+        if self._stops:
             raise signals.preempted()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets the last checkpoint take its place."""
-        self._settle(trainer)
-
-    def _settle(self, trainer: pl.Trainer) -> None:
-        io = trainer.strategy.checkpoint_io
-        assert isinstance(io, AtomicCheckpointIO)
-        io.settle()
 
     def on_train_batch_end(
         self,
@@ -127,8 +109,8 @@ class SaveBetweenBatches(Callback):
             return
         trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
-        stops = request == signals.Request.STOP
-        self._saved_as = "saved and told to stop" if stops else "saved"
+        self._stops = request == signals.Request.STOP
+        self._say(trainer, "saved and told to stop" if self._stops else "saved")
 
     def _agreed(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -153,11 +135,6 @@ class SaveBetweenBatches(Callback):
         )
 
 
-def held_file(path: Path) -> Path:
-    """Returns where a checkpoint lies until its metrics are written."""
-    return path.with_suffix(f".held{path.suffix}")
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written beside their place and then renamed.
 
@@ -169,8 +146,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         may_write:
             Called before each file; raises if it must not be written.
         previous:
-            By the path of a checkpoint, where the one that was there is kept. Such a
-            checkpoint takes its place when `settle` is called.
+            By the path of a checkpoint, where the one that was there is kept.
         remedy:
             What to do if one is damaged and there is none before it.
     """
@@ -185,7 +161,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.may_write = may_write
         self.previous = previous
         self.remedy = remedy
-        self._held: Path | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
@@ -197,10 +172,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 that was there stays.
         """
         self.may_write()
-        path = Path(path)
-        holds = path.absolute() in self.previous
-        place = held_file(path) if holds else path
-        with atomic_write(place) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
@@ -210,16 +182,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     words = (reason.errno, os.strerror(reason.errno), str(path))
                     raise OSError(*words) from error
                 raise
-        self._held = path if holds else self._held
-
-    def settle(self) -> None:
-        """Puts a checkpoint that was held back in its place."""
-        if self._held is None:
-            return
-        self.may_write()
-        self._keep(self._held)
-        held_file(self._held).replace(self._held)
-        self._held = None
+            self._keep(Path(path))
 
     def _keep(self, path: Path) -> None:
         """Keeps the checkpoint that is about to be replaced."""

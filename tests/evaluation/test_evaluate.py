@@ -523,7 +523,7 @@ def test_evaluate__goes_on_where_it_was_cut(
         call = counted("label_free", label_free, cut == "label_free")
         patches.setattr(runner, "measure_features", call)
         if cut == "results":
-            patches.setattr(module.shlex, "join", counted("", None, True))
+            patches.setattr(module, "evaluation_record", counted("", None, True))
 
     with monkeypatch.context() as patches, pytest.raises(Cut):
         patch(patches, place)
@@ -547,6 +547,7 @@ def test_evaluate__goes_on_where_it_was_cut(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "classifiers",
         "features",
+        "figures",
         "report.html",
         "results.json",
     ]
@@ -616,7 +617,7 @@ def test_evaluate__data_set_without_a_fingerprint(
     assert "begins anew" in results.notes[-1]
     assert "the data set cannot be told from others" in results.notes[-1]
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"report.html", "results.json"}
+    assert left == {"figures", "report.html", "results.json"}
     train.fingerprint = test.fingerprint = 1  # type: ignore[attr-defined]
     results = evaluate(
         encoder, train, ["knn"], val=test, out=tmp_path, overwrite=True, **FAST

@@ -315,7 +315,7 @@ def calls(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         patch.setattr(entry, "fit", _reach)
         patch.setattr(entry, "epochs_in", _reach)
         patch.setattr(runner.Runner, "encode", _reach)
-        patch.setattr(dense, "_Study", _reach)
+        patch.setattr(dense, "DenseRunner", _reach)
         patch.chdir(root)
         yield table
 

@@ -222,6 +222,8 @@ def test_log__only_its_end_is_read(status: Any, two_tasks: Any) -> None:
     assert status.rows(two_tasks, {})[0].detail.endswith("log: Killed")
 
 
+# Without anything whole there is no page, and that is said.
+@pytest.mark.filterwarnings("ignore:The report could not be written")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("name", ["summary.csv", "results.json"])
 def test_report__numbers_of_a_task(

@@ -39,17 +39,3 @@ def test_atomic_checkpoint_io__asks_first(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="taken over"):
         AtomicCheckpointIO(refuse).save_checkpoint({}, tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_atomic_checkpoint_io__holds_back_what_replaces_another(tmp_path: Path) -> None:
-    path, before = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
-    io = AtomicCheckpointIO(lambda: None, {path: before})
-    for step in range(3):
-        io.save_checkpoint({"step": torch.tensor(step)}, path)
-        if step:
-            assert torch.load(path) == {"step": torch.tensor(step - 1)}
-        io.settle()
-        assert torch.load(path) == {"step": torch.tensor(step)}
-    assert torch.load(before) == {"step": torch.tensor(1)}
-    io.settle()  # nothing is held back
-    assert {each.name for each in tmp_path.iterdir()} == {path.name, before.name}

@@ -179,7 +179,7 @@ def evaluate_dense(
     Raises:
         ValueError: If an argument is out of range, if masks are missing or do not fit
             their images or classes, or if `out` holds results already. Nothing has been
-            written then.
+            written then, but for the patch tokens if all classes lie outside the crop.
         OSError: If `out` or `cache` cannot be written, or if there is no room.
     """
     given = dict(locals())
