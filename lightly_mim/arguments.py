@@ -16,7 +16,7 @@ import math
 import os
 import reprlib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -74,6 +74,15 @@ class Rule:
 
     def __repr__(self) -> str:
         return self.words
+
+
+def one_of(names: Collection[str]) -> Rule:
+    """Returns the rule of a word that is one of some names."""
+    return Rule(
+        f"one of {', '.join(map(repr, names))}",
+        lambda name: isinstance(name, str) and name in names,
+        alone=True,
+    )
 
 
 # No size that PyTorch could use has more than 64 bits.

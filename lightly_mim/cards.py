@@ -123,7 +123,10 @@ def _results(run: RunDirectory) -> Iterator[str]:
         yield "|---|---|---|---|"
         yield from lines
     else:
-        yield "There is no results.json beside the weights: not evaluated."
+        why = (
+            "results.json has no rows" if file.is_file() else "there is no results.json"
+        )
+        yield f"Not evaluated: {why} beside the weights."
     yield ""
 
 

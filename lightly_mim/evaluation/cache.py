@@ -77,15 +77,16 @@ def cached_features(
         ValueError: See `collect_features`.
         OSError: If the features cannot be written, or if there is no room for them.
     """
-    if not len(data):  # type: ignore[arg-type]
+    count = len(data)  # type: ignore[arg-type]
+    if not count:
         raise ValueError("data holds no images to take features of.")
     if lacking := sorted(functions.keys() - stores.keys()):
         raise ValueError(f"stores has a place for each function, none of {lacking}.")
     for name, each in stores.items():
-        if each.num_images != len(data):  # type: ignore[arg-type]
+        if each.num_images != count:
             raise ValueError(
-                f"data holds {len(data)} images, "  # type: ignore[arg-type]
-                f"and the place of {name} in stores is for {each.num_images}."
+                f"data holds {count} images, and the place of {name} in stores is for "
+                f"{each.num_images}."
             )
 
     def make(shards: Sequence[tuple[int, dict[str, list[Key]]]]) -> None:

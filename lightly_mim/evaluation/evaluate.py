@@ -62,7 +62,6 @@ from lightly_mim.evaluation.provenance import (
     choose_device,
     evaluation_record,
     model_name,
-    package_versions,
     to_json,
 )
 from lightly_mim.evaluation.results import (
@@ -74,7 +73,7 @@ from lightly_mim.evaluation.results import (
     results_file,
     to_text,
 )
-from lightly_mim.evaluation.resume import Kept, Task
+from lightly_mim.evaluation.resume import Kept, Task, conditions
 from lightly_mim.evaluation.runner import (
     Runner,
     check_labels_of,
@@ -324,13 +323,7 @@ def evaluate(
         (train, test),
         None if out is None else Path(out),
         None if cache is None else Path(cache),
-        {
-            "transform": vars(transform),
-            "normalize": [list(model.mean), list(model.std)],
-            "precision": precision,
-            "device": place.type,
-            "versions": package_versions(),
-        },
+        conditions(transform, model, precision, place),
     )
     on_features = any(
         task.protocol == LABEL_FREE or chosen[task.protocol].reads != "images"

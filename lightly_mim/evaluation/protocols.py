@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from lightly_mim.arguments import Rule
+from lightly_mim.arguments import one_of
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.evaluation.probes.attentive import Attentive
@@ -21,14 +21,7 @@ PROTOCOLS: dict[str, type[Any]] = {
     each.name: each
     for each in (KNN, Linear, Logistic, Attentive, LowLabel, LinearMAE, FineTune)
 }
-ProtocolName = Annotated[
-    str,
-    Rule(
-        f"one of {', '.join(map(repr, PROTOCOLS))}",
-        lambda name: isinstance(name, str) and name in PROTOCOLS,
-        alone=True,
-    ),
-]
+ProtocolName = Annotated[str, one_of(PROTOCOLS)]
 LABEL_FREE = "label_free"  # what else may be measured, which no protocol is called
 
 

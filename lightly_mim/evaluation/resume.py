@@ -22,18 +22,21 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import Dataset
 
 from lightly_mim.evaluation.feature_files import FEATURES_VERSION, FeatureStore
+from lightly_mim.evaluation.features import Precision
 from lightly_mim.evaluation.fingerprints import (
     data_fingerprint,
     encoder_fingerprint,
     hash_key,
 )
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
-from lightly_mim.evaluation.provenance import to_json
+from lightly_mim.evaluation.provenance import package_versions, to_json
 from lightly_mim.evaluation.results import SCHEMA_VERSION
 from lightly_mim.files import atomic_write, printable, read_sealed, sealed
+from lightly_mim.transforms import EvalTransform
 
 # Of what a kept row holds, and of protocols whose numbers changed.
 _ROWS_VERSION = 4
@@ -51,6 +54,33 @@ class Task(NamedTuple):
 
     model: str
     protocol: str
+
+
+def conditions(
+    transform: EvalTransform,
+    encoder: AnyEncoder,
+    precision: Precision,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Returns what features depend on beside weights and images, for `Kept`.
+
+    Args:
+        transform:
+            How images are resized and cropped.
+        encoder:
+            Whose statistics normalise them.
+        precision:
+            What is computed in.
+        device:
+            Where.
+    """
+    return {
+        "transform": vars(transform),
+        "normalize": [list(encoder.mean), list(encoder.std)],
+        "precision": precision,
+        "device": device.type,
+        "versions": package_versions(),
+    }
 
 
 class Kept:
@@ -74,7 +104,7 @@ class Kept:
         cache:
             Directory of features. None for features/ in `out`.
         shared:
-            Everything else that features depend on. Can be written as JSON.
+            Everything else that features depend on, see `conditions`.
 
     Raises:
         ValueError: If the name of the directory of features is not UTF-8.

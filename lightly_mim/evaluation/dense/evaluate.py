@@ -51,7 +51,7 @@ from lightly_mim.evaluation.dense.results import (
     DenseResults,
 )
 from lightly_mim.evaluation.dense.runner import DenseRunner, Views
-from lightly_mim.evaluation.features import Precision
+from lightly_mim.evaluation.features import EncoderFeatures, Precision
 from lightly_mim.evaluation.loading import (
     at_random,
     check_loading,
@@ -64,10 +64,9 @@ from lightly_mim.evaluation.provenance import (
     choose_device,
     evaluation_record,
     model_name,
-    package_versions,
 )
 from lightly_mim.evaluation.results import RANDOM, results_file, to_text
-from lightly_mim.evaluation.resume import Kept, Task
+from lightly_mim.evaluation.resume import Kept, Task, conditions
 from lightly_mim.files import atomic_write
 from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.training.machine import check_precision
@@ -188,7 +187,7 @@ def evaluate_dense(
     loading = check_loading("evaluate_dense", loading, DENSE_PROTOCOLS)
     with keyed_random_state(seed, "evaluation", "encoder"):
         model = load_encoder(encoder, **loading)
-    layers = _check_layers(layers, model.num_layers)
+    layers = EncoderFeatures(model, layers, ["tokens"]).layers
     train_files, test_files, held_out = open_segmentation(
         data, val, seed=seed, in_chans=model.in_chans
     )
@@ -234,13 +233,7 @@ def evaluate_dense(
         [Views(part, "image") for part in (train, test)],
         None if out is None else Path(out),
         None if cache is None else Path(cache),
-        {
-            "transform": vars(transform),
-            "normalize": [list(model.mean), list(model.std)],
-            "precision": precision,
-            "device": place.type,
-            "versions": package_versions(),
-        },
+        conditions(transform, model, precision, place),
     )
     settings = {
         "layers": layers,
@@ -289,15 +282,6 @@ def evaluate_dense(
         kept.clear(list(keys.values()))
         write_page_or_warn(file.parent)
     return results
-
-
-def _check_layers(layers: Sequence[int], count: int) -> list[int]:
-    if not all(-count <= layer < count for layer in layers):
-        raise ValueError(
-            f"layers is one or more of 0 to {count - 1} (or -{count} to -1, from the "
-            f"end), got {list(layers)}."
-        )
-    return list(dict.fromkeys(layer % count for layer in layers))
 
 
 def _classes(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, Rule, checked
+from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked, one_of
 from lightly_mim.data.segmentation import IGNORED
 from lightly_mim.evaluation.probes.knn import knn_predict_grid
 from lightly_mim.evaluation.probes.linear import fit_linear_grid
@@ -203,14 +203,7 @@ class DenseLinear:
 DENSE_PROTOCOLS: dict[str, type[Any]] = {
     each.name: each for each in (DenseKNN, DenseLinear)
 }
-DenseProtocolName = Annotated[
-    str,
-    Rule(
-        f"one of {', '.join(map(repr, DENSE_PROTOCOLS))}",
-        lambda name: isinstance(name, str) and name in DENSE_PROTOCOLS,
-        alone=True,
-    ),
-]
+DenseProtocolName = Annotated[str, one_of(DENSE_PROTOCOLS)]
 
 
 def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:

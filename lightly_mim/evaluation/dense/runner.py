@@ -5,6 +5,7 @@ Shapes: N images, C classes, (H, W) pixels, (h, w) patches, D features, P = h * 
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import time
@@ -63,8 +64,6 @@ class Views(Dataset[tuple[list[Tensor], int, str]]):
             Images and masks.
         view:
             "image" or "mask".
-        fingerprint:
-            What tells these files, and how they are read, from others.
     """
 
     def __init__(
@@ -72,15 +71,20 @@ class Views(Dataset[tuple[list[Tensor], int, str]]):
     ) -> None:
         self.data = data
         self.view = view
-        names = data.files.images if view == "image" else data.files.masks
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells these files, and how they are read, from others."""
+        data = self.data
+        names = data.files.images if self.view == "image" else data.files.masks
         paths = [data.files.root / name for name in names]
         read = (
             {"in_chans": data.in_chans, "value_range": data.value_range}
-            if view == "image"
+            if self.view == "image"
             else {"values": data.values}
         )
         files = files_fingerprint(names, paths, [0] * len(names))
-        self.fingerprint = hash_key({"files": files, **read})
+        return hash_key({"files": files, **read})
 
     def __len__(self) -> int:
         return len(self.data)
@@ -259,6 +263,7 @@ class DenseRunner:
         seed = seed_from(self.seed, "dense")
         num_classes = len(self.classes)
         found: list[dict[str, Any]] = []
+        banks: dict[int | None, PatchBank] = {}
         for key in self.features[0][task.model].values:
             layer = self._layer(task.model, key[0])
             index = layer.fit.nonzero().flatten().to(self.home)
@@ -278,8 +283,9 @@ class DenseRunner:
                 range(len(ious)), key=lambda i: -1 if math.isnan(ious[i]) else ious[i]
             )
             found.append({"layer": key[0], **candidates[i][0], "miou": ious[i]})
+            banks[key[0]] = layer.bank
         best = max(found, key=lambda entry: entry["miou"])
-        bank = self._layer(task.model, best["layer"]).bank
+        bank = banks[best["layer"]]
         chosen = {k: v for k, v in best.items() if k not in ("layer", "miou")}
         predict = settings.predictor(bank, num_classes, chosen, seed=seed)
         return _Choice(best["layer"], chosen, found, len(bank.labels), predict)
