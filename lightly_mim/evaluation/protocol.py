@@ -84,6 +84,12 @@ def best_key(choices: Mapping[Key, Choice]) -> Key:
     return max(choices, key=lambda key: merit(choices[key]))
 
 
+def hyperparameters(choice: Choice) -> dict[str, float]:
+    """Returns what was chosen, without what it was chosen by."""
+    found = ("accuracy", "loss", "converged")
+    return {k: value for k, value in choice._asdict().items() if k not in found}
+
+
 def describe_choices(choices: Mapping[Key, Choice]) -> list[dict[str, Any]]:
     """Returns the choice of each layer and pooling, see `Outcome.selection`."""
     return [

@@ -29,7 +29,6 @@ import torch
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
-from torch.nn import functional
 
 from lightly_mim.arguments import (
     AtLeastTwo,
@@ -41,15 +40,13 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.probes.linear import MAX_NUMBERS, score_linear
-from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
-from lightly_mim.evaluation.protocol import (
-    Outcome,
-    best_key,
-    describe_choices,
-    merit,
-    rank_classes,
+from lightly_mim.evaluation.probes.linear import (
+    MAX_NUMBERS,
+    linear_outcome,
+    score_linear,
 )
+from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
+from lightly_mim.evaluation.protocol import Outcome, best_key, merit
 from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 # [0]'s range up to 30, in steps of half a decade where [0] has a quarter. On the
@@ -133,18 +130,7 @@ class Logistic:
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        logits = functional.linear(
-            standardize(test.values[key].to(device)), weight, bias
-        )
-        return [
-            Outcome(
-                key,
-                {"c": choices[key].c},
-                describe_choices(choices),
-                rank_classes(logits).cpu(),
-                classifier=standardize.folded_into(weight, bias),
-            )
-        ]
+        return [linear_outcome(choices, standardize, weight, bias, test)]
 
 
 class LogisticChoice(NamedTuple):
@@ -156,7 +142,7 @@ class LogisticChoice(NamedTuple):
         accuracy:
             Its top-1 accuracy on the held-out parts, in [0, 1].
         loss:
-            Its cross-entropy there, which decides between equal accuracies.
+            Its mean cross-entropy there.
         converged:
             Whether all of its fits converged; else some were cut at the largest number
             of iterations.
@@ -281,7 +267,7 @@ def choose_logistic(
 ) -> list[LogisticChoice]:
     """Chooses C for each of several features, by cross-validation.
 
-    The best accuracy wins; ties go to the lower cross-entropy, then to the first C.
+    Ties go to the lower cross-entropy, then to the first C.
 
     Args:
         features:
@@ -302,8 +288,7 @@ def choose_logistic(
             Where to compute.
 
     Returns:
-        For each of the features the best C with its accuracy and loss on the held-out
-        parts.
+        The choice for each of the features.
 
     Raises:
         ValueError: If shapes, labels or settings are out of range.
@@ -356,15 +341,8 @@ def choose_logistic(
 class _Objective:
     """Mean cross-entropy plus penalty, and its gradient, as scipy calls for them.
 
-    Attributes:
-        features:
-            Rotated features with shape (N, R).
-        labels:
-            int64 tensor with shape (N,).
-        penalty:
-            Factor of half the squared weights.
-        size:
-            Number of images at a time.
+    `features` are rotated, with shape (N, R), and read `size` images at a time;
+    `penalty` is the factor of half the squared weights.
     """
 
     def __init__(

@@ -96,17 +96,7 @@ class LowLabel:
         return []
 
     def check_labels(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Checks that there are enough images of each class to draw from.
-
-        Args:
-            labels:
-                int64 tensor with shape (num_train,) with values in [0, num_classes).
-            classes:
-                Names of the classes.
-
-        Raises:
-            ValueError: If a class has too few training images.
-        """
+        """See `ChecksLabels`: there are enough images of each class to draw from."""
         check_counts(labels, classes, max(self.shots))
 
     def __call__(
@@ -124,9 +114,6 @@ class LowLabel:
             One outcome per number of images per class, with all draws in `ranked`. Its
             layer, pooling and C are those that most draws have chosen; `selection` has
             what each draw has chosen.
-
-        Raises:
-            ValueError: If a class has too few training images.
 
         Warns:
             ConvergenceWarning: If a final fit ended at `max_iterations`.
