@@ -70,9 +70,6 @@ def cached_features(
             function with the same arguments and get the same features; the directory
             must be one that they share.
 
-    Returns:
-        The features of each function.
-
     Raises:
         ValueError: See `collect_features`.
         OSError: If the features cannot be written, or if there is no room for them.

@@ -269,16 +269,7 @@ def predict(
 
 
 def refuse_file(path: Path, endings: tuple[str, ...], overwrite: bool) -> None:
-    """Raises a ValueError if a file cannot be written there.
-
-    Args:
-        path:
-            The file.
-        endings:
-            How its name may end.
-        overwrite:
-            Whether it may be replaced.
-    """
+    """Raises a ValueError if no file with one of these endings can be written there."""
     if path.suffix not in endings:
         raise ValueError(f"out ends with {' or '.join(endings)}, got out={path}.")
     if path.is_dir():
@@ -300,11 +291,7 @@ def open_images(
 ) -> tuple[ImageDataset, list[str]]:
     """Opens an image, or a folder of images, which need no labels.
 
-    Returns:
-        Data set of (image, label, filename), and notes of images that are left out.
-
-    Raises:
-        ValueError: If there is no such image.
+    Returns the data set of (image, label, filename), and notes of images left out.
     """
     if not images.exists():
         raise ValueError(f"There is no file or folder {printable(str(images))}.")

@@ -91,21 +91,7 @@ def save_classifier(
 ) -> None:
     """Writes what an outcome has predicted with, if it can be used without it.
 
-    Args:
-        path:
-            The file to write.
-        outcome:
-            The outcome, see `Outcome.classifier`.
-        encoder:
-            The encoder that was evaluated.
-        source:
-            Where it comes from, a path or a name. None for a module.
-        classes:
-            Names of the classes.
-        crop_ratio:
-            See `EvalTransform`.
-        value_range:
-            See `lightly_mim.data.open_data`.
+    `source` is where the encoder comes from, a path or a name, None for a module.
 
     Raises:
         OSError: If the file cannot be written. What was there before is left as it was.
@@ -148,14 +134,9 @@ def save_classifier(
 
 
 def read_classifier(path: Path) -> tuple[Said, dict[str, Tensor]]:
-    """Reads a file that `save_classifier` wrote.
+    """Reads what a file of `save_classifier` says, and its tensors.
 
-    Args:
-        path:
-            The file.
-
-    Returns:
-        What it says, each value of a kind and size that is allowed, and its tensors.
+    Each value is checked to be of a kind and size that is allowed.
 
     Raises:
         OSError: If it cannot be opened.

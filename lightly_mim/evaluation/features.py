@@ -134,11 +134,7 @@ class EncoderFeatures:
     ) -> dict[Key, Tensor]:
         """Returns features with shape (batch_size, dim) of normalised images.
 
-        Args:
-            images:
-                Tensor with shape (batch_size, channels, height, width).
-            keys:
-                Which features to make. None for all of them.
+        All of them, or those of some keys.
         """
         layers, pools = self.layers, self.pools
         if keys is not None:
@@ -279,13 +275,8 @@ def collect_features(
 def batch_images(batch: Any) -> Tensor:
     """Returns the images of a batch, of several views the first one.
 
-    Args:
-        batch:
-            Tuple or list that begins with the images or with a list of views, as
-            lightly's (views, labels, filenames).
-
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it does not begin with images or with a list of views.
     """
     views = batch[0] if isinstance(batch, (list, tuple)) and batch else None
     images = views[0] if isinstance(views, (list, tuple)) and views else views
@@ -309,9 +300,6 @@ def normalize_images(
             Per channel, what is subtracted from images in [0, 1].
         std:
             Per channel, what they are divided by afterwards.
-
-    Returns:
-        Float tensor with the shape of the images.
 
     Raises:
         ValueError: If there is not one mean and one standard deviation per channel.
@@ -341,14 +329,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @contextmanager
 def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Puts a module in evaluation mode on a device, and back as it was afterwards.
-
-    Args:
-        encoder:
-            The module.
-        device:
-            Where it shall be meanwhile.
-    """
+    """Puts a module in evaluation mode on a device, and back as it was afterwards."""
     home = _device_of(encoder)
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval().to(device)
@@ -378,10 +359,6 @@ def _join(parts: Mapping[Key, list[Tensor]]) -> dict[Key, Tensor]:
 
 def check_labels(labels: Any) -> Tensor:
     """Returns the labels of a batch as int64 on the CPU.
-
-    Args:
-        labels:
-            What a batch holds as labels.
 
     Raises:
         ValueError: If they are not one class per image.

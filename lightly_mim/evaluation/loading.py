@@ -175,11 +175,7 @@ def at_random(encoder: AnyEncoder, seed: Seed) -> AnyEncoder:
 def origin_notes(encoder: AnyEncoder, resized: bool = False) -> list[str]:
     """Returns what a reader of results must know of where the weights come from.
 
-    Args:
-        encoder:
-            The encoder.
-        resized:
-            Whether the size of the images was asked for.
+    `resized` says whether the size of the images was asked for.
     """
     notes = []
     if resized and getattr(encoder, "tables", "timm") == "simmim":
@@ -377,16 +373,9 @@ def check_loading(
 ) -> dict[str, Any]:
     """Checks the arguments that an evaluation hands on to `load_encoder`.
 
-    Args:
-        function:
-            Name of the evaluation.
-        loading:
-            The arguments by name.
-        protocols:
-            The protocols by name, whose settings may have been meant.
-
     Raises:
-        TypeError: If `load_encoder` does not know one.
+        TypeError: If `load_encoder` does not know one. It may be a setting of one of
+            the protocols.
         ValueError: If a value is out of range.
     """
     known = inspect.signature(load_encoder).parameters.keys() - {"encoder"}

@@ -115,15 +115,11 @@ class FeatureProtocol(Protocol):
     def check(self, num_train: int) -> list[str]:
         """Checks the settings before any image is read.
 
-        Args:
-            num_train:
-                Number of training images.
-
         Returns:
             What a reader of the results should know, one sentence each.
 
         Raises:
-            ValueError: If a setting is out of range.
+            ValueError: If a setting is out of range for that many training images.
         """
         return []
 
@@ -161,16 +157,13 @@ class ChecksLabels(Protocol):
     """A protocol that looks at the labels before any protocol has run."""
 
     def check_labels(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Checks that the training set is fit for the settings.
+        """Raises a ValueError if the training set is not fit for the settings.
 
         Args:
             labels:
                 int64 tensor with shape (num_train,) with values in [0, num_classes).
             classes:
                 Names of the classes.
-
-        Raises:
-            ValueError: If it is not.
         """
 
 
@@ -194,11 +187,7 @@ class LabelledImages(NamedTuple):
 class ImageProtocol(Protocol):
     """A protocol that trains on augmented images through the encoder.
 
-    Attributes:
-        name:
-            See `FeatureProtocol`.
-        reads:
-            "images".
+    `name` is as in `FeatureProtocol`, and `reads` is "images".
     """
 
     name: ClassVar[str]
@@ -208,15 +197,7 @@ class ImageProtocol(Protocol):
         """See `FeatureProtocol`."""
 
     def check_encoder(self, encoder: MaskedEncoder) -> None:
-        """Checks that the settings fit the encoder, before anything is trained.
-
-        Args:
-            encoder:
-                The encoder.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Raises a ValueError if the settings do not fit the encoder."""
 
     def __call__(
         self,

@@ -207,13 +207,7 @@ def singular_values(features: Tensor, *, center: bool = False) -> Tensor:
 
     The matrix is reduced piece by piece to a triangular one with the same singular
     values (QR decomposition). The eigenvalues of its square would be cheaper, but lose
-    half of the digits.
-
-    Args:
-        features:
-            Tensor with shape (num_images, dim).
-        center:
-            Whether to subtract the mean feature first.
+    half of the digits. With `center` the mean feature is subtracted first.
 
     Returns:
         float64 tensor with shape (min(num_images, dim),) on the device of the features.

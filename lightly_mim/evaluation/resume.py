@@ -43,14 +43,7 @@ _ROWS_VERSION = 4
 
 
 class Task(NamedTuple):
-    """One protocol for one model.
-
-    Attributes:
-        model:
-            Name of the model.
-        protocol:
-            Name of the protocol.
-    """
+    """One protocol for one model, by their names."""
 
     model: str
     protocol: str
@@ -62,18 +55,7 @@ def conditions(
     precision: Precision,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns what features depend on beside weights and images, for `Kept`.
-
-    Args:
-        transform:
-            How images are resized and cropped.
-        encoder:
-            Whose statistics normalise them.
-        precision:
-            What is computed in.
-        device:
-            Where.
-    """
+    """Returns what features depend on beside weights and images, for `Kept`."""
     return {
         "transform": vars(transform),
         "normalize": [list(encoder.mean), list(encoder.std)],
@@ -149,16 +131,7 @@ class Kept:
             self.out = self.cache = None
 
     def store(self, model: str, part: int, num_images: int) -> FeatureStore:
-        """Returns where the features of a model lie, if they are kept on disk.
-
-        Args:
-            model:
-                Name of the model.
-            part:
-                0 for training images, 1 for test images.
-            num_images:
-                Number of images.
-        """
+        """Returns where features of training (0) or test images (1) lie."""
         assert self.cache is not None
         key = {
             "features_version": FEATURES_VERSION,
@@ -173,16 +146,9 @@ class Kept:
     ) -> str | None:
         """Returns the name under which a row is kept, None if it is not kept.
 
-        Args:
-            task:
-                The protocol and the model.
-            protocol:
-                The protocol with its settings. One from elsewhere is told from others
-                by its source; where that, or a setting, cannot be written down, its
-                rows are not kept.
-            settings:
-                Everything that the row depends on beside features and labels. Can be
-                written as JSON.
+        A protocol from elsewhere is told from others by its source; where that, or a
+        setting, cannot be written down, its rows are not kept. The settings are all
+        that the row depends on beside protocol, features and labels.
         """
         code = _code(protocol)
         if self.out is None or code is None:
@@ -204,12 +170,7 @@ class Kept:
         return f"{name}-{hash_key(key)}"
 
     def read(self, key: str | None) -> dict[str, Any] | None:
-        """Returns what is kept under a key, None if there is nothing whole.
-
-        Args:
-            key:
-                See `row_key`.
-        """
+        """Returns the row that is kept under a key, None if there is nothing whole."""
         if key is None or self.out is None:
             return None
         try:
@@ -225,17 +186,7 @@ class Kept:
         return row
 
     def write(self, key: str | None, row: Mapping[str, Any]) -> None:
-        """Keeps a row.
-
-        Args:
-            key:
-                See `row_key`.
-            row:
-                What can be written as JSON.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Keeps a row, and removes the checkpoints that led to it."""
         if key is None or self.out is None:
             return
         with atomic_write(self._row(key)) as temporary:
@@ -244,12 +195,7 @@ class Kept:
 
     @contextmanager
     def checkpoints(self, key: str | None) -> Iterator[Path]:
-        """Gives a directory for the checkpoints of a training.
-
-        Args:
-            key:
-                See `row_key`. If nothing is kept, the directory is a temporary one.
-        """
+        """Gives a directory for the checkpoints of a training."""
         if key is not None and self.out is not None:
             yield self._checkpoints(key)
             return
@@ -257,12 +203,7 @@ class Kept:
             yield Path(folder)
 
     def clear(self, keys: Sequence[str | None]) -> None:
-        """Removes rows, once the results are written.
-
-        Args:
-            keys:
-                See `row_key`.
-        """
+        """Removes rows, once the results are written."""
         if self.out is None:
             return
         for key in keys:

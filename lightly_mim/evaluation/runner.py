@@ -234,9 +234,7 @@ def _alone(classes: Sequence[str], labels: Tensor, others: Tensor) -> list[str]:
 def class_notes(made: Mapping[str, Any]) -> list[str]:
     """Returns what a reader should know of classes that one of the parts lacks.
 
-    Args:
-        made:
-            What `Runner.run` returned.
+    `made` is what `Runner.run` returned.
     """
     notes = []
     if len(made["classes"]) == 1:
@@ -257,11 +255,7 @@ def class_notes(made: Mapping[str, Any]) -> list[str]:
 def check_labels_of(
     protocols: Iterable[Any], labels: Tensor, classes: Sequence[str]
 ) -> None:
-    """Lets protocols refuse the labels of the training images before any has run.
-
-    Raises:
-        ValueError: If one does.
-    """
+    """Lets protocols refuse the labels of the training images before any has run."""
     for each in protocols:
         if isinstance(each, ChecksLabels):
             each.check_labels(labels, classes)

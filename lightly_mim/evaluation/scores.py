@@ -31,16 +31,7 @@ NUM_RESAMPLES = 2000
 
 
 class Accuracy(NamedTuple):
-    """A share of test images, with its interval.
-
-    Attributes:
-        value:
-            The share, in [0, 1].
-        low:
-            Lower end of the 95 % interval.
-        high:
-            Upper end.
-    """
+    """A share of test images in [0, 1], with the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -125,7 +116,7 @@ def score(ranked: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Sc
 def bootstrap(
     top1: Tensor, top5: Tensor | None, labels: Tensor, seed: int = 0
 ) -> dict[str, Accuracy]:
-    """Returns accuracies with their intervals, see the top of this file.
+    """Returns "top1", "top5" (if given) and "mean_class" with their intervals.
 
     Images of the same class with the same hits are alike. A resample is therefore drawn
     as the number of images of each kind, multinomially, which is the same distribution
@@ -141,9 +132,6 @@ def bootstrap(
             int64 tensor with shape (num_test,), the classes.
         seed:
             Seed of the resamples.
-
-    Returns:
-        The accuracies "top1", "top5" (if given) and "mean_class".
     """
     rows = torch.stack([labels.double(), top1, top1 if top5 is None else top5], dim=1)
     kinds, counts = np.unique(rows.numpy(), axis=0, return_counts=True)

@@ -1,12 +1,6 @@
 """How classes of pixels are predicted from patch tokens: kNN and a linear classifier.
 
-- [0]: CAPI, 2025, https://arxiv.org/abs/2502.08769 (`eval_segmentation.py`: kNN with
-  k of 1, 3, 10 and 30 and a logistic regression on the patch tokens)
-- [1]: DINOv2, 2023, https://arxiv.org/abs/2304.07193 (section 7.4: a linear layer on
-  the patch tokens, its logits upsampled bilinearly)
-
-A patch has the class of most of its pixels. kNN gives all pixels of a patch one class;
-the linear classifier's logits are upsampled to the pixels.
+The papers [0] and [1] are those of `evaluate_dense`.
 """
 
 from __future__ import annotations
@@ -27,14 +21,7 @@ from lightly_mim.evaluation.probes.standardize import Standardizer
 
 
 class PatchBank(NamedTuple):
-    """Patch tokens of training images, of one layer.
-
-    Attributes:
-        tokens:
-            Float tensor with shape (num_patches, dim).
-        labels:
-            int64 tensor with shape (num_patches,).
-    """
+    """Training tokens of one layer, (num_patches, dim), and labels, (num_patches,)."""
 
     tokens: Tensor
     labels: Tensor
@@ -243,16 +230,6 @@ def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tens
 
 
 def enlarge(classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Gives all pixels of a patch its class.
-
-    Args:
-        classes:
-            Tensor with shape (batch_size, h, w).
-        size:
-            (height, width) of the result, which h and w divide.
-
-    Returns:
-        Tensor with shape (batch_size, height, width).
-    """
+    """Gives all pixels of a patch, in (B, h, w), its class, in (B, *size)."""
     height, width = size[0] // classes.shape[1], size[1] // classes.shape[2]
     return classes.repeat_interleave(height, 1).repeat_interleave(width, 2)

@@ -107,12 +107,7 @@ class DenseResults:
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> DenseResults:
-        """Returns what `to_dict` has made.
-
-        Args:
-            written:
-                What `dense.json` holds.
-        """
+        """Returns what `to_dict` has made."""
         rows = [DenseResult(**row) for row in written["rows"]]
         record = {k: v for k, v in written.items() if k not in ("rows", "notes")}
         return cls(rows, list(written.get("notes", [])), record)
@@ -122,15 +117,9 @@ class DenseResults:
 
 
 def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Counts pixels by class; pixels without a class do not count.
+    """Counts pixels by class; pixels without a class, -1 in the mask, do not count.
 
-    Args:
-        predicted:
-            int64 tensor with shape (height, width) or (batch_size, height, width).
-        mask:
-            The same, what is true; -1 for no class.
-        num_classes:
-            Number of classes.
+    Prediction and mask are int64 with shape (height, width) or (B, height, width).
 
     Returns:
         float64 tensor with shape (num_classes, 3): pixels of the class in both, only in
@@ -148,28 +137,15 @@ def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 def class_iou(counts: Tensor) -> Tensor:
     """Returns intersection over union of each class, NaN for one that is nowhere.
 
-    Args:
-        counts:
-            Tensor with shape (..., num_classes, 3), sums of `count_pixels`.
-
-    Returns:
-        Tensor with shape (..., num_classes), in [0, 1].
+    Of sums of `count_pixels` with shape (..., num_classes, 3).
     """
     return counts[..., 0] / counts.sum(dim=-1)
 
 
 def miou_interval(counts: Tensor, seed: int) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean over classes, by the bootstrap.
+    """Returns the 95 % interval of the mean over classes, by the bootstrap over images.
 
-    Args:
-        counts:
-            Tensor with shape (num_images, num_classes, 3), see `count_pixels`. Images
-            are drawn with replacement.
-        seed:
-            Seed of what is drawn.
-
-    Returns:
-        (low, high), in [0, 1].
+    `counts` has shape (num_images, num_classes, 3), see `count_pixels`.
     """
     generator = Generator().manual_seed(seed_from(seed, "segmentation", "bootstrap"))
     num_images = len(counts)

@@ -58,12 +58,6 @@ class Views(Dataset[tuple[list[Tensor], int, str]]):
     """The images of a segmentation alone, or their masks alone.
 
     Yields ([view], 0, filename) with a view of `SegmentationDataset`.
-
-    Attributes:
-        data:
-            Images and masks.
-        view:
-            "image" or "mask".
     """
 
     def __init__(
@@ -147,12 +141,7 @@ class DenseRunner:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def encode(self, names: Collection[str]) -> None:
-        """Passes over training and test images, or reads what was found before.
-
-        Args:
-            names:
-                Which models.
-        """
+        """Passes over training and test images, or reads what was found before."""
         self.held_out = _held_out(len(self.train), self.seed)
         functions = {
             name: EncoderFeatures(encoder, self.layers, ["tokens"])
@@ -219,15 +208,7 @@ class DenseRunner:
             yield views[0].long()
 
     def run(self, task: Task) -> DenseResult:
-        """Runs a protocol for a model.
-
-        Args:
-            task:
-                The protocol and the model.
-
-        Raises:
-            ValueError: If no pixel has a class.
-        """
+        """Runs a protocol for a model; a ValueError if no pixel has a class."""
         start = time.perf_counter()
         choice = self._choose(task)
         counts = self._score(task.model, choice)

@@ -137,17 +137,8 @@ def mixed_loss(
 ) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """Returns the loss of a batch with random erasing, mixup, cutmix and smoothing.
 
-    Args:
-        recipe:
-            The settings.
-        num_classes:
-            Number of classes.
-        device:
-            Where the images are.
-
-    Returns:
-        Function from (model, normalised images with shape (B, C, H, W), int64 labels
-        with shape (B,)) to the mean cross-entropy. It changes the images.
+    It is a function from (model, normalised images with shape (B, C, H, W), int64
+    labels with shape (B,)) to the mean cross-entropy. It changes the images.
     """
     smoothing = recipe.label_smoothing
     erase = RandomErasing(
@@ -176,15 +167,7 @@ def mixed_loss(
 
 
 def check_rand_augment(text: str) -> None:
-    """Refuses a RandAugment that timm would not read.
-
-    Args:
-        text:
-            RandAugment as timm writes it.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Raises a ValueError for a RandAugment that timm would not read."""
     # timm skips what it does not know, or fails by an assertion.
     number, whole = r"\d+(\.\d+)?", r"\d+"
     parts = f"(m|n|mmax|inc){whole}|(p|mstd){number}|tweights|t3aw?"

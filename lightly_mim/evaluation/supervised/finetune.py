@@ -184,13 +184,7 @@ class FineTune:
         self._transform(encoder)
 
     def settings(self, name: str, num_train: int) -> FineTuneRecipe:
-        """Returns a published recipe with the values that were asked for.
-
-        Args:
-            name:
-                One of `RECIPES`.
-            num_train:
-                Number of training images.
+        """Returns a published recipe of `RECIPES` with the values that were asked for.
 
         Raises:
             ValueError: If a value is out of range.

@@ -260,21 +260,9 @@ def build_lars(
     """Makes timm's LARS scale as MAE's code does at a weight decay of 0.
 
     The gradient of each matrix is scaled by `trust_coefficient` times the norm of the
-    weights over that of the gradient, before the momentum; biases are left as they are.
-    timm's (and lightly's) would leave everything unscaled without weight decay: it is
-    told to adapt always, for the matrices.
-
-    - [1]: LARS, 2017, https://arxiv.org/abs/1708.03888
-
-    Args:
-        parameters:
-            The parameters.
-        lr:
-            Learning rate.
-        momentum:
-            Momentum.
-        trust_coefficient:
-            Trust coefficient.
+    weights over that of the gradient, before the momentum; biases are left as they are
+    [1]. timm's (and lightly's) would leave everything unscaled without weight decay: it
+    is told to adapt always, for the matrices.
     """
     parameters = list(parameters)
     return Lars(

@@ -79,23 +79,11 @@ def plan_batches(
     multiple: int = 1,
     processes: int = 1,
 ) -> BatchPlan:
-    """Cuts batches into micro-batches that are equal in size.
+    """Cuts batches into the largest micro-batches that are equal in size.
 
-    Args:
-        num_train:
-            Number of training images.
-        batch_size:
-            Images per optimiser step. If there are fewer training images, all of them
-            make a batch, but for the few that do not share out evenly.
-        micro_batch_size:
-            Most images at a time.
-        multiple:
-            What the size of a micro-batch is a multiple of.
-        processes:
-            What the number of micro-batches is a multiple of.
-
-    Returns:
-        The plan with the largest micro-batches.
+    If there are fewer training images than `batch_size`, all of them make a batch, but
+    for the few that do not share out evenly. The size of a micro-batch is a multiple of
+    `multiple`, and their number one of `processes`.
 
     Raises:
         ValueError: If the batch cannot be shared out.
@@ -163,10 +151,6 @@ class Classifier(TrainingModule):
     """Trains a `Classification` and keeps the logits of the test images.
 
     Attributes:
-        task:
-            The classifier and how it is trained.
-        model:
-            Its model.
         logits:
             Float tensors with shape (rows, num_classes) on the CPU, this rank's rows of
             each batch of test images.
@@ -337,17 +321,15 @@ def train_and_score(
         seed:
             Seed of order, augmentation and noise.
         precision:
-            "32", "bf16" for bfloat16 autocast, or "16" for float16 autocast with a
-            gradient scaler on a GPU.
+            See `ImageProtocol`, as the others.
         num_workers:
-            Number of processes that read images, None for the loader's choice.
+            None for the loader's choice.
         progress:
             Whether to show a progress bar, rather than a line for each epoch.
         layout:
-            The processes, which run already: see
-            `lightly_mim.training.machine.start`.
+            The processes, which run already: see `lightly_mim.training.machine.start`.
         compile:
-            Whether to compile the model with `torch.compile`.
+            Whether to compile the model.
 
     Returns:
         Float tensor with shape (num_test, num_classes) on the CPU, the logits, the same
