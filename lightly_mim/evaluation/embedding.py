@@ -17,7 +17,7 @@ from lightly_mim.arguments import NonEmpty, PositiveInt, Share, Workers, checked
 from lightly_mim.data import KeyedLoader
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
-from lightly_mim.encoders import Encoder, Pool, choose_attention
+from lightly_mim.encoders import Encoder, Pool
 from lightly_mim.evaluation.classifier import open_images, refuse_file
 from lightly_mim.evaluation.feature_files import key_name
 from lightly_mim.evaluation.features import (
@@ -25,7 +25,7 @@ from lightly_mim.evaluation.features import (
     Features,
     Precision,
     collect_features,
-    evaluating,
+    encoding,
 )
 from lightly_mim.evaluation.loading import load_encoder
 from lightly_mim.evaluation.provenance import choose_device
@@ -127,9 +127,8 @@ def embed(
         show,
     )
     place = choose_device(device)
-    choose_attention(model, place, precision == "bf16")
     loader = KeyedLoader(data, batch_size, training=False, num_workers=num_workers)
-    with evaluating(model, place):
+    with encoding([function], place, precision):
         made = collect_features(
             {"encoder": function},
             track(loader, "Encoding", disable=not show),

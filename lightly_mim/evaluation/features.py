@@ -20,7 +20,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightly_mim.arguments import Device, NonEmpty, PositiveInt, Workers, checked
 from lightly_mim.data.loading import KeyedLoader
+from lightly_mim.encoders import choose_attention
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.training.machine import MixedPrecision, autocast
@@ -339,6 +340,18 @@ def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]
         encoder.to(home)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def encoding(
+    functions: Iterable[EncoderFeatures], device: torch.device, precision: Precision
+) -> Iterator[None]:
+    """Makes encoders ready on a device, and puts them back as they were."""
+    with ExitStack() as stack:
+        for function in functions:
+            choose_attention(function.encoder, device, precision == "bf16")
+            stack.enter_context(evaluating(function.encoder, device))
+        yield
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -37,6 +37,14 @@ def choose_device(device: str | None) -> torch.device:
     return torch.device("cpu")
 
 
+def probe_device(device: torch.device) -> torch.device:
+    """Returns where probes compute when encoders do it on a device.
+
+    In float64 in places, which Apple's accelerator does not know.
+    """
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def model_name(encoder: Any, model: Any) -> str:
     """Returns what a table calls what `load_encoder` made of the user's encoder."""
     if isinstance(encoder, nn.Module):

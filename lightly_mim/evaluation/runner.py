@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lightly_mim.data import KeyedLoader, seed_from
 from lightly_mim.data.notes import printable, some
-from lightly_mim.encoders import Pool, choose_attention
+from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.features import (
@@ -23,13 +22,14 @@ from lightly_mim.evaluation.features import (
     Features,
     Precision,
     collect_features,
-    evaluating,
+    encoding,
 )
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.evaluation.images import class_names, read_labels
 from lightly_mim.evaluation.processes import World
 from lightly_mim.evaluation.protocol import ChecksLabels, LabelledImages, Outcome
 from lightly_mim.evaluation.protocols import LABEL_FREE
+from lightly_mim.evaluation.provenance import probe_device
 from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.results import Result
 from lightly_mim.evaluation.resume import Kept, Task
@@ -73,11 +73,7 @@ class Runner:
                     functions[name] = EncoderFeatures(encoder)
                 else:
                     functions[name] = EncoderFeatures(encoder, self.layers, pools)
-        with ExitStack() as stack:
-            for function in functions.values():
-                encoder = function.encoder
-                choose_attention(encoder, self.device, self.precision == "bf16")
-                stack.enter_context(evaluating(encoder, self.device))
+        with encoding(functions.values(), self.device, self.precision):
             for part, images in enumerate((self.train, self.images.test)):
                 found = self._collect(functions, images, part) if functions else {}
                 self.features.append(found)
@@ -162,8 +158,7 @@ class Runner:
         else:
             train, test = self._features(task, protocol.reads)
             feature_seconds = train.seconds + test.seconds
-            # Probes compute in float64 in places, which Apple's accelerator does not.
-            place = self.device if self.device.type == "cuda" else torch.device("cpu")
+            place = probe_device(self.device)
             outcomes = protocol(train, test, len(self.classes), seed=seed, device=place)
         seconds = (time.perf_counter() - start) / len(outcomes)
         made["rows"] = [

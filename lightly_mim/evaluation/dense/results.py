@@ -160,10 +160,9 @@ def miou_interval(counts: Tensor, seed: int) -> tuple[float, float]:
 
 
 def _overview(rows: Sequence[DenseResult]) -> Table:
-    table = _table(
-        {"Model": False, "Protocol": False, "Layer": True, "Chosen": False}
-        | {"mIoU % [95 %]": False, "Pixels %": True, "Seconds": True}
-    )
+    columns = {"Model": False, "Protocol": False, "Layer": True, "Chosen": False}
+    columns |= {"mIoU % [95 %]": False, "Pixels %": True, "Seconds": True}
+    lines = []
     for row in rows:
         chosen = ", ".join(f"{name} {v:g}" for name, v in row.hyperparameters.items())
         interval = f"[{100 * row.miou_low:.1f}, {100 * row.miou_high:.1f}]"
@@ -171,31 +170,28 @@ def _overview(rows: Sequence[DenseResult]) -> Table:
         cells.append(f"{100 * row.miou:.1f} {interval}")
         cells.append(f"{100 * row.pixel_accuracy:.1f}")
         cells.append(f"{row.feature_seconds + row.seconds:.1f}")
-        _add(table, cells)
-    return table
+        lines.append(cells)
+    return _table(columns, lines)
 
 
 def _by_class(rows: Sequence[DenseResult]) -> Table:
     titles = [f"{row.model}, {row.protocol}" for row in rows]
-    table = _table({"IoU %": False} | dict.fromkeys(titles, True))
     names = list(rows[0].iou)
+    lines = []
     for name in names[:_MAX_CLASSES_SHOWN]:
         shown = [row.iou[name] for row in rows]
-        _add(table, [name, *("" if x is None else f"{100 * x:.1f}" for x in shown)])
+        lines.append([name, *("" if x is None else f"{100 * x:.1f}" for x in shown)])
     if len(names) > _MAX_CLASSES_SHOWN:
-        _add(table, [f"and {len(names) - _MAX_CLASSES_SHOWN} more in {DENSE_FILE}"])
-    return table
+        lines.append([f"and {len(names) - _MAX_CLASSES_SHOWN} more in {DENSE_FILE}"])
+    return _table({"IoU %": False} | dict.fromkeys(titles, True), lines)
 
 
-def _table(columns: Mapping[str, bool]) -> Table:
+def _table(columns: Mapping[str, bool], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, is_number in columns.items():
         table.add_column(
             Text(printable(name)), justify="right" if is_number else "left"
         )
+    for cells in lines:  # Text, since rich takes brackets in a string for markup
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
-
-
-def _add(table: Table, cells: Sequence[str]) -> None:
-    # Text, since rich would take square brackets in a string for markup.
-    table.add_row(*(Text(printable(cell)) for cell in cells))

@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from lightly_mim.data import KeyedLoader, seed_from
 from lightly_mim.data.segmentation import IGNORED, SegmentationDataset
-from lightly_mim.encoders import choose_attention
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.dense.protocols import (
     DenseProtocol,
@@ -41,10 +40,11 @@ from lightly_mim.evaluation.features import (
     EncoderFeatures,
     Features,
     Precision,
-    evaluating,
+    encoding,
 )
 from lightly_mim.evaluation.fingerprints import files_fingerprint, hash_key
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.provenance import probe_device
 from lightly_mim.evaluation.resume import Kept, Task
 
 _HELD_OUT_PART = 5  # one of so many training images
@@ -134,11 +134,8 @@ class DenseRunner:
 
     @property
     def home(self) -> torch.device:
-        """Where protocols compute.
-
-        In float64 in places, which Apple's accelerator does not know.
-        """
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
+        """Where protocols compute."""
+        return probe_device(self.device)
 
     def encode(self, names: Collection[str]) -> None:
         """Passes over training and test images, or reads what was found before."""
@@ -152,11 +149,7 @@ class DenseRunner:
         root = self.kept.cache or Path(
             self.stack.enter_context(tempfile.TemporaryDirectory())
         )
-        with ExitStack() as stack:
-            for function in functions.values():
-                bf16 = self.precision == "bf16"
-                choose_attention(function.encoder, self.device, bf16)
-                stack.enter_context(evaluating(function.encoder, self.device))
+        with encoding(functions.values(), self.device, self.precision):
             for part, data in enumerate((self.train, self.test)):
                 stores = {
                     name: self.kept.store(name, part, len(data))
