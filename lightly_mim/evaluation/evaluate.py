@@ -34,7 +34,7 @@ from lightly_mim.data.folder import OnError
 from lightly_mim.data.sources import Data
 from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, resize_encoder
 from lightly_mim.evaluation.classifier_files import CLASSIFIERS, save_classifier
-from lightly_mim.evaluation.features import EncoderFeatures, Precision
+from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Precision
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
 from lightly_mim.evaluation.images import (
     EvaluationImages,
@@ -349,18 +349,13 @@ def evaluate(
     runner = Runner(
         models,
         chosen,
-        images.labelled(),
-        train,
+        images,
         kept,
         world,
+        Encoding(batch_size, num_workers, place, precision, show),
         layers=layers,
         pools=taken,
         seed=seed,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=place,
-        precision=precision,
-        progress=show,
         layout=layout,
         compile=compile,
     )

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -342,16 +343,39 @@ def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]
             module.training = training
 
 
-@contextmanager
-def encoding(
-    functions: Iterable[EncoderFeatures], device: torch.device, precision: Precision
-) -> Iterator[None]:
-    """Makes encoders ready on a device, and puts them back as they were."""
-    with ExitStack() as stack:
-        for function in functions:
-            choose_attention(function.encoder, device, precision == "bf16")
-            stack.enter_context(evaluating(function.encoder, device))
-        yield
+@dataclass(frozen=True)
+class Encoding:
+    """How images go through encoders, as `evaluate` has it."""
+
+    batch_size: int
+    num_workers: int | None
+    device: torch.device
+    precision: Precision
+    progress: bool
+
+    @contextmanager
+    def ready(self, functions: Iterable[EncoderFeatures]) -> Iterator[None]:
+        """Makes encoders ready on the device, and puts them back as they were."""
+        with ExitStack() as stack:
+            for encoder in (function.encoder for function in functions):
+                choose_attention(encoder, self.device, self.precision == "bf16")
+                stack.enter_context(evaluating(encoder, self.device))
+            yield
+
+    def collect(
+        self,
+        functions: Mapping[str, EncoderFeatures],
+        images: Dataset[Any],
+        description: str,
+    ) -> dict[str, Features]:
+        """Returns `collect_features` of all images of a data set."""
+        loader = KeyedLoader(
+            images, self.batch_size, training=False, num_workers=self.num_workers
+        )
+        batches = track(loader, description, disable=not self.progress)
+        return collect_features(
+            functions, batches, device=self.device, precision=self.precision
+        )
 
 
 def _device_of(module: nn.Module) -> torch.device:

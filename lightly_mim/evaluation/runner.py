@@ -7,27 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.data import KeyedLoader, seed_from
+from lightly_mim.data import seed_from
 from lightly_mim.data.notes import printable, some
 from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.cache import cached_features
-from lightly_mim.evaluation.features import (
-    EncoderFeatures,
-    Features,
-    Precision,
-    collect_features,
-    encoding,
-)
+from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Features
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
-from lightly_mim.evaluation.images import class_names, read_labels
+from lightly_mim.evaluation.images import EvaluationImages, class_names, read_labels
 from lightly_mim.evaluation.processes import World
-from lightly_mim.evaluation.protocol import ChecksLabels, LabelledImages, Outcome
+from lightly_mim.evaluation.protocol import ChecksLabels, Outcome
 from lightly_mim.evaluation.protocols import LABEL_FREE
 from lightly_mim.evaluation.provenance import probe_device
 from lightly_mim.evaluation.rank import label_free as measure_features
@@ -43,18 +35,13 @@ class Runner:
 
     models: Mapping[str, AnyEncoder]
     protocols: Mapping[str, Any]
-    images: LabelledImages
-    train: Dataset[Any]
+    images: EvaluationImages
     kept: Kept
     world: World
+    how: Encoding
     layers: Sequence[int]
     pools: Sequence[Pool]
     seed: int
-    batch_size: int
-    num_workers: int | None
-    device: torch.device
-    precision: Precision
-    progress: bool
     layout: Layout
     compile: bool
     features: list[dict[str, Features]] = field(default_factory=list)
@@ -73,16 +60,16 @@ class Runner:
                     functions[name] = EncoderFeatures(encoder)
                 else:
                     functions[name] = EncoderFeatures(encoder, self.layers, pools)
-        with encoding(functions.values(), self.device, self.precision):
-            for part, images in enumerate((self.train, self.images.test)):
+        with self.how.ready(functions.values()):
+            for part, images in enumerate((self.images.train, self.images.test)):
                 found = self._collect(functions, images, part) if functions else {}
                 self.features.append(found)
                 self.labels.append(
                     next(iter(found.values())).labels
                     if found
-                    else read_labels(images, self.num_workers)
+                    else read_labels(images, self.how.num_workers)
                 )
-        self.classes = class_names(self.train, self.labels)
+        self.classes = class_names(self.images.train, self.labels)
         # Before a protocol has run: only folders tell their labels at once.
         wanted = {task.protocol for task in tasks} & self.protocols.keys()
         check_labels_of(
@@ -104,23 +91,11 @@ class Runner:
                     for name in functions
                 },
                 images,
-                batch_size=self.batch_size,
-                num_workers=self.num_workers,
-                device=self.device,
-                precision=self.precision,
                 description=description,
-                progress=self.progress,
                 world=self.world,
+                **vars(self.how),
             )
-        loader = KeyedLoader(
-            images, self.batch_size, training=False, num_workers=self.num_workers
-        )
-        return collect_features(
-            functions,
-            track(loader, description, disable=not self.progress),
-            device=self.device,
-            precision=self.precision,
-        )
+        return self.how.collect(functions, images, description)
 
     def run(self, task: Task, key: str | None) -> tuple[dict[str, Any], list[Outcome]]:
         """Runs a protocol for a model, and returns its rows and outcomes."""
@@ -144,21 +119,21 @@ class Runner:
             with self.kept.checkpoints(key) as folder:
                 outcomes = protocol(
                     self.models[task.model],
-                    self.images,
+                    self.images.labelled(),
                     len(self.classes),
                     out=folder,
                     seed=seed,
-                    device=self.device,
-                    precision=self.precision,
-                    num_workers=self.num_workers,
-                    progress=self.progress,
+                    device=self.how.device,
+                    precision=self.how.precision,
+                    num_workers=self.how.num_workers,
+                    progress=self.how.progress,
                     layout=self.layout,
                     compile=self.compile,
                 )
         else:
             train, test = self._features(task, protocol.reads)
             feature_seconds = train.seconds + test.seconds
-            place = probe_device(self.device)
+            place = probe_device(self.how.device)
             outcomes = protocol(train, test, len(self.classes), seed=seed, device=place)
         seconds = (time.perf_counter() - start) / len(outcomes)
         made["rows"] = [
@@ -208,7 +183,7 @@ class Runner:
             draws=found.draws,
             feature_seconds=feature_seconds,
             seconds=seconds,
-            num_train=num_images(self.train),
+            num_train=num_images(self.images.train),
             num_test=len(labels),
             selection=outcome.selection,
         )

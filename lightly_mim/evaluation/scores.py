@@ -39,7 +39,7 @@ class Accuracy(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What predictions are worth.
+    """What predictions are worth: over several draws of training images, the means.
 
     Attributes:
         top1:
@@ -48,16 +48,14 @@ class Scores(NamedTuple):
             Share of images whose class is among the five most probable, None with five
             classes or fewer.
         mean_class:
-            Mean over classes of the accuracy on their images; classes without test
-            images are left out.
+            Mean over classes, those with test images, of the accuracy on their images.
         per_class:
             Accuracy on the images of each class, None for classes without any.
         confusion:
             Number of images of each class (row) for which each class (column) was
             predicted, over all draws.
         draws:
-            Top-1 accuracy of each draw of training images, if there are several. All
-            other numbers are then means over the draws.
+            Top-1 accuracy of each draw, if there are several.
     """
 
     top1: Accuracy

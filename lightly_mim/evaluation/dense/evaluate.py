@@ -51,7 +51,7 @@ from lightly_mim.evaluation.dense.results import (
     DenseResults,
 )
 from lightly_mim.evaluation.dense.runner import DenseRunner, Views
-from lightly_mim.evaluation.features import EncoderFeatures, Precision
+from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Precision
 from lightly_mim.evaluation.loading import (
     at_random,
     check_loading,
@@ -253,14 +253,10 @@ def evaluate_dense(
             test,
             names,
             kept,
+            Encoding(batch_size, num_workers, place, precision, show),
             layers=layers,
             max_patches=max_patches,
             seed=seed,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=place,
-            precision=precision,
-            progress=show,
             stack=stack,
         )
         if pending:

@@ -38,9 +38,8 @@ from lightly_mim.evaluation.feature_files import FeatureStore
 from lightly_mim.evaluation.features import (
     TOKENS,
     EncoderFeatures,
+    Encoding,
     Features,
-    Precision,
-    encoding,
 )
 from lightly_mim.evaluation.fingerprints import files_fingerprint, hash_key
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
@@ -118,14 +117,10 @@ class DenseRunner:
     test: SegmentationDataset
     classes: Sequence[str]
     kept: Kept
+    how: Encoding
     layers: Sequence[int]
     max_patches: int
     seed: int
-    batch_size: int
-    num_workers: int | None
-    device: torch.device
-    precision: Precision
-    progress: bool
     stack: ExitStack
     features: list[dict[str, Features]] = field(default_factory=list)
     labels: dict[Grid, Tensor] = field(default_factory=dict)
@@ -135,7 +130,7 @@ class DenseRunner:
     @property
     def home(self) -> torch.device:
         """Where protocols compute."""
-        return probe_device(self.device)
+        return probe_device(self.how.device)
 
     def encode(self, names: Collection[str]) -> None:
         """Passes over training and test images, or reads what was found before."""
@@ -149,7 +144,7 @@ class DenseRunner:
         root = self.kept.cache or Path(
             self.stack.enter_context(tempfile.TemporaryDirectory())
         )
-        with encoding(functions.values(), self.device, self.precision):
+        with self.how.ready(functions.values()):
             for part, data in enumerate((self.train, self.test)):
                 stores = {
                     name: self.kept.store(name, part, len(data))
@@ -161,12 +156,8 @@ class DenseRunner:
                     functions,
                     stores,
                     Views(data, "image"),
-                    batch_size=self.batch_size,
-                    num_workers=self.num_workers,
-                    device=self.device,
-                    precision=self.precision,
                     description=f"Encoding {('training', 'test')[part]} images",
-                    progress=self.progress,
+                    **vars(self.how),
                 )
                 self.features.append(found)
         self._read_training_masks()
@@ -195,7 +186,7 @@ class DenseRunner:
             Views(data, "mask"),
             _AT_A_TIME,
             training=False,
-            num_workers=self.num_workers,
+            num_workers=self.how.num_workers,
         )
         for views, _, _ in loader:
             yield views[0].long()

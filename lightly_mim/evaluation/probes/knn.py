@@ -104,16 +104,7 @@ class KNN:
 
 
 class KNNChoice(NamedTuple):
-    """What leave-one-out on the training set has chosen.
-
-    Attributes:
-        k:
-            Number of neighbours.
-        temperature:
-            Temperature of their weights.
-        accuracy:
-            Leave-one-out top-1 accuracy on the training set, in [0, 1].
-    """
+    """What leave-one-out on the training set has chosen, with its accuracy."""
 
     k: int
     temperature: float

@@ -67,18 +67,7 @@ LEARNING_RATES = (
 
 
 class GridChoice(NamedTuple):
-    """What held-out training images have chosen from a grid of probes.
-
-    Attributes:
-        learning_rate:
-            The best learning rate.
-        weight_decay:
-            The best weight decay.
-        accuracy:
-            Their top-1 accuracy on the held-out images, in [0, 1].
-        loss:
-            Their mean cross-entropy there.
-    """
+    """What was chosen from a grid of probes, with accuracy and mean cross-entropy."""
 
     learning_rate: float
     weight_decay: float
@@ -343,12 +332,10 @@ def score_linear(
     Returns:
         See `tally`.
     """
-    num_probes = len(weight)
-    correct = torch.zeros(num_probes, dtype=torch.int64)
-    loss = torch.zeros(num_probes, dtype=torch.float64)
+    correct = torch.zeros(len(weight), dtype=torch.int64)
+    loss = torch.zeros(len(weight), dtype=torch.float64)
     size = max(1, max_numbers // bias.numel())
-    for start in range(0, len(features), size):
-        batch, target = features[start : start + size], labels[start : start + size]
+    for batch, target in zip(features.split(size), labels.split(size), strict=True):
         logits = torch.addmm(bias.view(-1, 1), weight.flatten(0, 1), batch.T)
         hits, lost = tally(logits.view(*bias.shape, len(batch)), target)
         correct += hits

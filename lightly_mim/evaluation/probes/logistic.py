@@ -113,14 +113,11 @@ class Logistic:
         key = best_key(choices)
         features = train.values[key].to(device)
         standardize = Standardizer.fit(features)
-        (weight,), (bias,), _, (converged,) = fit_logistic_path(
+        (weight,), (bias,), _, (converged,) = self.fit(
             standardize(features),
             train.labels.to(device),
             num_classes,
             [choices[key].c],
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-            max_numbers=self.max_numbers,
         )
         if not converged:
             warnings.warn(
@@ -132,20 +129,25 @@ class Logistic:
             )
         return [linear_outcome(choices, standardize, weight, bias, test)]
 
+    def fit(
+        self, features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float]
+    ) -> LogisticPath:
+        """Returns `fit_logistic_path` with these settings."""
+        return fit_logistic_path(
+            features,
+            labels,
+            num_classes,
+            cs,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            max_numbers=self.max_numbers,
+        )
+
 
 class LogisticChoice(NamedTuple):
-    """What cross-validation on the training set has chosen.
+    """What cross-validation has chosen, with its accuracy and mean cross-entropy.
 
-    Attributes:
-        c:
-            The best C.
-        accuracy:
-            Its top-1 accuracy on the held-out parts, in [0, 1].
-        loss:
-            Its mean cross-entropy there.
-        converged:
-            Whether all of its fits converged; else some were cut at the largest number
-            of iterations.
+    Unless `converged`, some of its fits were cut at the largest number of iterations.
     """
 
     c: float
@@ -155,17 +157,9 @@ class LogisticChoice(NamedTuple):
 
 
 class LogisticPath(NamedTuple):
-    """One fit per C.
+    """One fit per C: weights (num_cs, num_classes, dim), biases (num_cs, num_classes).
 
-    Attributes:
-        weight:
-            Tensor with shape (num_cs, num_classes, dim).
-        bias:
-            Tensor with shape (num_cs, num_classes).
-        iterations:
-            Number of iterations of each.
-        converged:
-            Whether each has converged.
+    `iterations` and `converged` say how each of them ended.
     """
 
     weight: Tensor
@@ -307,14 +301,8 @@ def choose_logistic(
             if not standardized:
                 standardize = Standardizer.fit(train)
                 train, test = standardize(train), standardize(test)
-            path = fit_logistic_path(
-                train.to(device),
-                labels[kept].to(device),
-                num_classes,
-                settings.cs,
-                tolerance=settings.tolerance,
-                max_iterations=settings.max_iterations,
-                max_numbers=settings.max_numbers,
+            path = settings.fit(
+                train.to(device), labels[kept].to(device), num_classes, settings.cs
             )
             hits, lost = score_linear(
                 path.weight,
@@ -348,10 +336,9 @@ class _Objective:
     def __init__(
         self, features: Tensor, labels: Tensor, penalty: float, size: int
     ) -> None:
-        self.features = features
-        self.labels = labels
+        self.batches = list(zip(features.split(size), labels.split(size), strict=True))
+        self.num_images = len(features)
         self.penalty = penalty
-        self.size = size
 
     def precondition(self, variance: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Scales the variables so that the curvature is about 1 in all directions.
@@ -360,11 +347,11 @@ class _Objective:
         average over images and classes, plus the penalty.
         """
         spread = 0.0
-        for start in range(0, len(self.features), self.size):
-            p = self._logits(start, weight, bias).softmax(dim=0)
+        for batch, _ in self.batches:
+            p = _logits(batch, weight, bias).softmax(dim=0)
             spread += float((p * (1 - p)).mean(dim=0).sum(dtype=torch.float64))
         # With one class, or where all is certain, it is 0.
-        spread = max(spread / len(self.features), 1e-6)
+        spread = max(spread / self.num_images, 1e-6)
         self.scale = (spread * variance + self.penalty).rsqrt()
         self.bias_scale = spread**-0.5
 
@@ -388,30 +375,26 @@ class _Objective:
         value = 0.5 * self.penalty * weight.square().sum()
         weight_gradient = self.penalty * weight
         bias_gradient = torch.zeros_like(bias)
-        num_images = len(self.features)
-        for start in range(0, num_images, self.size):
-            batch = self.features[start : start + self.size]
-            target = self.labels[None, start : start + self.size]
+        for batch, labels in self.batches:
+            target = labels[None]
             # Classes first, which is the fast way round, see `fit_linear_grid`.
-            error = self._logits(start, weight, bias).log_softmax(dim=0)
+            error = _logits(batch, weight, bias).log_softmax(dim=0)
             loss = error.gather(0, target).sum(dtype=torch.float64)
-            value -= loss / num_images
+            value -= loss / self.num_images
             error.exp_()
             error.scatter_add_(0, target, error.new_full(target.shape, -1.0))
-            weight_gradient += (error @ batch).double() / num_images
-            bias_gradient += error.sum(dim=1, dtype=torch.float64) / num_images
+            weight_gradient += (error @ batch).double() / self.num_images
+            bias_gradient += error.sum(dim=1, dtype=torch.float64) / self.num_images
         parts = [
             (weight_gradient * self.scale).flatten(),
             bias_gradient * self.bias_scale,
         ]
         return float(value), torch.cat(parts).cpu().numpy()
 
-    def _logits(self, start: int, weight: Tensor, bias: Tensor) -> Tensor:
-        """Returns the logits of some images with shape (C, images)."""
-        batch = self.features[start : start + self.size]
-        return torch.addmm(
-            bias[:, None].to(batch.dtype), weight.to(batch.dtype), batch.T
-        )
+
+def _logits(batch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Returns the logits of some images with shape (C, images)."""
+    return torch.addmm(bias[:, None].to(batch.dtype), weight.to(batch.dtype), batch.T)
 
 
 def _principal_directions(features: Tensor) -> tuple[Tensor, Tensor]:

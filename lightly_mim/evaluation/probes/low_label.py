@@ -35,11 +35,7 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features, Key
-from lightly_mim.evaluation.probes.logistic import (
-    Logistic,
-    choose_logistic,
-    fit_logistic_path,
-)
+from lightly_mim.evaluation.probes.logistic import Logistic, choose_logistic
 from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.evaluation.protocol import (
     Outcome,
@@ -118,14 +114,10 @@ class LowLabel:
         Warns:
             ConvergenceWarning: If a final fit ended at `max_iterations`.
         """
+        seeds = [seed_from(seed, "low_label", draw) for draw in range(self.draws)]
         rows = [
-            draw_per_class(
-                train.labels,
-                num_classes,
-                max(self.shots),
-                seed_from(seed, "low_label", draw),
-            )
-            for draw in range(self.draws)
+            draw_per_class(train.labels, num_classes, max(self.shots), each)
+            for each in seeds
         ]
         scalers = {
             key: Standardizer.fit(values) for key, values in train.values.items()
@@ -146,6 +138,12 @@ class LowLabel:
         seed: int,
         device: torch.device | str,
     ) -> Outcome:
+        logistic = Logistic(
+            self.cs,
+            max(min(shots, self.num_folds), 2),
+            self.tolerance,
+            self.max_iterations,
+        )
         chosen: list[tuple[Key, float]] = []
         selection: list[dict[str, Any]] = []
         ranked = []
@@ -162,12 +160,7 @@ class LowLabel:
                     list(features.values()),
                     labels,
                     num_classes,
-                    Logistic(
-                        self.cs,
-                        num_folds=min(shots, self.num_folds),
-                        tolerance=self.tolerance,
-                        max_iterations=self.max_iterations,
-                    ),
+                    logistic,
                     standardized=True,
                     seed=seed_from(seed, "low_label", "parts", draw),
                     device=device,
@@ -178,13 +171,8 @@ class LowLabel:
                 [best] = describe_choices({key: choices[key]})
                 selection.append({"draw": draw, **best})
             chosen.append((key, c))
-            path = fit_logistic_path(
-                features[key].to(device),
-                labels.to(device),
-                num_classes,
-                [c],
-                tolerance=self.tolerance,
-                max_iterations=self.max_iterations,
+            path = logistic.fit(
+                features[key].to(device), labels.to(device), num_classes, [c]
             )
             cut += not path.converged[0]
             logits = functional.linear(

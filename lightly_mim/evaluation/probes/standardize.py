@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,17 +43,18 @@ class Standardizer(NamedTuple):
         count = num_images * math.prod(features.shape[1:-1])
         size = max(1, 2**22 // max(1, features[:1].numel()))  # 32 MB in float64
 
-        def chunk(start: int) -> Tensor:
+        def parts() -> Iterator[Tensor]:
             if rows is None:
-                return features[start : start + size].double()
-            return features[rows[start : start + size]].double()
+                yield from features.split(size)
+            else:
+                yield from (features[index] for index in rows.split(size))
 
         mean = features.new_zeros(features.shape[-1], dtype=torch.float64)
-        for start in range(0, num_images, size):
-            mean += chunk(start).sum(dims) / count
+        for part in parts():
+            mean += part.double().sum(dims) / count
         variance = torch.zeros_like(mean)
-        for start in range(0, num_images, size):
-            variance += (chunk(start) - mean).square().sum(dims) / count
+        for part in parts():
+            variance += (part.double() - mean).square().sum(dims) / count
         std = variance.sqrt()
         # A spread of this size is the rounding of float32, not a feature.
         std[std <= 1e-6 * mean.abs()] = 1.0

@@ -41,12 +41,6 @@ class FineTuneTransform:
     mean of the images as the colour behind them. For grey images it chooses among the
     operations that are not about colour.
 
-    Attributes:
-        crop:
-            The random resized crop (bicubic) and flip.
-        augment:
-            timm's RandAugment. None for none.
-
     Args:
         input_size:
             (height, width) of the result in pixels.
@@ -55,7 +49,7 @@ class FineTuneTransform:
         mean:
             Per channel, the mean of images in [0, 1].
         min_scale:
-            Smallest area of the random crop, as a part of the picture's.
+            Smallest area of the random crop (bicubic), as a part of the picture's.
         rand_augment:
             RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; empty for
             none.

@@ -31,7 +31,6 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
@@ -200,12 +199,7 @@ class LinearMAE:
             images.test,
             encoder,
             num_classes,
-            identity={
-                **dataclasses.asdict(self),
-                "protocol": "linear_mae",
-                "encoder": encoder_fingerprint(encoder),
-                "num_classes": num_classes,
-            },
+            identity=dataclasses.asdict(self),
             out=out,
             seed=seed,
             precision=precision,

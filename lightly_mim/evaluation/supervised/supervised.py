@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.features import batch_images, normalize_images
+from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.probes.standardize import check_label_range
 from lightly_mim.training.cuda import float32_products
 from lightly_mim.training.machine import (
@@ -55,21 +56,11 @@ LOG_EVERY = 10  # optimiser steps
 
 
 class BatchPlan(NamedTuple):
-    """How the images of an epoch are shared out.
+    """How the images of an epoch are shared out."""
 
-    Attributes:
-        batch_size:
-            Images per optimiser step.
-        num_parts:
-            Micro-batches per optimiser step, all of the same size, over all processes.
-        steps_per_epoch:
-            Optimiser steps in an epoch. The images that are left over, others in each
-            epoch, are not used.
-    """
-
-    batch_size: int
-    num_parts: int
-    steps_per_epoch: int
+    batch_size: int  # images per optimiser step
+    num_parts: int  # micro-batches of equal size per step, over all processes
+    steps_per_epoch: int  # images that are left over, others each time, are not used
 
 
 def plan_batches(
@@ -110,41 +101,19 @@ def plan_batches(
 
 @dataclass(frozen=True)
 class Classification:
-    """A classifier and how it is trained.
+    """A classifier and how it is trained."""
 
-    Attributes:
-        name:
-            What the results call it.
-        model:
-            Module from normalised images with shape (B, C, H, W) to logits with shape
-            (B, num_classes), on its device. `train` and `eval` put it in its modes.
-        trained:
-            The part of the model that changes, which checkpoints hold.
-        optimizer:
-            Optimiser of that part.
-        schedule:
-            Its learning rate schedule, which steps with it.
-        loss:
-            Function from (model, normalised images, labels with shape (B,)) to the mean
-            loss. It draws from the global random states, which are seeded for it, and
-            may change the images.
-        epochs:
-            Number of passes over the training images.
-        plan:
-            How they are shared out.
-        clip_grad:
-            Largest norm of the gradient. None for no clipping.
-    """
-
-    name: str
-    model: nn.Module
-    trained: nn.Module
-    optimizer: Optimizer
-    schedule: LambdaLR
+    name: str  # what the results call it
+    model: nn.Module  # normalised images (B, C, H, W) to logits (B, num_classes)
+    trained: nn.Module  # the part of the model that changes, which checkpoints hold
+    optimizer: Optimizer  # of that part
+    schedule: LambdaLR  # steps with the optimiser
+    # From (model, normalised images, labels) to the mean loss. It draws from the global
+    # random states, which are seeded for it, and may change the images.
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
     epochs: int
     plan: BatchPlan
-    clip_grad: float | None = None
+    clip_grad: float | None = None  # largest norm of the gradient
 
 
 class Classifier(TrainingModule):
@@ -315,7 +284,7 @@ def train_and_score(
         num_classes:
             Number of classes.
         identity:
-            See `Classifier`.
+            The settings, see `Classifier`.
         out:
             Directory of the checkpoint and of `metrics.csv`.
         seed:
@@ -351,6 +320,9 @@ def train_and_score(
         layout = Layout([device.index], 1, layout.environment)
     identity = {
         **identity,
+        "protocol": task.name,
+        "encoder": encoder_fingerprint(encoder),
+        "num_classes": num_classes,
         "seed": seed,
         "precision": precision,
         "num_images": len(train),  # type: ignore[arg-type]
