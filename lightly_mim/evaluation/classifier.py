@@ -62,12 +62,7 @@ class Classifier(nn.Module):
             The encoder, whose mean and standard deviation normalise images.
     """
 
-    def __init__(
-        self,
-        encoder: AnyEncoder,
-        model: nn.Module,
-        said: Said,
-    ) -> None:
+    def __init__(self, encoder: AnyEncoder, model: nn.Module, said: Said) -> None:
         super().__init__()
         self.classes = list(said.classes)
         self.accuracy = said.accuracy

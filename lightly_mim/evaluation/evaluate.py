@@ -310,13 +310,14 @@ def evaluate(
         skipped = [name for name, each in chosen.items() if each.reads != "pooled"]
         if skipped:
             notes.append(f"No raw pixels for {', '.join(skipped)}, made for encoders.")
+    reads = {name: each.reads for name, each in chosen.items()}
+    if label_free:
+        reads[LABEL_FREE] = "pooled"
     tasks = [
         Task(name, protocol)
         for name, each in models.items()
-        for protocol in [*chosen, *([LABEL_FREE] if label_free else [])]
-        if not isinstance(each, RawPixels)
-        or protocol == LABEL_FREE
-        or chosen[protocol].reads == "pooled"
+        for protocol, kind in reads.items()
+        if kind == "pooled" or not isinstance(each, RawPixels)
     ]
     kept = Kept(
         models,
@@ -325,10 +326,7 @@ def evaluate(
         None if cache is None else Path(cache),
         conditions(transform, model, precision, place),
     )
-    on_features = any(
-        task.protocol == LABEL_FREE or chosen[task.protocol].reads != "images"
-        for task in tasks
-    )
+    on_features = {*reads.values()} != {"images"}
     if world.size > 1 and on_features and kept.cache is None:
         raise ValueError(
             "Processes share features through a directory on a disk: pass out or "
@@ -349,6 +347,7 @@ def evaluate(
     runner = Runner(
         models,
         chosen,
+        reads,
         images,
         kept,
         world,

@@ -107,10 +107,6 @@ class TimmEncoder(AdaptedEncoder):
     last feature map. There is no "cls": where the class token lies differs between
     families.
 
-    Attributes:
-        name:
-            timm's name of the model, None for a model that was passed by hand.
-
     Raises:
         ValueError: If the model says nothing of the images that it takes, or cannot
             return what lies between its layers.

@@ -47,23 +47,11 @@ class Result:
         top1:
             Share of test images whose class is the most probable one. The mean over
             `draws`, if there are any.
-        top1_low:
-            Lower end of its interval.
-        top1_high:
-            Upper end.
         top5:
             Share of test images whose class is among the five most probable. None with
-            five classes or fewer.
-        top5_low:
-            Lower end of its interval, or None.
-        top5_high:
-            Upper end, or None.
+            five classes or fewer, as its interval.
         mean_class:
             Mean over classes of the accuracy on their test images.
-        mean_class_low:
-            Lower end of its interval.
-        mean_class_high:
-            Upper end.
         per_class:
             Accuracy on the test images of each class, None for a class without any.
         confusion:

@@ -35,6 +35,7 @@ class Runner:
 
     models: Mapping[str, AnyEncoder]
     protocols: Mapping[str, Any]
+    reads: Mapping[str, str]  # of each protocol, and of label-free measures
     images: EvaluationImages
     kept: Kept
     world: World
@@ -52,7 +53,7 @@ class Runner:
         """Passes over training and test images, or reads what was found before."""
         functions: dict[str, EncoderFeatures] = {}
         for name, encoder in self.models.items():
-            read = {self._reads(task.protocol) for task in tasks if task.model == name}
+            read = {self.reads[task.protocol] for task in tasks if task.model == name}
             if needed := read - {"images"}:
                 pools: list[AnyPool] = [*self.pools] if "pooled" in needed else []
                 pools += ["tokens"] if "tokens" in needed else []
@@ -75,9 +76,6 @@ class Runner:
         check_labels_of(
             [self.protocols[name] for name in wanted], self.labels[0], self.classes
         )
-
-    def _reads(self, protocol: str) -> str:
-        return "pooled" if protocol == LABEL_FREE else self.protocols[protocol].reads
 
     def _collect(
         self, functions: Mapping[str, EncoderFeatures], images: Dataset[Any], part: int

@@ -40,12 +40,9 @@ class DenseResult:
         miou:
             Mean over the classes of the intersection over union of all test pixels, in
             [0, 1]. Classes that neither occur in the test masks nor were predicted do
-            not count.
-        miou_low:
-            Lower end of its 95 % interval: the percentile of 2,000 draws of the test
-            images with replacement. It does not cover the draw of the training images.
-        miou_high:
-            Upper end.
+            not count. `miou_low` and `miou_high` are the ends of its 95 % interval: the
+            percentile of 2,000 draws of the test images with replacement, which does
+            not cover the draw of the training images.
         iou:
             Intersection over union of each class by its name, in [0, 1]. None if it
             neither occurs nor was predicted.

@@ -154,7 +154,9 @@ class LowLabel:
             features = {
                 key: scalers[key](values[index]) for key, values in train.values.items()
             }
-            key, c = _first_pool_of_last_layer(list(features)), self.fixed_c
+            # The first pooling of the last layer; a baseline's features have no layer.
+            key = max(features, key=lambda key: -1 if key[0] is None else key[0])
+            c = self.fixed_c
             if shots > 1:
                 found = choose_logistic(
                     list(features.values()),
@@ -190,8 +192,3 @@ class LowLabel:
         (key, c), _ = Counter(chosen).most_common(1)[0]
         variant = f"{shots} per class"
         return Outcome(key, {"c": c}, selection, torch.stack(ranked), variant)
-
-
-def _first_pool_of_last_layer(keys: Sequence[Key]) -> Key:
-    last = max(-1 if layer is None else layer for layer, _ in keys)
-    return next(key for key in keys if key[0] == (None if last == -1 else last))
