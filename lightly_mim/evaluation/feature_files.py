@@ -199,13 +199,9 @@ class FeatureStore:
         return self.path / f"{key_name(key)}.npy"
 
     def bytes_to_write(self, key: Key, shape: tuple[int, ...]) -> int:
-        """Returns how much there is to write, in half precision if it is not known.
+        """Returns how much there is to write of a feature with this shape per image.
 
-        Args:
-            key:
-                The (layer, pooling).
-            shape:
-                Shape of the feature of one image.
+        In half precision if it is not known.
         """
         array = self._layout(key)
         size = 2 if array is None else array.dtype.itemsize

@@ -293,15 +293,9 @@ def batch_images(batch: Any) -> Tensor:
 def normalize_images(
     images: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Normalises uint8 images; float images count as normalised already.
+    """Normalises uint8 images, (B, C, H, W); float images count as normalised already.
 
-    Args:
-        images:
-            Tensor with shape (batch_size, channels, height, width).
-        mean:
-            Per channel, what is subtracted from images in [0, 1].
-        std:
-            Per channel, what they are divided by afterwards.
+    `mean` is subtracted from images in [0, 1], which are then divided by `std`.
 
     Raises:
         ValueError: If there is not one mean and one standard deviation per channel.

@@ -47,53 +47,19 @@ _IMAGES_TO_LOOK_AT = 32
 class EvaluationImages:
     """Opens training and test images, and makes sure that there are both, with labels.
 
-    A data set in Python may have labels without naming classes; `class_names` sees to
-    that once the labels have been read.
-
-    Attributes:
-        train:
-            Training images: data set of (image, label, filename).
-        test:
-            The images that are scored: the test images, or training images that are
-            held out.
-        notes:
-            What a reader of results should know of the images.
-        value_range:
-            See `lightly_mim.data.open_data`.
-
-    Args:
-        data:
-            See `evaluate`, as most of the others.
-        val:
-            See `evaluate`.
-        transform:
-            Transform of the evaluation.
-        in_chans:
-            Number of image channels.
-        holdout:
-            See `evaluate`.
-        seed:
-            Decides which training images are held out.
-        num_workers:
-            Number of processes that read labels, None for the loader's choice.
-        on_error:
-            See `evaluate`.
-        value_range:
-            See `lightly_mim.data.open_data`.
-        world:
-            The processes that share the evaluation.
-        progress:
-            Whether to show what takes time.
+    The arguments are those of `evaluate`, with its transform and its processes. A data
+    set in Python may have labels without naming classes; `class_names` sees to that
+    once the labels have been read.
 
     Raises:
         ValueError: If an argument is out of range, or if the data has no labels or no
             test images.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any]
-    notes: list[str]
-    value_range: ValueRange | None
+    train: Dataset[Any]  # of (image, label, filename)
+    test: Dataset[Any]  # what is scored: test images, or training images held out
+    notes: list[str]  # what a reader of results should know of the images
+    value_range: ValueRange | None  # see `lightly_mim.data.open_data`
 
     def __init__(
         self,

@@ -297,16 +297,9 @@ def _check_size(encoder: TimmEncoder) -> TimmEncoder:
 def build_saved(
     weights: Weights, place: Path | str, strict: bool = True
 ) -> MaskedEncoder:
-    """Builds the encoder of weights, with them.
+    """Builds the encoder of weights, with them; `place` is where they were read.
 
-    Args:
-        weights:
-            What `lightly_mim.checkpoints.read_weights` returned.
-        place:
-            Where they were read, for the error message.
-        strict:
-            Whether they must be all of its weights. False for an encoder whose weights
-            are loaded later.
+    Unless `strict`, some of its weights may be missing: they are loaded later.
 
     Raises:
         ValueError: If the weights do not say how to build it, or if there are too few

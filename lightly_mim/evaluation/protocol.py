@@ -249,14 +249,8 @@ class ImageProtocol(Protocol):
 def rank_classes(scores: Tensor, num_ranks: int | None = None) -> Tensor:
     """Returns the classes with the highest scores; ties go to the lowest number.
 
-    Args:
-        scores:
-            Tensor with shape (num_images, num_classes).
-        num_ranks:
-            How many classes to return. None for 5, or all if there are fewer.
-
-    Returns:
-        int64 tensor with shape (num_images, num_ranks).
+    Of scores (num_images, num_classes), int64 (num_images, num_ranks): by default 5, or
+    all classes if there are fewer.
     """
     if num_ranks is None:
         num_ranks = min(NUM_RANKS, scores.shape[1])

@@ -68,25 +68,9 @@ def conditions(
 class Kept:
     """Keeps features, rows and checkpoints of one evaluation.
 
-    Attributes:
-        out:
-            The directory of the evaluation, None if nothing is kept there.
-        cache:
-            The directory of the features, None if they are kept in memory.
-        notes:
-            What a reader should know of what cannot be kept.
-
-    Args:
-        models:
-            The encoders by name.
-        images:
-            Training and test images.
-        out:
-            Directory of the evaluation, if any.
-        cache:
-            Directory of features. None for features/ in `out`.
-        shared:
-            Everything else that features depend on, see `conditions`.
+    Rows lie in `out`, and features in `cache` or features/ in `out`; None keeps them
+    nowhere, or in memory. `shared` is all that features depend on beside encoder and
+    images, see `conditions`. `notes` say what cannot be kept.
 
     Raises:
         ValueError: If the name of the directory of features is not UTF-8.

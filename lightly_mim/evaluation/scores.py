@@ -67,18 +67,7 @@ class Scores(NamedTuple):
 
 
 def score(ranked: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Scores:
-    """Scores predictions.
-
-    Args:
-        ranked:
-            int64 tensor with shape (num_test, num_ranks) or (num_draws, num_test,
-            num_ranks), see `Outcome`.
-        labels:
-            int64 tensor with shape (num_test,), the classes.
-        num_classes:
-            Number of classes.
-        seed:
-            Seed of the bootstrap.
+    """Returns what ranked classes are worth, see `Outcome`, against labels (num_test,).
 
     Raises:
         ValueError: If there are no images, or not as many predictions as labels.
@@ -116,20 +105,10 @@ def bootstrap(
 ) -> dict[str, Accuracy]:
     """Returns "top1", "top5" (if given) and "mean_class" with their intervals.
 
-    Images of the same class with the same hits are alike. A resample is therefore drawn
-    as the number of images of each kind, multinomially, which is the same distribution
-    as drawing image by image and takes no time.
-
-    Args:
-        top1:
-            float64 tensor with shape (num_test,), how often each image was right, in
-            [0, 1].
-        top5:
-            The same of the five most probable classes, or None.
-        labels:
-            int64 tensor with shape (num_test,), the classes.
-        seed:
-            Seed of the resamples.
+    How often each image was right, in [0, 1], is float64 with shape (num_test,). Images
+    of the same class with the same hits are alike. A resample is therefore drawn as the
+    number of images of each kind, multinomially, which is the same distribution as
+    drawing image by image and takes no time.
     """
     rows = torch.stack([labels.double(), top1, top1 if top5 is None else top5], dim=1)
     kinds, counts = np.unique(rows.numpy(), axis=0, return_counts=True)

@@ -177,24 +177,14 @@ DenseProtocolName = Annotated[str, one_of(DENSE_PROTOCOLS)]
 
 
 def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
-    """Returns the class that most pixels of each patch have.
+    """Returns the class that most pixels of each patch have, int64 (batch_size, h, w).
 
-    Pixels without a class do not count; of equally many pixels the lowest number wins.
-
-    Args:
-        masks:
-            Whole numbers with shape (batch_size, height, width): classes from 0, or -1
-            for none.
-        grid:
-            (h, w), how many patches lie along height and width.
-        num_classes:
-            Number of classes.
-
-    Returns:
-        int64 tensor with shape (batch_size, h, w), -1 where no pixel has a class.
+    Masks have shape (batch_size, height, width), with -1 where a pixel has no class and
+    does not count; a patch without any has -1. Of equally many pixels the lowest number
+    wins.
 
     Raises:
-        ValueError: If the grid does not divide the masks.
+        ValueError: If the grid of h x w patches does not divide the masks.
     """
     batch_size, height, width = masks.shape
     h, w = grid

@@ -37,22 +37,10 @@ class FineTuneTransform:
         List of one uint8 tensor with shape (channels, height, width). Random erasing,
         which comes next, is for normalised batches on the device.
 
-    RandAugment is timm's: two operations per image, each with probability 0.5, with the
-    mean of the images as the colour behind them. For grey images it chooses among the
-    operations that are not about colour.
-
-    Args:
-        input_size:
-            (height, width) of the result in pixels.
-        in_chans:
-            Number of channels. RandAugment needs 1 or 3.
-        mean:
-            Per channel, the mean of images in [0, 1].
-        min_scale:
-            Smallest area of the random crop (bicubic), as a part of the picture's.
-        rand_augment:
-            RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; empty for
-            none.
+    RandAugment is timm's, and its text timm's ("" for none): two operations per image,
+    each with probability 0.5, with the mean of the images (in [0, 1]) as the colour
+    behind them. For grey images it chooses among the operations that are not about
+    colour.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -31,6 +31,7 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
+from lightly_mim.evaluation.features import EncoderFeatures
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
@@ -279,10 +280,11 @@ class _Probe(nn.Module):
         self, encoder: MaskedEncoder, num_classes: int, pool: Pool, layer: int
     ) -> None:
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
+        self.encoder = encoder.requires_grad_(False).eval()
         self.pool: Pool = pool
         self.layer = layer
-        dim = _feature_dim(encoder, pool, layer)
+        # A Swin's stages have different widths.
+        ((dim,),) = EncoderFeatures(encoder, [layer], [pool]).shapes.values()
         linear = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
@@ -310,17 +312,6 @@ def _check_norm(plan: BatchPlan) -> None:
             "The BatchNorm needs micro-batches of at least 2 images: use a "
             "batch_size and a micro_batch_size that are powers of two."
         )
-
-
-def _feature_dim(encoder: MaskedEncoder, pool: Pool, layer: int) -> int:
-    """Asks the encoder: a Swin's stages have different widths."""
-    device = next(encoder.parameters()).device
-    training = encoder.training
-    with torch.no_grad():
-        images = torch.zeros(1, encoder.in_chans, *encoder.img_size, device=device)
-        dim = encoder.eval().embed(images, pool, layer).shape[1]
-    encoder.train(training)
-    return dim
 
 
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -119,23 +119,9 @@ class Classification:
 class Classifier(TrainingModule):
     """Trains a `Classification` and keeps the logits of the test images.
 
-    Attributes:
-        logits:
-            Float tensors with shape (rows, num_classes) on the CPU, this rank's rows of
-            each batch of test images.
-
-    Args:
-        task:
-            The classifier and how it is trained.
-        encoder:
-            Gives mean and standard deviation of the images.
-        num_classes:
-            Number of classes.
-        seed:
-            Seed of noise.
-        identity:
-            What the result depends on beside the images: a checkpoint of something else
-            is refused. Numbers and strings by name.
+    `logits` are float tensors with shape (rows, num_classes) on the CPU, this rank's
+    rows of each batch. A checkpoint with another `identity` is refused: numbers and
+    strings by name, what the result depends on beside the images.
     """
 
     def __init__(
@@ -271,34 +257,11 @@ def train_and_score(
 ) -> Tensor:
     """Trains a classifier to its last epoch and scores the test images once.
 
-    Args:
-        task:
-            The classifier and how it is trained.
-        train:
-            Training images with their augmentation: uint8 tensors with shape (C, H, W),
-            or lists of one such view.
-        test:
-            Test images, uint8 tensors with shape (C, H, W).
-        encoder:
-            Gives mean and standard deviation of the images.
-        num_classes:
-            Number of classes.
-        identity:
-            The settings, see `Classifier`.
-        out:
-            Directory of the checkpoint and of `metrics.csv`.
-        seed:
-            Seed of order, augmentation and noise.
-        precision:
-            See `ImageProtocol`, as the others.
-        num_workers:
-            None for the loader's choice.
-        progress:
-            Whether to show a progress bar, rather than a line for each epoch.
-        layout:
-            The processes, which run already: see `lightly_mim.training.machine.start`.
-        compile:
-            Whether to compile the model.
+    Training images, with their augmentation, are uint8 tensors with shape (C, H, W) or
+    lists of one such view; test images are such tensors. The encoder gives their mean
+    and standard deviation, and `identity` is of the settings, see `Classifier`. The
+    other arguments are those of `ImageProtocol`; the processes of the layout run
+    already, see `lightly_mim.training.machine.start`.
 
     Returns:
         Float tensor with shape (num_test, num_classes) on the CPU, the logits, the same
