@@ -322,8 +322,8 @@ def evaluate(
     kept = Kept(
         models,
         (train, test),
-        None if out is None else Path(out),
-        None if cache is None else Path(cache),
+        out,
+        cache,
         conditions(transform, model, precision, place),
     )
     on_features = {*reads.values()} != {"images"}
@@ -340,10 +340,6 @@ def evaluate(
         )
         for task in tasks
     }
-    # One process reads the rows, so that all have the same ones.
-    found: dict[Task, dict[str, Any]] = world.from_first(
-        lambda: {task: row for task in tasks if (row := kept.read(keys[task]))}
-    )
     runner = Runner(
         models,
         chosen,
@@ -358,12 +354,10 @@ def evaluate(
         layout=layout,
         compile=compile,
     )
-    pending = [task for task in tasks if task not in found]
-    if pending:
-        runner.encode(pending)
     saved = None if out is None or world.rank else Path(out) / CLASSIFIERS
-    for task in pending:
-        found[task], outcomes = runner.run(task, keys[task])
+
+    def run(task: Task) -> dict[str, Any]:
+        row, outcomes = runner.run(task, keys[task])
         if saved is not None and task.model == next(iter(models)):
             for outcome in outcomes:
                 save_classifier(
@@ -371,13 +365,13 @@ def evaluate(
                     outcome,
                     model,
                     None if isinstance(encoder, torch.nn.Module) else str(encoder),
-                    found[task]["classes"],
+                    row["classes"],
                     crop_ratio=crop_ratio,
                     value_range=images.value_range,
                 )
-        if world.rank == 0:
-            kept.write(keys[task], found[task])
+        return row
 
+    found = kept.rows(keys, runner.encode, run, world)
     rows = [Result(**row) for task in tasks for row in found[task]["rows"]]
     measures = [row for task in tasks for row in found[task]["measures"]]
     classes = found[tasks[0]]["classes"]

@@ -16,7 +16,7 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from lightly_mim.evaluation.fingerprints import (
     hash_key,
 )
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.processes import World
 from lightly_mim.evaluation.provenance import package_versions, to_json
 from lightly_mim.evaluation.results import SCHEMA_VERSION
 from lightly_mim.files import atomic_write, printable, read_sealed, sealed
@@ -80,12 +81,14 @@ class Kept:
         self,
         models: Mapping[str, AnyEncoder],
         images: Sequence[Dataset[Any]],
-        out: Path | None,
-        cache: Path | None,
+        out: Path | str | None,
+        cache: Path | str | None,
         shared: Mapping[str, Any],
     ) -> None:
-        self.out = out
-        self.cache = out / "features" if cache is None and out is not None else cache
+        self.out = None if out is None else Path(out)
+        self.cache = None if cache is None else Path(cache)
+        if self.out is not None and cache is None:
+            self.cache = self.out / "features"
         self.notes: list[str] = []
         self._shared = dict(shared)
         self._models: dict[str, Any] = {}
@@ -152,6 +155,30 @@ class Kept:
         }
         name = "".join(c if c.isalnum() else "_" for c in task.protocol)
         return f"{name}-{hash_key(key)}"
+
+    def rows(
+        self,
+        keys: Mapping[Task, str | None],
+        encode: Callable[[Sequence[Task]], None],
+        run: Callable[[Task], dict[str, Any]],
+        world: World = World(),  # noqa: B008, frozen
+    ) -> dict[Task, dict[str, Any]]:
+        """Returns the rows that are kept, and makes and keeps those that are missing.
+
+        Whatever `run` needs of all missing rows, `encode` makes first.
+        """
+        # One process reads the rows, so that all have the same ones.
+        found = world.from_first(
+            lambda: {task: row for task, key in keys.items() if (row := self.read(key))}
+        )
+        missing = [task for task in keys if task not in found]
+        if missing:
+            encode(missing)
+        for task in missing:
+            found[task] = run(task)
+            if world.rank == 0:
+                self.write(keys[task], found[task])
+        return found
 
     def read(self, key: str | None) -> dict[str, Any] | None:
         """Returns the row that is kept under a key, None if there is nothing whole."""

@@ -23,7 +23,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +230,8 @@ def evaluate_dense(
     kept = Kept(
         models,
         [Views(part, "image") for part in (train, test)],
-        None if out is None else Path(out),
-        None if cache is None else Path(cache),
+        out,
+        cache,
         conditions(transform, model, precision, place),
     )
     settings = {
@@ -243,8 +242,6 @@ def evaluate_dense(
         "max_patches": max_patches,
     }
     keys = {task: kept.row_key(task, chosen[task.protocol], settings) for task in tasks}
-    found = {task: row for task in tasks if (row := kept.read(keys[task]))}
-    pending = [task for task in tasks if task not in found]
     with ExitStack() as stack:
         runner = DenseRunner(
             models,
@@ -259,11 +256,7 @@ def evaluate_dense(
             seed=seed,
             stack=stack,
         )
-        if pending:
-            runner.encode({task.model for task in pending})
-        for task in pending:
-            found[task] = {"rows": [asdict(runner.run(task))]}
-            kept.write(keys[task], found[task])
+        found = kept.rows(keys, runner.encode, runner.run)
     rows = [DenseResult(**row) for task in tasks for row in found[task]["rows"]]
     record = evaluation_record(
         given,

@@ -9,9 +9,9 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -132,13 +132,13 @@ class DenseRunner:
         """Where protocols compute."""
         return probe_device(self.how.device)
 
-    def encode(self, names: Collection[str]) -> None:
+    def encode(self, tasks: Sequence[Task]) -> None:
         """Passes over training and test images, or reads what was found before."""
         self.held_out = _held_out(len(self.train), self.seed)
         functions = {
             name: EncoderFeatures(encoder, self.layers, ["tokens"])
             for name, encoder in self.models.items()
-            if name in names
+            if name in {task.model for task in tasks}
         }
         # Without a directory they lie in a temporary one: memory would not hold them.
         root = self.kept.cache or Path(
@@ -191,8 +191,12 @@ class DenseRunner:
         for views, _, _ in loader:
             yield views[0].long()
 
-    def run(self, task: Task) -> DenseResult:
-        """Runs a protocol for a model; a ValueError if no pixel has a class."""
+    def run(self, task: Task) -> dict[str, Any]:
+        """Runs a protocol for a model, and returns its row.
+
+        Raises:
+            ValueError: If no pixel of the test images has a class.
+        """
         start = time.perf_counter()
         choice = self._choose(task)
         counts = self._score(task.model, choice)
@@ -201,7 +205,7 @@ class DenseRunner:
             raise ValueError("No pixel of the test images has a class.")
         low, high = miou_interval(counts, self.seed)
         ious = class_iou(counts.sum(dim=0))
-        return DenseResult(
+        row = DenseResult(
             model=task.model,
             protocol=task.protocol,
             layer=choice.layer,
@@ -221,6 +225,7 @@ class DenseRunner:
             num_patches=choice.num_patches,
             selection=choice.selection,
         )
+        return {"rows": [asdict(row)]}
 
     def _choose(self, task: Task) -> _Choice:
         """Chooses layer and hyper-parameters, and fits them on the whole bank."""
