@@ -1,11 +1,4 @@
-"""`evaluate(...)`: several protocols for one encoder, and baselines beside it.
-
-Every choice (layer, pooling, k, temperature, learning rate) is made on training images;
-the test images are scored once per protocol, with that choice.
-
-Protocols on features share one pass over the images. Each row is kept as soon as it is
-there, so an evaluation that was cut goes on with what is missing.
-"""
+"""`evaluate(...)`: several protocols for one encoder, and baselines beside it."""
 
 from __future__ import annotations
 

@@ -249,8 +249,8 @@ class ImageProtocol(Protocol):
 def rank_classes(scores: Tensor, num_ranks: int | None = None) -> Tensor:
     """Returns the classes with the highest scores; ties go to the lowest number.
 
-    Of scores (num_images, num_classes), int64 (num_images, num_ranks): by default 5, or
-    all classes if there are fewer.
+    Scores have shape (num_images, num_classes), and what is returned is int64 with
+    shape (num_images, num_ranks): 5 by default, or all classes if there are fewer.
     """
     if num_ranks is None:
         num_ranks = min(NUM_RANKS, scores.shape[1])

@@ -105,10 +105,10 @@ def bootstrap(
 ) -> dict[str, Accuracy]:
     """Returns "top1", "top5" (if given) and "mean_class" with their intervals.
 
-    How often each image was right, in [0, 1], is float64 with shape (num_test,). Images
-    of the same class with the same hits are alike. A resample is therefore drawn as the
-    number of images of each kind, multinomially, which is the same distribution as
-    drawing image by image and takes no time.
+    `top1` and `top5` say how often each image was right, in [0, 1]: float64 with shape
+    (num_test,). Images of the same class with the same hits are alike. A resample is
+    therefore drawn as the number of images of each kind, multinomially, which is the
+    same distribution as drawing image by image and takes no time.
     """
     rows = torch.stack([labels.double(), top1, top1 if top5 is None else top5], dim=1)
     kinds, counts = np.unique(rows.numpy(), axis=0, return_counts=True)

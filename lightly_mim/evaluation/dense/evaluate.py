@@ -7,15 +7,12 @@
 
 Nothing of the encoder is trained. A patch has the class of most of its pixels. kNN
 gives all pixels of a patch one class; the linear classifier's logits are upsampled to
-the pixels. Both are scored on every pixel that has a class. The layer and the
-hyper-parameters are chosen on a held-out fifth of the training images; then all of them
-are used, and the test images are scored once.
+the pixels. Both are scored on every pixel that has a class. Once layer and
+hyper-parameters are chosen, they are fitted to all training images.
 
-What differs from published numbers: images are resized to the encoder's size and
-cropped at the centre, with their masks, and scored at that size, in one pass without
-sliding windows; the classifier is fitted on the classes of patches, not of pixels.
-
-Shapes: B images, C classes, (H, W) pixels, (h, w) patches, D features, P patches.
+What differs from published numbers: images are cropped at the centre and scored at the
+encoder's size, in one pass without sliding windows; the classifier is fitted on the
+classes of patches, not of pixels.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 def class_iou(counts: Tensor) -> Tensor:
     """Returns intersection over union of each class, NaN for one that is nowhere.
 
-    Of sums of `count_pixels` with shape (..., num_classes, 3).
+    `counts` are sums of `count_pixels` with shape (..., num_classes, 3).
     """
     return counts[..., 0] / counts.sum(dim=-1)
 

@@ -343,22 +343,19 @@ def fit_attentive_grid(
         key = seed_from(seed, "attentive", "weights")
         return AttentiveProbes(num_probes, num_classes, standardize, kind, queries, key)
 
-    together = build(1)
+    one = build(1)
     num_tokens, dim = tokens.shape[1:]
     # Weights, gradient and two moments; scores, attention and pooled tokens with their
     # gradients.
-    each = 4 * sum(values.numel() for values in together.parameters())
-    each += 4 * batch_size * together.num_heads * (num_tokens + dim)
+    each = 4 * sum(values.numel() for values in one.parameters())
+    each += 4 * batch_size * one.num_heads * (num_tokens + dim)
     size = max(1, (max_numbers - 2 * batch_size * num_tokens * dim) // each)
-    fitted = []
+    states = []
     for start in range(0, len(grid), size):
         part = grid[start : start + size]
         probes = build(len(part))
         _train(probes, part, tokens, labels, rows, epochs, batch_size, seed)
-        fitted.append(probes)
-    if len(fitted) == 1:
-        return fitted[0].eval().requires_grad_(False)
-    states = [probes.state_dict() for probes in fitted]
+        states.append(probes.state_dict())
     together = build(len(grid)).eval().requires_grad_(False)
     together.load_state_dict(
         {name: torch.cat([state[name] for state in states]) for name in states[0]}
