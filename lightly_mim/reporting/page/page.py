@@ -126,10 +126,10 @@ def read_runs(runs: Sequence[Path | str]) -> list[RunFiles]:
     read = [read_run(p, name) for p, name in zip(paths, names_of(paths), strict=True)]
     for run in read:
         if run.empty:
-            why = f": {' '.join(run.problems)}" if run.problems else "."
+            why = f": {' '.join(run.problems)}" if run.problems else ""
             raise ValueError(
-                f"There is nothing to report in {run.path}{why} A run has a "
-                "config.yaml, a metrics.csv or a results.json."
+                f"There is nothing to report in {run.path}{why.rstrip('.')}. A run "
+                "has a config.yaml, a metrics.csv or a results.json."
             )
     return read
 
