@@ -159,7 +159,6 @@ class Runner:
             outcome.ranked, labels, len(self.classes), seed_from(self.seed, "bootstrap")
         )
         layer, pooling = outcome.key
-        top5 = found.top5
         return Result(
             model=task.model,
             protocol=task.protocol,
@@ -167,18 +166,7 @@ class Runner:
             layer=layer,
             pooling=pooling,
             hyperparameters=outcome.hyperparameters,
-            top1=found.top1.value,
-            top1_low=found.top1.low,
-            top1_high=found.top1.high,
-            top5=None if top5 is None else top5.value,
-            top5_low=None if top5 is None else top5.low,
-            top5_high=None if top5 is None else top5.high,
-            mean_class=found.mean_class.value,
-            mean_class_low=found.mean_class.low,
-            mean_class_high=found.mean_class.high,
-            per_class=found.per_class,
-            confusion=found.confusion,
-            draws=found.draws,
+            **found.columns(),
             feature_seconds=feature_seconds,
             seconds=seconds,
             num_train=num_images(self.images.train),

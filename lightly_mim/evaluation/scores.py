@@ -12,7 +12,7 @@ there, and only there, Wilson's score of as many images gives the interval.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,14 @@ class Scores(NamedTuple):
     per_class: list[float | None]
     confusion: list[list[int]]
     draws: list[float] | None
+
+    def columns(self) -> dict[str, Any]:
+        """Returns them as a row has them: `top1`, `top1_low`, `top1_high` and so on."""
+        columns = self._asdict()
+        for name in ("top1", "top5", "mean_class"):
+            value, low, high = columns[name] or (None, None, None)
+            columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        return columns
 
 
 def score(ranked: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Scores:
