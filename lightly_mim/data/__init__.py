@@ -2,13 +2,8 @@
 
 from lightly_mim.data.decode import decode_image
 from lightly_mim.data.folder import ImageDataset, ReplacementName
-from lightly_mim.data.loading import (
-    GlobalBatches,
-    KeyedDataset,
-    KeyedLoader,
-    collate,
-    default_num_workers,
-)
+from lightly_mim.data.items import KeyedDataset, collate
+from lightly_mim.data.loading import GlobalBatches, KeyedLoader, default_num_workers
 from lightly_mim.data.named import NAMED_DATA, imagenette, open_named, solar_cells
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.seeding import keyed_random_state, seed_from

@@ -6,7 +6,7 @@ The batches are the same however many workers read them and processes share them
 from __future__ import annotations
 
 import atexit
-import operator
+import itertools
 import os
 import signal
 import weakref
@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lightly.data.multi_view_collate import MultiViewCollate
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lightly_mim.arguments import (
     AnyDataset,
@@ -28,12 +26,9 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.data.folder import ReplacementName
-from lightly_mim.data.notes import printable
+from lightly_mim.data.items import Key, KeyedDataset, collate
 from lightly_mim.data.opening import BrokenImageError, or_skip
-from lightly_mim.data.seeding import keyed_random_state, seed_from
-
-Key = tuple[int, int]  # (epoch, index)
-Item = tuple[Any, int, str]  # (sample, target, filename)
+from lightly_mim.data.seeding import seed_from
 
 _MAX_WORKERS = 8
 
@@ -41,137 +36,6 @@ _MAX_WORKERS = 8
 _SLURM_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have workers
-
-
-@checked
-class KeyedDataset(Dataset[Any]):
-    """Reads items of another data set under a random state that is keyed.
-
-    Transforms then draw the same numbers for (seed, epoch, index) whatever was drawn
-    before and whichever process reads; the random state outside is left as it was.
-
-    Attributes:
-        dataset:
-            Data set of (sample, target, filename), (sample, target) or samples. What is
-            missing becomes target 0 and the index as filename, as in lightly.
-        seed:
-            First part of the key.
-        labels:
-            Whether targets are labels, whole numbers. False replaces them by 0,
-            whatever they are, masks, boxes or None; None replaces those by -1 that are
-            no whole numbers.
-    """
-
-    def __init__(
-        self, dataset: AnyDataset, seed: Seed, labels: bool | None = True
-    ) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self.labels = labels
-
-    def __getitem__(self, key: Key) -> Item | BrokenImageError:
-        """Returns the item for (epoch, index), or the error of one that is no use.
-
-        The error is returned, since a worker would pass on a raised one as a long
-        traceback; `KeyedLoader` raises it.
-        """
-        epoch, index = key
-        with keyed_random_state(self.seed, epoch, index):
-            try:
-                sample, target, filename = as_item(self.dataset[index], index)
-                _check_sample(sample, index)
-                label = self._label(target, index)
-            except BrokenImageError as error:
-                return error
-            return sample, label, filename
-
-    def _label(self, target: Any, index: int) -> int:
-        if self.labels is False:
-            return 0
-        try:
-            return _as_label(target, index)
-        except BrokenImageError:
-            if self.labels is None:
-                return -1
-            raise
-
-
-def _check_sample(sample: Any, index: int) -> None:
-    views = sample if isinstance(sample, list) else [sample]
-    if not views or not all(isinstance(view, Tensor) for view in views):
-        kinds = ", ".join(type(view).__name__ for view in views) or "no view"
-        raise BrokenImageError(
-            f"Sample {index} of the data set cannot be used: it is "
-            f"{'a list of ' if isinstance(sample, list) else 'of type '}{kinds}; a "
-            "batch is made of tensors or of lists of them. Give the data set a "
-            "transform, for example lightly_mim.SimMIMTransform()."
-        )
-
-
-def _as_label(target: Any, index: int) -> int:
-    try:
-        number = operator.index(target)  # also of numpy's and PyTorch's whole numbers
-        if number.bit_length() > 63:
-            raise ValueError
-        return number
-    except (TypeError, ValueError, RuntimeError):
-        shown = printable(repr(target))
-        raise BrokenImageError(
-            f"The label of sample {index} of the data set is no class: whole numbers "
-            f"of 64 bits are needed, got {type(target).__name__} "
-            f"{shown if len(shown) < 80 else shown[:80] + ' ...'}."
-        ) from None
-
-
-def as_item(item: Any, index: int) -> Item:
-    """Returns lightly's (sample, target, filename) for an item of any data set."""
-    if not isinstance(item, tuple):
-        return item, 0, str(index)
-    if len(item) == 1:
-        return item[0], 0, str(index)
-    if len(item) == 2:
-        return item[0], item[1], str(index)
-    return item[0], item[1], item[2]
-
-
-def collate(items: Sequence[Item | BrokenImageError]) -> Any:
-    """Makes a batch: lightly's for lists of views, plain for tensors.
-
-    Args:
-        items:
-            (sample, target, filename) each, with a list of views or a tensor as sample.
-
-    Returns:
-        ([views], targets, filenames) or (samples, targets, filenames); each view and
-        the samples are a tensor with shape (batch_size, ...), the targets int64 with
-        shape (batch_size,). An error among the items is returned in their place.
-
-    Raises:
-        ValueError: If the samples have not all the same shape.
-    """
-    whole: list[Item] = []
-    for item in items:
-        if isinstance(item, BrokenImageError):
-            return item
-        whole.append(item)
-    shapes = [_shapes(sample) for sample, _, _ in whole]
-    for shape, (_, _, filename) in zip(shapes, whole, strict=True):
-        if shape != shapes[0]:
-            raise ValueError(
-                f"All samples of a batch need the same shape, {printable(filename)} "
-                f"has {shape} and {printable(whole[0][2])} {shapes[0]}. Give the data "
-                "set a transform that crops, for example lightly_mim.SimMIMTransform()."
-            )
-    if isinstance(whole[0][0], list):
-        return MultiViewCollate()(whole)
-    samples, targets, filenames = zip(*whole, strict=True)
-    return torch.stack(samples), torch.tensor(targets), list(filenames)
-
-
-def _shapes(sample: Tensor | list[Tensor]) -> list[list[int]]:
-    """Returns the shape of each view."""
-    views = sample if isinstance(sample, list) else [sample]
-    return [list(view.shape) for view in views]
 
 
 @checked
@@ -193,10 +57,14 @@ class GlobalBatches(Sampler[list[Key]]):
             Which part of each batch is yielded: the rank-th of `world_size` slices.
         world_size:
             Number of parts.
+        pieces:
+            Lengths of consecutive pieces of the data set, where one rank reads it in
+            order: a batch ends with its piece. None for one piece.
 
     Raises:
         ValueError: If the batch does not divide by the ranks, or is larger than the
-            data set in training, or if there are fewer images than ranks.
+            data set in training, if there are fewer images than ranks, or if the pieces
+            are not the data set's or not one rank's.
     """
 
     def __init__(
@@ -208,6 +76,7 @@ class GlobalBatches(Sampler[list[Key]]):
         seed: Seed = 0,
         rank: NonNegativeInt = 0,
         world_size: PositiveInt = 1,
+        pieces: Sequence[PositiveInt] | None = None,
     ) -> None:
         if rank >= world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}.")
@@ -226,6 +95,25 @@ class GlobalBatches(Sampler[list[Key]]):
             raise ValueError(
                 f"{num_images} images are too few for {world_size} processes."
             )
+        if pieces is None:
+            pieces = [num_images]
+        elif training or world_size > 1 or sum(pieces) != num_images:
+            raise ValueError(
+                f"pieces are the lengths of pieces of {num_images} images which one "
+                f"process reads in order, got {list(pieces)} with {training=} and "
+                f"{world_size=}."
+            )
+        ends = itertools.accumulate(pieces)
+        self._batches = [
+            range(start, min(start + batch_size, end))
+            for end, length in zip(ends, pieces, strict=True)
+            for start in range(end - length, end, batch_size)
+        ]
+        incomplete = len(self._batches[-1]) < (batch_size if training else world_size)
+        if incomplete and len(self._batches) > 1:
+            rest = self._batches.pop()
+            if not training:  # each rank gets an image: it joins the batch before
+                self._batches[-1] = range(self._batches[-1].start, rest.stop)
         self.num_images = num_images
         self.batch_size = batch_size
         self.training = training
@@ -255,22 +143,13 @@ class GlobalBatches(Sampler[list[Key]]):
         return order
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_images, self.batch_size)
-        if self.training:
-            return whole
-        # A rest that is too small to give each rank an image joins the batch before.
-        return max(whole + (rest >= self.world_size), 1)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, self.order()
-        for batch in range(self.first_batch, len(self)):
-            start = batch * self.batch_size
-            stop = start + self.batch_size
-            if not self.training and batch == len(self) - 1:
-                stop = self.num_images
-            size = stop - start
-            first = start + size * self.rank // self.world_size
-            last = start + size * (self.rank + 1) // self.world_size
+        for batch in self._batches[self.first_batch :]:
+            first = batch.start + len(batch) * self.rank // self.world_size
+            last = batch.start + len(batch) * (self.rank + 1) // self.world_size
             yield [(epoch, index) for index in order[first:last]]
 
 
@@ -303,6 +182,8 @@ class KeyedLoader(DataLoader[Any]):
             Processes that read. None takes `default_num_workers`.
         labels:
             Whether targets are labels; see `KeyedDataset`.
+        pieces:
+            Lengths of pieces that no batch crosses; see `GlobalBatches`.
         **options:
             Further arguments of `torch.utils.data.DataLoader`, such as
             `prefetch_factor` or `multiprocessing_context`.
@@ -328,6 +209,7 @@ class KeyedLoader(DataLoader[Any]):
         world_size: PositiveInt = 1,
         num_workers: Workers | None = None,
         labels: bool | None = True,
+        pieces: Sequence[PositiveInt] | None = None,
         **options: Any,
     ) -> None:
         num_images = len(dataset)  # type: ignore[arg-type]
@@ -340,6 +222,7 @@ class KeyedLoader(DataLoader[Any]):
             seed=seed,
             rank=rank,
             world_size=world_size,
+            pieces=pieces,
         )
         if num_workers is None:
             num_workers = default_num_workers(dataset, world_size)

@@ -23,7 +23,7 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import ImageDataset, OnError
-from lightly_mim.data.loading import Item, as_item
+from lightly_mim.data.items import Item, as_item
 from lightly_mim.data.named import NAMED_DATA, Split, open_named
 from lightly_mim.data.notes import printable, say
 from lightly_mim.data.splits import (

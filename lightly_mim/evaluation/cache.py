@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from rich.progress import track
 from torch.utils.data import Dataset, Subset
 
@@ -19,7 +19,6 @@ from lightly_mim.evaluation.features import (
     Features,
     Key,
     Precision,
-    batch_images,
     collect_features,
 )
 from lightly_mim.evaluation.processes import World
@@ -91,22 +90,28 @@ def cached_features(
         store = next(iter(stores.values()))
         images = [store.shard(number) for number, _ in shards]
         workers = default_num_workers(data) if num_workers is None else num_workers
-        indices = list(itertools.chain.from_iterable(images))
+        # The last digit of a feature may depend on how many images are in its batch:
+        # with batches that end with their shard, it does not depend on which shards
+        # were made before a pass was cut.
         loader = KeyedLoader(
-            Subset(data, indices), batch_size, training=False, num_workers=workers
+            Subset(data, list(itertools.chain.from_iterable(images))),
+            batch_size,
+            training=False,
+            num_workers=workers,
+            pieces=[len(numbers) for numbers in images],
         )
-        stream = _one_by_one(track(loader, description, disable=not progress))
+        batches = iter(track(loader, description, disable=not progress))
         for (number, wanted), numbers in zip(shards, images, strict=True):
             made = collect_features(
                 {name: functions[name] for name in wanted},
-                _next_batches(stream, len(numbers), batch_size),
+                itertools.islice(batches, math.ceil(len(numbers) / batch_size)),
                 keys=wanted,
                 device=device,
                 precision=precision,
             )
             for name, features in made.items():
                 stores[name].write_shard(number, features)
-        for _ in stream:  # the progress bar ends when the loader does
+        for _ in batches:  # the progress bar ends when the loader does
             raise AssertionError("The loader yields more images than were asked for.")
 
     for _ in range(_ATTEMPTS):
@@ -174,20 +179,3 @@ def _plan(
         for key in keys
     )
     return _Plan(missing, shards, begins)
-
-
-def _one_by_one(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
-    for batch in batches:
-        yield from zip(batch_images(batch), *batch[1:], strict=True)
-
-
-def _next_batches(images: Iterator[Any], count: int, size: int) -> Iterator[Any]:
-    """Makes batches of the next images of a stream, the images of a shard.
-
-    The last digit of a feature may depend on how many images are in its batch. Like
-    this it does not depend on which shards were made before a pass was cut.
-    """
-    for start in range(0, count, size):
-        batch = itertools.islice(images, min(size, count - start))
-        pixels, labels, names = zip(*batch, strict=True)
-        yield torch.stack(pixels), torch.stack(labels), names

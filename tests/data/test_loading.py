@@ -23,13 +23,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightly_mim.data import BrokenImageError
 from lightly_mim.data.folder import ImageDataset
-from lightly_mim.data.loading import (
-    GlobalBatches,
-    KeyedDataset,
-    KeyedLoader,
-    collate,
-    default_num_workers,
-)
+from lightly_mim.data.items import KeyedDataset, collate
+from lightly_mim.data.loading import GlobalBatches, KeyedLoader, default_num_workers
 from lightly_mim.transforms import EvalTransform, SimMIMTransform
 
 _PHOTO = Image.fromarray(load_sample_images().images[1])
@@ -560,3 +555,19 @@ def test_default_num_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_num_workers(dataset, world_size=4) == 5
     dataset.in_memory = True
     assert default_num_workers(dataset) == 0
+
+
+def test_global_batches__end_with_their_pieces() -> None:
+    batches = GlobalBatches(10, 3, training=False, pieces=[4, 5, 1])
+    indices = [[index for _, index in batch] for batch in batches]
+    assert indices == [[0, 1, 2], [3], [4, 5, 6], [7, 8], [9]]
+    assert len(batches) == 5
+    refused: list[dict[str, Any]] = [
+        {"training": False, "pieces": [4, 5]},
+        {"training": False, "pieces": []},
+        {"training": True, "pieces": [4, 6]},
+        {"training": False, "pieces": [4, 6], "world_size": 3},
+    ]
+    for options in refused:
+        with pytest.raises(ValueError, match="pieces"):
+            GlobalBatches(10, 3, **options)
