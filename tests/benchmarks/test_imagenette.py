@@ -214,6 +214,7 @@ def test_main__goes_on_with_an_interrupted_study(
     """Any folder with train/ and val/ serves; the cut comes before the evaluation."""
     study: Any = importlib.import_module("studies.study")
     words = [*TINY, "--data-dir", str(photos), "--out", str(tmp_path / "cut")]
+    words += ["--reconstruct-every", "0"]  # no picture to name at the end
 
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt

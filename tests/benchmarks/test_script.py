@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import importlib
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_script__exit_codes(
         script.script(make_parser)(main)(words)
     assert exit_.value.code == code
     assert capsys.readouterr().err == message
+
+
+def test_script__what_cannot_resume_is_called_again(
+    script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: Any, command: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        script.script(lambda: argparse.ArgumentParser(prog="s.py"))(main)([])
+    assert exit_.value.code == 130
+    assert "Go on with: python benchmarks/s.py\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
