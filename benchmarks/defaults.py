@@ -31,7 +31,7 @@ from studies.small_sets import SETS, Images, Set
 from lightly_mim import MAE, MaskedImageModel, SimMIM, evaluate, pretrain
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.evaluation import Linear
 from lightly_mim.files import atomic_write
 from lightly_mim.reporting.study import markdown_table

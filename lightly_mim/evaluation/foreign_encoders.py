@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.encoders import MaskedEncoder, pool_tokens
-from lightly_mim.encoders.base import AnyPool, Statistics, pretrained_statistics
+from lightly_mim.encoders.base import AnyPool
 from lightly_mim.encoders.pooling import timm_pooling
+from lightly_mim.encoders.statistics import Statistics, pretrained_statistics
 from lightly_mim.patches import Size, to_pair
 
 FeatureFunction = Callable[[Tensor], Tensor | Mapping[str, Tensor]]

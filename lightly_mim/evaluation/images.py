@@ -30,7 +30,7 @@ from lightly_mim.data.notes import printable, some
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.evaluation.broken import Part, find_readable
 from lightly_mim.evaluation.features import check_labels
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
