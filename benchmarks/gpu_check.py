@@ -25,21 +25,20 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from common import METHODS, key_value, run_script, whole_number  # isort: skip  # before PyTorch
+from studies.script import script  # isort: skip  # before PyTorch
 import pytorch_lightning as pl
 import torch
+from measuring.gpu import WARM_UP, Watch
 from sklearn.datasets import load_sample_images
+from studies.options import ENCODER_OPTION, KEY_VALUES, METHODS, whole_number
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,6 +47,7 @@ from lightly_mim.data import keyed_random_state
 from lightly_mim.evaluation.features import normalize_images
 from lightly_mim.masking import Mask
 from lightly_mim.reporting.study import print_table
+from lightly_mim.training.cuda import float32_products
 
 
 class Precision(NamedTuple):
@@ -89,7 +89,6 @@ CUDA_ONLY = "CUDA only"
 RESUMED = {"cpu": 0.0, "cuda": 0.05}
 RESUMED_EPOCHS, RESUMED_STEPS, CUT = 2, 4, 6  # steps of an epoch; cut in the second
 
-WARM_UP = 3  # steps in which kernels are loaded and chosen
 COMPARED = 4  # images of the batch that the CPU computes, too
 
 COLUMNS = (
@@ -130,14 +129,7 @@ def parser() -> argparse.ArgumentParser:
         help="timm name of a ViT (default: vit_base_patch16_224, on a CPU "
         "vit_tiny_patch16_224)",
     )
-    parser.add_argument(
-        "--encoder-option",
-        nargs="+",
-        type=key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="further options of the timm model, such as depth=2 embed_dim=32",
-    )
+    parser.add_argument("--encoder-option", **KEY_VALUES, help=ENCODER_OPTION)
     parser.add_argument(
         "--img-size", type=whole_number(1), default=224, metavar="PIXELS",
         help="side of the images (default: 224)",
@@ -153,17 +145,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script. Exits with 1 if a check fails.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
-    run_script(parser(), _main, argv)
-
-
-def _main(arguments: argparse.Namespace, command: str) -> None:
+@script(parser)
+def main(arguments: argparse.Namespace, command: str) -> None:
+    """Runs the checks. Exits with 1 if one fails."""
     cuda = arguments.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError(
@@ -237,13 +221,14 @@ class Check:
         if not self._cuda and self._names[1] in ("tf32", "fp16"):
             return [*self._names, *[CUDA_ONLY] * (len(COLUMNS) - 2)]
         checks: tuple[tuple[int, Callable[[], list[str]]], ...] = (
-            (6, self._train),
+            (5, self._train),
             (2, self._compare),
             (1, self._compile),
             (1, self._resume),
         )
         found = []
-        with _products(self._tf32):
+        # What mixed precision computes in TF32, "32-true" computes exactly.
+        with float32_products(self._device, "16-mixed" if self._tf32 else "32-true"):
             for width, check in checks:
                 try:
                     found.append(check())
@@ -251,7 +236,7 @@ class Check:
                     self._fail(f"{type(error).__name__}: {_last(error)}")
                     found.append(["FAILED", *[""] * (width - 1)])
         (loss, *measured), compared, compiled, resumed = found
-        return [*self._names, loss, *compared, *measured[:4], *compiled, *resumed]
+        return [*self._names, loss, *compared, *measured, *compiled, *resumed]
 
     def _fail(self, sentence: str) -> None:
         self.failures.append(sentence)
@@ -414,86 +399,6 @@ class Check:
         return [self._judged("The resumed run is off", off, RESUMED[self._device.type])]
 
 
-class Watch(pl.Callback):
-    """Measures steps, and refuses those that wait for the device.
-
-    Attributes:
-        losses:
-            The loss of each step, on the device.
-        seconds:
-            Time of the steps after `WARM_UP`.
-        peak:
-            Most bytes that were allocated at a time.
-        utilisation:
-            Mean share of time in which the GPU computed, in per cent, or why it is not
-            known.
-
-    Args:
-        steps:
-            Number of steps.
-        device:
-            Where they are taken.
-        scaled:
-            Whether the optimiser's step may wait, for float16's scaler.
-        refuses:
-            Whether another wait is an error.
-    """
-
-    def __init__(
-        self, steps: int, device: torch.device, scaled: bool, refuses: bool
-    ) -> None:
-        self.losses: list[Tensor] = []
-        self.seconds = 0.0
-        self.peak = 0
-        self.utilisation = "too short"
-        self._steps, self._scaled = steps, scaled
-        self._cuda = device.type == "cuda"
-        self._refuses = refuses and self._cuda
-        self._ended = threading.Event()
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        """Begins to measure, and to refuse waits."""
-        step: int = args[-1]
-        if step == WARM_UP:
-            if self._cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                threading.Thread(target=self._look, daemon=True).start()
-            self._start = time.perf_counter()
-        # The last one ends the epoch, where the losses are looked at.
-        if self._refuses and WARM_UP <= step < self._steps - 1:
-            torch.cuda.set_sync_debug_mode("error")
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        """Lets float16's scaler look for infinite gradients."""
-        if self._refuses and self._scaled:
-            torch.cuda.set_sync_debug_mode("default")
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Keeps the loss, and ends the measurement."""
-        if self._refuses:
-            torch.cuda.set_sync_debug_mode("default")
-        _, _, outputs, _, step = args
-        self.losses.append(outputs["loss"].detach())
-        if step == self._steps - 1:
-            if self._cuda:
-                torch.cuda.synchronize()
-                self.peak = torch.cuda.max_memory_allocated()
-            self.seconds = time.perf_counter() - self._start
-            self._ended.set()
-
-    def _look(self) -> None:
-        """Samples the utilisation until the last step."""
-        found: list[int] = []
-        while not self._ended.wait(0.2):
-            try:
-                found.append(utilisation())
-                self.utilisation = f"{sum(found) / len(found):.0f}"
-            except (OSError, ValueError, subprocess.SubprocessError):
-                self.utilisation = "no NVML, no nvidia-smi"
-                return
-
-
 class Cut(pl.Callback):
     """Tells the run to stop in its second epoch, as SLURM does."""
 
@@ -501,24 +406,6 @@ class Cut(pl.Callback):
         """Sends the signal."""
         if trainer.global_step == CUT:
             os.kill(os.getpid(), signal.SIGUSR2)
-
-
-def utilisation() -> int:
-    """Returns the share of the last moment in which the GPU computed, in per cent.
-
-    Raises:
-        OSError: If there is neither the package nvidia-ml-py nor nvidia-smi.
-        SubprocessError: If nvidia-smi does not know.
-        ValueError: If it says something else.
-    """
-    try:
-        return torch.cuda.utilization()
-    except (ModuleNotFoundError, RuntimeError):
-        device = f"GPU-{torch.cuda.get_device_properties().uuid}"
-        words = ["nvidia-smi", "-i", device, "--query-gpu=utilization.gpu"]
-        words.append("--format=csv,noheader,nounits")
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        return int(done.stdout)
 
 
 def photographs(number: int, side: int) -> Tensor:
@@ -574,19 +461,6 @@ def _last(error: BaseException) -> str:
     ]
     where = f" ({ours[-1].filename}:{ours[-1].lineno})" if ours else ""
     return f"{message}{where}"
-
-
-@contextlib.contextmanager
-def _products(tf32: bool) -> Iterator[None]:
-    """Lets float32 products be computed in TF32, or exactly."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager

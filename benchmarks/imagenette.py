@@ -7,12 +7,13 @@ one that fits on one GPU, with the learning rate in proportion.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import METHODS, Plan, build_parser, run_script, run_study
+from studies.options import METHODS, study_parser
+from studies.script import script
+from studies.study import Plan, Study
 
 from lightly_mim.data.named import imagenette
 from lightly_mim.methods.base import published_parts
@@ -54,7 +55,7 @@ Without a GPU and without a download: python benchmarks/solar_cells.py
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of this script."""
-    parser = build_parser(
+    parser = study_parser(
         "imagenette.py",
         "Pretrain an encoder on Imagenette and compare it with the same encoder at "
         "random\ninitialisation and with raw pixels, by kNN and a linear probe. "
@@ -103,28 +104,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
-    run_script(parser(), _main, argv)
-
-
-def _main(arguments: argparse.Namespace, command: str) -> None:
+@script(parser)
+def main(arguments: argparse.Namespace, command: str) -> None:
+    """Trains and evaluates."""
     plans = {name: plan(name, arguments) for name in arguments.method}
     data, num_train, num_test = _find_images(arguments)
-    run_study(
-        arguments,
-        str(data),
-        plans,
-        last_layers=LAST_LAYERS,
-        evaluation={},
-        title=f"{data.resolve().name}: {num_train} training and {num_test} test images",
-        notes=[],
-        command=command,
+    study = Study(arguments, str(data), plans, LAST_LAYERS, evaluation={})
+    name = data.resolve().name
+    study.report(
+        f"{name}: {num_train} training and {num_test} test images", [], command
     )
 
 

@@ -1,9 +1,10 @@
 """Walks through the space that SimMIM's paper studies, one axis after the other.
 
-Every row of `simmim_space.py` is a pretraining run, evaluated by kNN and linear probe:
+Each of its rows, see `simmim_paper.rows`, is a pretraining run, evaluated by kNN and
+linear probe:
 
 OUT/default-seed0/  a run directory, see `lightly_mim.runs`, with results.json and with
-                    row.json, see `simmim_tables.py`
+                    row.json, see `simmim_paper.tables`
 OUT/summary.csv     one line per run, model and protocol
 OUT/table.md        the tables that are printed at the end, one per axis
 OUT/avgdist.png     how far masked pixels are from visible ones
@@ -13,66 +14,33 @@ OUT/masks.png       eight draws of each way to mask
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import (
-    Plan,
-    build_parser,
-    check_study,
-    is_main_process,
-    run_script,
-    train_and_evaluate,
-    whole_number,
-)
-from matplotlib.figure import Figure
-from simmim_space import (
-    AXES,
-    DEFAULT,
-    FULL,
-    MAE_DEFAULT,
-    QUICK,
-    RATIO,
-    SMALL,
-    UNITS,
-    Form,
-    Space,
-)
-from simmim_tables import MASK_AXES, ROW_FILE, describe, write_tables
+from studies.script import script  # isort: skip  # before PyTorch
+from simmim_paper.figures import distance_curves, draw_distances, draw_masks
+from simmim_paper.forms import FULL, QUICK, SMALL, Form
+from simmim_paper.rows import AXES, DEFAULT, MAE_DEFAULT, Space
+from simmim_paper.tables import MASK_AXES, ROW_FILE, describe, report
 from solar_cells import DATA as SOLAR_CELLS
-from torch import Generator
+from studies.options import study_parser, whole_number
+from studies.study import Plan, Study, is_main_process
 
 from lightly_mim import MAE
 from lightly_mim.data import open_data
 from lightly_mim.files import atomic_write
-from lightly_mim.masking import (
-    BlockMasking,
-    CentralMasking,
-    GridMasking,
-    InverseBlockMasking,
-    Mask,
-    Masking,
-    MixtureMasking,
-    RandomMasking,
-    SquareMasking,
-    average_distance,
-)
-from lightly_mim.reporting.study import PRETRAINED, PROTOCOLS, Run, duration
+from lightly_mim.reporting.study import PRETRAINED, PROTOCOLS, duration
+from lightly_mim.words import meant
 
 IMAGENETTE = "imagenette"
-NUM_DRAWN = 64  # masks behind each point of the picture
-
-QUICK_ROWS = [DEFAULT, MAE_DEFAULT]  # if no others are asked for
 
 EPILOG = """\
 examples:
@@ -98,7 +66,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of this script."""
     small, full = SMALL.pretraining, FULL.pretraining
-    parser = build_parser(
+    parser = study_parser(
         "simmim_study.py",
         "Walk through the space of SimMIM: masking, ratio, unit, head, target, "
         "resolution,\nloss, region and decoder. One pretraining run for each row of "
@@ -183,19 +151,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
-    run_script(parser(), _main, argv)
-
-
-def _main(arguments: argparse.Namespace, command: str) -> None:
+@script(parser)
+def main(arguments: argparse.Namespace, command: str) -> None:
+    """Trains and evaluates the chosen rows, or does what was asked for instead."""
     if arguments.tables:
-        write_tables(arguments.tables, command)
+        report(arguments.tables, command)
         return
     chosen = names(arguments)
     if arguments.list:
@@ -262,22 +222,19 @@ def names(arguments: argparse.Namespace) -> list[str]:
     of = space(arguments)
     rows, given = of.rows(), arguments.row
     if arguments.quick and not (arguments.axis or given):
-        given = QUICK_ROWS
+        given = [DEFAULT, MAE_DEFAULT]
     if given:
         for name in given:
             if name not in rows:
-                near = difflib.get_close_matches(name, rows, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
                     f"There is no row {name!r} with these images and this encoder."
-                    f"{hint} --list prints those that there are."
+                    f"{meant(name, rows)} --list prints those that there are."
                 )
         if len(set(given)) < len(given):
             raise ValueError(f"--row names each one once, got {given}.")
         return list(given)
-    axes = (
-        list(AXES) if "all" in arguments.axis or not arguments.axis else arguments.axis
-    )
+    every = "all" in arguments.axis or not arguments.axis
+    axes = list(AXES) if every else arguments.axis
     return list(dict.fromkeys(row.name for axis in axes for row in of.axis(axis)))
 
 
@@ -311,13 +268,14 @@ def plan(name: str, arguments: argparse.Namespace) -> Plan:
 # Training.
 
 
-def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
+def _study(arguments: argparse.Namespace, plans: dict[str, Plan]) -> Study:
+    of = form(arguments)
     protocols = [*PROTOCOLS, *(["finetune"] if arguments.finetune else [])]
     # The same features of all methods, so that rows differ in one thing.
-    settings = dict(form(arguments).evaluation)
+    evaluation = {"protocols": protocols, "pools": ["mean"], **of.evaluation}
     if not arguments.finetune:
-        settings.pop("finetune", None)
-    return {"protocols": protocols, "pools": ["mean"], **settings}
+        evaluation.pop("finetune", None)
+    return Study(arguments, arguments.data, plans, of.last_layers, evaluation)
 
 
 def _run(arguments: argparse.Namespace, plans: dict[str, Plan], command: str) -> None:
@@ -334,7 +292,7 @@ def _run(arguments: argparse.Namespace, plans: dict[str, Plan], command: str) ->
     ):
         _plot(space(arguments), arguments.out)
     print(f"The command took {duration(time.perf_counter() - start)}.")
-    write_tables([arguments.out], command)
+    report([arguments.out], command)
 
 
 def _train(
@@ -343,10 +301,8 @@ def _train(
     command: str,
     say: Callable[[str], None] = print,
 ) -> None:
-    last_layers = form(arguments).last_layers
     of = space(arguments)
-
-    def finished(run: Run) -> None:
+    for run in _study(arguments, plans).runs():
         about = describe(run.method, of, plans[run.method], arguments.data)
         about["command"] = command
         with atomic_write(run.path / ROW_FILE) as temporary:
@@ -354,15 +310,6 @@ def _train(
         scores = run.scores(PRETRAINED).values()
         found = (f"{row['protocol']} {100 * row['top1']:.1f} %" for row in scores)
         say(f"{run.method}, seed {run.seed}: {', '.join(found)}")
-
-    train_and_evaluate(
-        arguments,
-        arguments.data,
-        plans,
-        last_layers=last_layers,
-        evaluation=_evaluation(arguments),
-        finished=finished,
-    )
 
 
 def _side_by_side(
@@ -375,7 +322,7 @@ def _side_by_side(
             "out, or train one run after the other."
         )
     arguments.given["devices"] = 1
-    check_study(arguments, arguments.data, plans, form(arguments).last_layers)
+    _study(arguments, plans).check()
     arguments.out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // arguments.workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -420,140 +367,6 @@ def _work(arguments: argparse.Namespace, command: str, tasks: Any, number: int) 
         except Exception as error:
             say(f"{name}, seed {task[1]}: {error}")
             raise
-
-
-# The picture.
-
-
-def distance_curves(side: int, fine: int) -> dict[str, list[tuple[float, float]]]:
-    """Returns AvgDist in pixels by the share of masked pixels, for ways to mask.
-
-    Args:
-        side:
-            Side of the images in pixels.
-        fine:
-            Side of the patches that rectangles are made of.
-
-    Returns:
-        Points (share, AvgDist) of each way, in order of the share.
-    """
-    ratios = [percent / 100 for percent in range(5, 100, 5)]
-    rectangles: dict[str, Callable[..., Masking]] = {
-        "block-wise": BlockMasking,
-        "square": SquareMasking,
-        "central square": CentralMasking,
-        "inverse block": InverseBlockMasking,
-    }
-    ways: dict[str, list[Callable[[], Masking]]] = {
-        f"random {unit} px": [partial(RandomMasking, unit, ratio) for ratio in ratios]
-        for unit in UNITS
-        if side % unit == 0 and side > 2 * unit
-    }
-    for name, masking in rectangles.items():
-        ways[f"{name}, {fine} px"] = [partial(masking, fine, r) for r in ratios]
-    if side // fine % 2 == 0:
-        ways[f"grid, {fine} px"] = [partial(GridMasking, fine)]
-    return {name: _distances(makers, side) for name, makers in ways.items()}
-
-
-def _distances(
-    makers: Sequence[Callable[[], Masking]], side: int
-) -> list[tuple[float, float]]:
-    points: dict[float, float] = {}
-    for make in makers:
-        try:
-            drawn = make()(NUM_DRAWN, (side, side), None, Generator().manual_seed(0))
-        except ValueError:  # so few units that all of them would be masked
-            continue
-        mask = Mask.of(drawn)
-        share = mask.count / math.prod(mask.grid)
-        points[share] = average_distance(mask, (side, side)).mean().item()
-    return sorted(points.items())
-
-
-def draw_distances(
-    curves: dict[str, list[tuple[float, float]]], side: int, path: Path
-) -> None:
-    """Draws AvgDist by the share of masked pixels.
-
-    Args:
-        curves:
-            See `distance_curves`.
-        side:
-            Side of the images in pixels.
-        path:
-            The PNG file.
-    """
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    units = [name for name in curves if name.startswith("random")]
-    blues = ["#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08306b"][-len(units) :]
-    others = ["#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#333333"]
-    colours = dict(zip(units, blues, strict=True))
-    rest = [name for name in curves if name not in units]
-    colours |= dict(zip(rest, others, strict=False))
-    for name, points in curves.items():
-        x = [100 * share for share, _ in points]
-        y = [distance for _, distance in points]
-        axes.plot(
-            x,
-            y,
-            color=colours[name],
-            linestyle="-" if name in units else "--" if len(points) > 1 else "",
-            linewidth=1.8,
-            marker="" if len(points) > 1 else "D",
-            label=name,
-        )
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("masked pixels, %")
-    axes.set_ylabel("AvgDist, pixels")
-    axes.set_title(
-        f"Mean distance to the nearest visible pixel, {side} x {side} pixels"
-    )
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-
-
-def draw_masks(side: int, unit: int, path: Path) -> None:
-    """Draws eight masks of each way to mask, in dark what is masked.
-
-    Args:
-        side:
-            Side of the images in pixels.
-        unit:
-            Side in pixels of what random masking takes as a whole. Rectangles are made
-            of patches of half that side.
-        path:
-            The PNG file.
-    """
-    fine = unit // 2
-    ways: dict[str, Masking] = {
-        f"random, {unit} px": RandomMasking(unit, RATIO),
-        f"random, {fine} px": RandomMasking(fine, RATIO),
-        "block-wise": BlockMasking(fine, RATIO),
-        "square": SquareMasking(fine, RATIO),
-        "central square": CentralMasking(fine, RATIO),
-        "inverse block": InverseBlockMasking(fine, RATIO),
-        "grid": GridMasking(fine),
-    }
-    mixed = [RandomMasking(unit, RATIO), *list(ways.values())[2:4]]
-    ways["a third each"] = MixtureMasking(mixed)
-    figure = Figure(figsize=(7.5, 0.85 * len(ways)), layout="constrained")
-    grid = figure.subplots(len(ways), 8)
-    for row, (name, masking) in zip(grid, ways.items(), strict=True):
-        masks = Mask.of(masking(8, (side, side), None, Generator().manual_seed(0)))
-        for axes, pixels in zip(row, masks.pixels((side, side)), strict=True):
-            axes.imshow(pixels[0].numpy(), cmap="Greys", vmin=0, vmax=1.3)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
 
 
 def _plot(of: Space, out: Path) -> None:

@@ -9,18 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from common import (
-    METHODS,
-    Plan,
-    build_parser,
-    resuming,
-    run_script,
-    run_study,
-)
+from studies.options import METHODS, study_parser
+from studies.script import resuming, script
+from studies.study import Plan, Study
 
 from lightly_mim.data.named import solar_cells
 from lightly_mim.evaluation import Linear
@@ -82,7 +76,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of this script."""
-    parser = build_parser(
+    parser = study_parser(
         "solar_cells.py",
         "Pretrain an encoder on photographs of solar cells and compare it with the "
         "same\nencoder at random initialisation and with raw pixels, by kNN and a "
@@ -106,19 +100,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
-    run_script(parser(), _main, argv)
-
-
-def _main(arguments: argparse.Namespace, command: str) -> None:
+@script(parser)
+def main(arguments: argparse.Namespace, command: str) -> None:
+    """Trains, evaluates, and says what to do next."""
     num_train, num_test = len(solar_cells("train")), len(solar_cells("val"))
-    runs = run_study(
+    study = Study(
         arguments,
         DATA,
         {name: plan(name, arguments) for name in arguments.method},
@@ -127,9 +113,11 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
             "crop_ratio": CROP_RATIO,
             "linear": QUICK_LINEAR if arguments.quick else LINEAR,
         },
-        title=f"Solar cells: {num_train} training and {num_test} test images",
-        notes=[*([QUICK_NOTE] if arguments.quick else []), MODULES, CREDIT],
-        command=command,
+    )
+    runs = study.report(
+        f"Solar cells: {num_train} training and {num_test} test images",
+        [*([QUICK_NOTE] if arguments.quick else []), MODULES, CREDIT],
+        command,
     )
     if runs:
         _say_interval(runs[0])

@@ -13,30 +13,26 @@ to the caches: take differences of less than a tenth for nothing.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
-import platform
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
 
-from common import run_script  # isort: skip  # before PyTorch
+from studies.script import script  # isort: skip  # before PyTorch
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightly.models import utils
 from lightly.utils.benchmarking.knn import knn_predict
 from lightly.utils.benchmarking.linear_classifier import LinearClassifier
+from measuring.cpu import added_memory, forward_flops, processor, take_turns
+from peers.masks import numpy_block, numpy_random
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightly_mim import MAE, masked_encoder
 from lightly_mim.evaluation import Features, Linear, fit_linear_grid, knn_predict_grid
@@ -50,10 +46,9 @@ from lightly_mim.reporting.study import markdown_table
 # What MAE is compared with is the paper's own ablation (table 1c): the same weights and
 # decoder, with mask tokens in an encoder that sees all patches.
 DENSE = "mask tokens in the encoder"
-SPARSE = "visible patches only (MAE)"
 MAE_VARIANTS: dict[str, Callable[..., MAE]] = {
     DENSE: MaskTokenMAE,
-    SPARSE: MAE,
+    "visible patches only (MAE)": MAE,
     "the same, a third predicted by cross-attention (CrossMAE)": partial(
         CrossMAE, weighted_feature_maps=False
     ),
@@ -62,7 +57,6 @@ MAE_VARIANTS: dict[str, Callable[..., MAE]] = {
 # BEiT's ratio and grid: the loops take longer for more.
 NUM_MASKS, MASK_GRID, MASK_RATIO = 256, 14, 0.4
 MASK_CALLS = 10  # of a round: one call takes a few milliseconds
-GENERATOR = np.random.default_rng(0)
 
 # The sizes of Imagenette and of a part of ImageNet, in features of a ViT-S.
 KNN_SIZES = {
@@ -79,39 +73,6 @@ examples:
   python benchmarks/throughput.py evaluation            the same for evaluation
   python benchmarks/throughput.py mae --encoder vit_large_patch16_224 --rounds 3
 """
-
-
-class Timing(NamedTuple):
-    """CPU seconds of a variant, one entry per round."""
-
-    seconds: list[float]
-
-    def ratio(self, other: Timing) -> str:
-        """Returns how many times as fast this is as another one, with the range."""
-        ratios = [b / a for a, b in zip(self.seconds, other.seconds, strict=True)]
-        return f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-
-
-def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> list[Timing]:
-    """Runs variants one after the other, round by round, after one round of warm-up.
-
-    Args:
-        variants:
-            What is to be timed.
-        rounds:
-            How often.
-
-    Returns:
-        One timing per variant.
-    """
-    seconds: list[list[float]] = [[] for _ in variants]
-    for number in range(rounds + 1):
-        for taken, run in zip(seconds, variants.values(), strict=True):
-            start = time.process_time()
-            run()
-            if number > 0:
-                taken.append(time.process_time() - start)
-    return [Timing(taken) for taken in seconds]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,17 +101,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
-    run_script(parser(), _main, argv)
-
-
-def _main(arguments: argparse.Namespace, command: str) -> None:
+@script(parser)
+def main(arguments: argparse.Namespace, command: str) -> None:
+    """Prints the tables that were asked for."""
     if arguments.rounds < 1:
         raise ValueError(f"--rounds is at least 1, got {arguments.rounds}.")
     torch.set_num_threads(1)
@@ -158,7 +111,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         print(_peak_memory(arguments))
         return
     print(
-        f"{_processor()}, one thread, PyTorch {torch.__version__}, {command}",
+        f"{processor()}, one thread, PyTorch {torch.__version__}, {command}",
         flush=True,
     )
     if arguments.what == "mae":
@@ -238,19 +191,18 @@ class _Step:
 
     def gigaflops(self, part: str = "") -> float:
         """Counts the forward pass of one image, or what a part of the model does."""
-        # The counter does not know the fused kernel of a CPU.
-        self.model.choose_attention(torch.device("cpu"), bf16=True)
-        with FlopCounterMode(display=False) as counter:
-            if part == "encoder":
-                mask = self.model.draw_mask(self.images)
-                if isinstance(self.model, MaskTokenMAE):
-                    self.model.encoder.encode_masked(self.images, mask)
-                else:
-                    self.model.encoder.encode_visible(self.images, mask)
+
+        def encode() -> None:
+            mask, encoder = self.model.draw_mask(self.images), self.model.encoder
+            if isinstance(self.model, MaskTokenMAE):
+                encoder.encode_masked(self.images, mask)
             else:
-                self.model(self.images)
+                encoder.encode_visible(self.images, mask)
+
+        whole = partial(self.model, self.images)
+        flops = forward_flops(self.model, encode if part == "encoder" else whole)
         self.model.choose_attention(torch.device("cpu"), self.bf16)
-        return float(counter.get_total_flops()) / len(self.images) / 1e9
+        return flops / len(self.images) / 1e9
 
 
 def _memory_in_a_process(arguments: argparse.Namespace, name: str) -> float:
@@ -266,19 +218,7 @@ def _peak_memory(arguments: argparse.Namespace) -> float:
     step = _Step(arguments, arguments.memory_of)
     step()  # makes the state of the optimiser
     step.optimizer.zero_grad(set_to_none=False)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present use again
-    before = _status("VmRSS")
-    for _ in range(3):
-        step()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    """Reads a size from Linux's record of this process, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1]) / 1024
+    return added_memory(step)
 
 
 # Masks.
@@ -289,7 +229,7 @@ def _compare_masks(rounds: int) -> None:
     block, uniform = BlockMasking(16, MASK_RATIO), RandomMasking(16, MASK_RATIO)
     tables: dict[str, dict[str, Callable[[], Tensor]]] = {
         "Block-wise": {
-            "BEiT's loop in NumPy, image by image": partial(_one_by_one, _numpy_block),
+            "BEiT's loop in NumPy, image by image": partial(_one_by_one, numpy_block),
             "lightly's random_block_mask": partial(
                 utils.random_block_mask,
                 (NUM_MASKS, MASK_GRID, MASK_GRID),
@@ -301,9 +241,7 @@ def _compare_masks(rounds: int) -> None:
             "ours, BlockMasking": lambda: block(NUM_MASKS, size).cells,
         },
         "Random": {
-            "permutations in NumPy, image by image": partial(
-                _one_by_one, _numpy_random
-            ),
+            "permutations in NumPy, image by image": partial(_one_by_one, numpy_random),
             "ours, RandomMasking": lambda: uniform(NUM_MASKS, size).cells,
         },
     }
@@ -342,35 +280,6 @@ def _one_by_one(draw: Callable[[int, int], np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(masks))
 
 
-def _numpy_random(grid: int, count: int) -> np.ndarray:
-    mask = np.zeros(grid * grid, dtype=bool)
-    mask[GENERATOR.permutation(grid * grid)[:count]] = True
-    return mask.reshape(grid, grid)
-
-
-def _numpy_block(grid: int, count: int) -> np.ndarray:
-    """BEiT's algorithm 1, with slices where its code has loops over patches."""
-    mask = np.zeros((grid, grid), dtype=bool)
-    left_to_mask = count
-    while left_to_mask > 0:
-        for _ in range(10):  # tries of a rectangle that adds some, and not too many
-            area = random.uniform(16, left_to_mask)
-            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h >= grid or w >= grid:
-                continue
-            y, x = random.randint(0, grid - h), random.randint(0, grid - w)
-            part = mask[y : y + h, x : x + w]
-            added = h * w - int(np.count_nonzero(part))
-            if 0 < added <= left_to_mask:
-                part[:] = True
-                left_to_mask -= added
-                break
-        else:
-            break
-    return mask
-
-
 # Evaluation.
 
 
@@ -387,8 +296,8 @@ def _compare_knn(rounds: int) -> None:
             f"{num_train:,} x {DIM} features, {num_classes:,} classes, {rounds} rounds",
             ["Variant", "CPU seconds", "times as fast"],
             [
-                ["lightly's knn_predict", _seconds(timings[0]), "1"],
-                ["ours", _seconds(timings[1]), timings[1].ratio(timings[0])],
+                ["lightly's knn_predict", str(timings[0]), "1"],
+                ["ours", str(timings[1]), timings[1].ratio(timings[0])],
             ],
             f"{same:.4%} of the predictions are the same.",
         )
@@ -452,7 +361,7 @@ def _compare_grid(rounds: int) -> None:
         f"{batch_size}, {rounds} rounds",
         ["Variant", "CPU seconds", "times as fast"],
         [
-            [name, _seconds(timing), timing.ratio(timings[0])]
+            [name, str(timing), timing.ratio(timings[0])]
             for name, timing in zip(names, timings, strict=True)
         ],
         f"All at once is {timings[2].ratio(timings[1])} times as fast as our own "
@@ -562,21 +471,10 @@ def _features(count: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
     return centres[labels] + 4 * noise, labels
 
 
-def _seconds(timing: Timing) -> str:
-    return f"{median(timing.seconds):.2f}"
-
-
 def _print(
     title: str, header: Sequence[str], lines: Sequence[Sequence[str]], note: str
 ) -> None:
     print(f"\n{title}\n\n{markdown_table(header, lines)}\n{note}", flush=True)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return models[0].strip() if models else platform.processor()
 
 
 if __name__ == "__main__":

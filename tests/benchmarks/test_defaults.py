@@ -87,9 +87,10 @@ def test_ours__says_nothing_but_the_encoder(defaults: Any) -> None:
 
 
 def test_lightly__masks_single_patches_and_measures_them_alone(defaults: Any) -> None:
-    of = defaults.SETS["digits"]
+    peers: Any = importlib.import_module("peers.lightly_methods")
+    options = {**defaults.SETS["digits"].options, **defaults.ENCODER}
     with pytest.warns(FutureWarning, match="MAEDecoderTIMM"):
-        models = [build(of) for build in defaults.LIGHTLY.values()]
+        models = [build(options) for build in peers.LIGHTLY.values()]
     for model in models:
         loss = model(torch.randn(3, 1, 8, 8))
         loss.backward()

@@ -174,14 +174,14 @@ def test_main__resumes_with_more_seeds(
     before = rows_of(out)
     marker = (out / "SimMIM-seed0" / "finished.json").stat().st_mtime_ns
     evaluated: list[str] = []
-    common: Any = importlib.import_module("common")
-    evaluate = common.evaluate
+    study: Any = importlib.import_module("studies.study")
+    evaluate = study.evaluate
 
     def spy(path: Path, *args: Any, **options: Any) -> Any:
         evaluated.append(path.name)
         return evaluate(path, *args, **options)
 
-    monkeypatch.setattr(common, "evaluate", spy)
+    monkeypatch.setattr(study, "evaluate", spy)
     words.append("--resume")
     script.main([*words, "--seeds", "0", "1"])
     assert evaluated == ["SimMIM-seed1"]
@@ -212,14 +212,15 @@ def test_main__goes_on_with_an_interrupted_study(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any folder with train/ and val/ serves; the cut comes before the evaluation."""
-    common: Any = importlib.import_module("common")
+    study: Any = importlib.import_module("studies.study")
     words = [*TINY, "--data-dir", str(photos), "--out", str(tmp_path / "cut")]
+    words += ["--reconstruct-every", "0"]  # no picture to name at the end
 
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(common, "evaluate", interrupt)
+        patch.setattr(study, "evaluate", interrupt)
         script.main(words)
     assert exit_.value.code == 130
     hint = capsys.readouterr().err

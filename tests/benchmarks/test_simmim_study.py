@@ -45,7 +45,12 @@ def script(on_path: None) -> Any:
 
 @pytest.fixture(scope="module")
 def report(script: ModuleType) -> Any:
-    return importlib.import_module("simmim_tables")
+    return importlib.import_module("simmim_paper.tables")
+
+
+@pytest.fixture(scope="module")
+def figures(script: ModuleType) -> Any:
+    return importlib.import_module("simmim_paper.figures")
 
 
 def parse(script: ModuleType, *words: str) -> Any:
@@ -579,7 +584,7 @@ def test_measure__counts_by_hand(script: ModuleType, report: ModuleType) -> None
 def make(
     report: ModuleType, script: ModuleType, name: str, seed: int, top1: float
 ) -> Any:
-    common: Any = importlib.import_module("common")
+    study: Any = importlib.import_module("lightly_mim.reporting.study")
     of = script.space(parse(script))
     models = ["runs/a"]
     if name == "default":
@@ -620,7 +625,7 @@ def make(
         "parameters": 355_200,
         "flops": 49_300_000,
     }
-    run = common.Run(name, seed, Path(f"{name}-{seed}"), 60.0, 150.0, {"rows": rows})
+    run = study.Run(name, seed, Path(f"{name}-{seed}"), 60.0, 150.0, {"rows": rows})
     return report.Found(run, about)
 
 
@@ -704,8 +709,8 @@ def test_tables__rows_without_a_default_to_compare_with(
 # The picture.
 
 
-def test_distance_curves__scipy(script: ModuleType) -> None:
-    curves = script.distance_curves(64, 8)
+def test_distance_curves__scipy(figures: ModuleType) -> None:
+    curves = figures.distance_curves(64, 8)
     assert list(curves) == [
         "random 4 px", "random 8 px", "random 16 px", "block-wise, 8 px",
         "square, 8 px", "central square, 8 px", "inverse block, 8 px", "grid, 8 px",
@@ -714,8 +719,8 @@ def test_distance_curves__scipy(script: ModuleType) -> None:
         assert points == sorted(points) and all(0 < share < 1 for share, _ in points)
     [(share, distance)] = curves["grid, 8 px"]
     assert share == 0.75
-    masks = script.GridMasking(8)(
-        script.NUM_DRAWN, (64, 64), None, Generator().manual_seed(0)
+    masks = figures.GridMasking(8)(
+        figures.NUM_DRAWN, (64, 64), None, Generator().manual_seed(0)
     ).pixels((64, 64))
     expected = [
         distance_transform_edt(mask[0].numpy())[mask[0].numpy()].mean()
@@ -730,11 +735,12 @@ def test_distance_curves__scipy(script: ModuleType) -> None:
 
 def test_main__plot(
     script: ModuleType,
+    figures: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(script, "NUM_DRAWN", 2)
+    monkeypatch.setattr(figures, "NUM_DRAWN", 2)
     script.main(["--plot", "--img-size", "32", "--out", str(tmp_path)])
     assert f"{tmp_path}/avgdist.png" in capsys.readouterr().out
     names = sorted(file.name for file in tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a study of SimMIM's space says: row.json beside each run, and a table per axis.
+"""What the study says: row.json beside each run, and a table per axis.
 
 row.json holds all that the tables say of a run but its results, so that they can be
 made anew from the run directories alone.
@@ -14,17 +14,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from common import Plan, say_files
-from simmim_space import AXES, DEFAULT, MAE_DEFAULT, RATIO, Space
+from measuring.cpu import forward_flops
 from solar_cells import CREDIT, MODULES
 from solar_cells import DATA as SOLAR_CELLS
+from studies.study import Plan, Table, write_files
 from torch import Generator, Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightly_mim.files import atomic_write
 from lightly_mim.masking import average_distance
 from lightly_mim.methods import MaskedImageModel
-from lightly_mim.reporting.page import write_page_or_warn
 from lightly_mim.reporting.study import (
     PIXELS,
     PRETRAINED,
@@ -32,11 +29,10 @@ from lightly_mim.reporting.study import (
     RESULTS_FILE,
     Run,
     accuracy_cell,
-    markdown_table,
     print_table,
-    write_summary,
 )
 from lightly_mim.targets import Target
+from simmim_paper.rows import AXES, DEFAULT, MAE_DEFAULT, RATIO, Space
 
 ROW_FILE = "row.json"
 
@@ -91,15 +87,13 @@ def measure(method: MaskedImageModel) -> dict[str, float]:
     zeros = _Zeros(method.target)
     del method.target
     method.target = zeros  # type: ignore[assignment]
-    # The counter does not know the fused kernel of a CPU.
-    method.eval().choose_attention(torch.device("cpu"), bf16=True)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        method(images, mask[:1])
+    with torch.no_grad():
+        flops = forward_flops(method.eval(), lambda: method(images, mask[:1]))
     return {
         "masked": mask.count / math.prod(mask.grid),
         "avg_dist": average_distance(mask, encoder.img_size).mean().item(),
         "parameters": parameters,
-        "flops": counter.get_total_flops(),
+        "flops": flops,
     }
 
 
@@ -192,7 +186,7 @@ def read(folders: Sequence[Path]) -> list[Found]:
     return found
 
 
-def write_tables(folders: Sequence[Path], command: str) -> None:
+def report(folders: Sequence[Path], command: str) -> None:
     """Prints the tables of finished runs, and writes table.md and summary.csv.
 
     Args:
@@ -204,40 +198,19 @@ def write_tables(folders: Sequence[Path], command: str) -> None:
     found = read(folders)
     commands = {each.about["command"] for each in found}
     command = commands.pop() if len(commands) == 1 else command
-    page = ""
-    for title, header, lines, notes in tables(found):
+    made, texts = tables(found), captions(found)
+    for title, header, lines, notes in made:
         print_table(title, header, lines)
         print("".join(f"{note}\n" for note in notes), end="")
-        page += f"**{title}**\n\n{markdown_table(header, lines)}\n"
-        page += "".join(f"{note}\n\n" for note in notes)
-    said = captions(found)
-    print("\n" + "\n".join(said))
-    table, summary = folders[0] / "table.md", folders[0] / "summary.csv"
-    with atomic_write(table) as temporary:
-        page += "".join(f"{text}\n\n" for text in said)
-        temporary.write_text(f"{page}Made with `{command}`\n")
-    abouts = {each.run.path: each.about for each in found}
-    write_summary(
-        [each.run for each in found],
-        command,
-        summary,
-        lambda run: _about(abouts[run.path]),
-    )
-    say_files(table, summary, write_page_or_warn(*folders))
+    print("\n" + "\n".join(texts))
+    abouts = {each.run.path: _about(each.about) for each in found}
+    runs = [each.run for each in found]
+    write_files(made, texts, runs, command, folders, about=lambda r: abouts[r.path])
 
 
 def _about(about: dict[str, Any]) -> dict[str, Any]:
     named = ("row", "method", "masked", "avg_dist", "parameters", "flops")
     return {"axis": " ".join(about["axes"]), **{name: about[name] for name in named}}
-
-
-class Table(NamedTuple):
-    """A table, and what is to be said below it."""
-
-    title: str
-    header: list[str]
-    lines: list[list[str]]
-    notes: list[str]
 
 
 def tables(found: Sequence[Found]) -> list[Table]:

@@ -1,0 +1,1 @@
+"""How the scripts measure: variants in turns, memory, the steps of a GPU."""

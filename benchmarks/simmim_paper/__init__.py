@@ -1,0 +1,1 @@
+"""The study of SimMIM's paper: its forms and rows, its tables and pictures."""
