@@ -7,10 +7,10 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from cluster import machine
-from commands import Program, make_task, read, read_sweep
-from status import is_busy, queue
-from study import Study, TaskSpec
+from slurm.cluster import machine
+from slurm.commands import Program, make_task, read, read_sweep
+from slurm.status import is_busy, queue
+from slurm.study import Study, TaskSpec
 
 
 def change_study(study: Study, options: argparse.Namespace) -> bool:

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import submitit
-from commands import Machine
-from status import release_command
-from study import Study, TaskSpec
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
-from task import Task
+
+from slurm.commands import Machine
+from slurm.status import release_command
+from slurm.study import Study, TaskSpec
+from slurm.task import Task
 
 # What is not an option here is sbatch's, and goes on to it as it is. Of these, what the
 # report gets too, what only the first jobs get, and what is the study's to choose.
@@ -377,9 +378,8 @@ def snapshot_lines(study: Study) -> list[str]:
     `python -m` looks where it stands first, then in PYTHONPATH, then among the
     installed packages. The task goes back to where the user stood.
     """
-    code, slurm = shlex.quote(str(study.code)), shlex.quote(str(study.code / "slurm"))
-    path = f"{code}:{slurm}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [f"export PYTHONPATH={path}", f"cd {code}"]
+    code = shlex.quote(str(study.code))
+    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", f"cd {code}"]
 
 
 class StudyExecutor(SlurmExecutor):

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from study import ROOT, TaskSpec, label
+from slurm.study import ROOT, TaskSpec, label
 
 PROGRAM = "lightly-mim"
 

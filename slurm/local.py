@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from cluster import machine, variables, work
-from report import write_report
-from study import Study, TaskSpec
+
+from slurm.cluster import machine, variables, work
+from slurm.report import write_report
+from slurm.study import Study, TaskSpec
 
 INTERRUPTED = 130  # exit code, as a shell's
 _YEAR = 365 * 24 * 60  # minutes; a laptop has no time limit
@@ -157,8 +158,7 @@ def _snapshot(study: Study, options: argparse.Namespace) -> Iterator[None]:
     Not through submitit's `setup`: its shell would stand between Ctrl-C and the job.
     """
     before, cwd = dict(os.environ), Path.cwd()
-    paths = [str(study.code), str(study.code / "slurm")]
-    paths += [path] if (path := os.environ.get("PYTHONPATH")) else []
+    paths = filter(None, [str(study.code), os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ |= {name: value for name, _, value in variables(options)}
     os.chdir(study.code)

@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from status import ENDED, Row, queue, rows
-from study import Study, files
+if not __package__:  # started as a file, Python looks in slurm/ and not in the clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from lightly_mim import files
+from slurm.status import ENDED, Row, queue, rows
+from slurm.study import Study
 
 _CELL_KEYS = {"model", "protocol", "top1"}
 _WITH_REASON = ("failed", "interrupted", "lost")  # states

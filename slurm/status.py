@@ -20,12 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # started as a file, Python looks in slurm/ and not in the clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from study import (
+
+from lightly_mim import files
+from slurm.study import (
     DONE,
     FAILED,
     INTERRUPTED,
@@ -33,7 +38,6 @@ from study import (
     RUNNING,
     Study,
     TaskSpec,
-    files,
     run_directories,
 )
 

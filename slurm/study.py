@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -26,28 +25,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from lightly_mim import files
 
 ROOT = Path(__file__).resolve().parents[1]  # the clone, or the snapshot of it
 CODE = ("lightly_mim", "benchmarks", "slurm")
 STATE_FILE = "state.json"
-
-
-def _lightly_mim_files() -> ModuleType:
-    """Returns `lightly_mim.files`, which imports nothing, without the package.
-
-    The package imports PyTorch, and status.py starts without it.
-    """
-    file = ROOT / "lightly_mim" / "files.py"
-    spec = importlib.util.spec_from_file_location("lightly_mim_files", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-files = _lightly_mim_files()
 
 # Statuses of state.json. A task without one has not begun.
 RUNNING, REQUEUED, DONE, FAILED = "running", "requeued", "done", "failed"

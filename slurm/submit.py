@@ -17,6 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # started as a file, Python looks in slurm/ and not in the clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 try:
     from lightly_mim import interrupts
 
@@ -28,8 +31,14 @@ except ModuleNotFoundError:
         "submit.py needs the packages of this project: start it by the Python of its "
         ".venv, or install them with: pip install '.[benchmarks,slurm]'"
     )
-from changes import ask_queue, change_study
-from cluster import (
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from lightly_mim import files
+from slurm.changes import ask_queue, change_study
+from slurm.cluster import (
     add_options,
     cancel,
     check_slurm,
@@ -41,15 +50,11 @@ from cluster import (
     release,
     work,
 )
-from commands import read, read_sweep, tasks
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from sites import read_config
-from status import held_jobs, is_busy, queue, release_command
-from study import Study, TaskSpec, alone, files, origin, snapshot
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-from task import Report
+from slurm.commands import read, read_sweep, tasks
+from slurm.sites import read_config
+from slurm.status import held_jobs, is_busy, queue, release_command
+from slurm.study import Study, TaskSpec, alone, origin, snapshot
+from slurm.task import Report
 
 EPILOG = """\
 examples:
@@ -276,7 +281,7 @@ def _watch(study: Study) -> str:
 
 def _run_here(study: Study, options: argparse.Namespace) -> int:
     """Runs what is left of a study on this machine, and returns the exit code."""
-    from local import run_debug, run_local
+    from slurm.local import run_debug, run_local
 
     pending = _pending(study, False, options.release)
     if not pending:

@@ -30,7 +30,7 @@ from submitit.helpers import (
 )
 
 if TYPE_CHECKING:
-    from study import Study, TaskSpec
+    from slurm.study import Study, TaskSpec
 
 # Seconds between two looks for an attempt that has taken this one's place: the node may
 # be lost to SLURM, which starts the job elsewhere, while its processes go on.
@@ -75,9 +75,8 @@ class Task(Checkpointable):
         env = submitit.JobEnvironment()
         if env.cluster == "local" and env.num_tasks > 1:
             _export_ranks()  # before Lightning is imported, which looks for its rank
-        from study import DONE, FAILED, INTERRUPTED, RUNNING, run_directories
-
         from lightly_mim.runs import RunDirectory
+        from slurm.study import DONE, FAILED, INTERRUPTED, RUNNING, run_directories
 
         study, task = self._load()
         os.chdir(study.cwd)
@@ -129,7 +128,7 @@ class Task(Checkpointable):
 
         Submitit calls it before it requeues the job; None keeps it from doing so.
         """
-        from study import REQUEUED
+        from slurm.study import REQUEUED
 
         if self._requeues() >= self.max_requeues:
             self._give_up()
@@ -138,7 +137,7 @@ class Task(Checkpointable):
         return DelayedSubmission(self)
 
     def _load(self) -> tuple[Study, TaskSpec]:
-        from study import Study
+        from slurm.study import Study
 
         study = Study.load(self.study)
         return study, next(task for task in study.tasks if task.name == self.name)
@@ -216,7 +215,8 @@ class Task(Checkpointable):
 
     def _attempt(self, env: submitit.JobEnvironment) -> dict[str, Any]:
         import torch
-        from study import versions
+
+        from slurm.study import versions
 
         gpus = [
             torch.cuda.get_device_name(number)
@@ -258,7 +258,7 @@ class Task(Checkpointable):
         stage: str | None = None,
         status: str | None = None,
     ) -> None:
-        from study import FAILED
+        from slurm.study import FAILED
 
         lines = traceback.format_exception(error)
         self._end(
@@ -375,7 +375,7 @@ class Report:
 
     def __call__(self) -> None:
         """Writes what a study found, see `report.write_report`."""
-        from report import write_report
-        from study import Study
+        from slurm.report import write_report
+        from slurm.study import Study
 
         print(write_report(Study.load(self.study)))

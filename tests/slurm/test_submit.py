@@ -14,6 +14,13 @@ from types import ModuleType
 
 import pytest
 
+import slurm.cluster
+import slurm.commands
+import slurm.report
+import slurm.status
+import slurm.study
+import slurm.submit
+
 from ..conftest import TINY_VIT
 from .cluster import Cluster
 
@@ -27,18 +34,11 @@ PRETRAIN = (
 )
 
 
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    """Imports a module of slurm/, which stands on the path as for its scripts."""
-    monkeypatch.syspath_prepend(ROOT / "slurm")
-    return importlib.import_module(name)
-
-
 @pytest.fixture
 def submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load(monkeypatch, "submit")
     monkeypatch.setattr(sys, "path", list(sys.path))  # submit adds folders
     monkeypatch.chdir(tmp_path)
-    return module
+    return slurm.submit
 
 
 def scripts(output: str) -> dict[str, str]:
@@ -303,7 +303,7 @@ def test_resume__drops_and_changes_tasks(
     )
     assert evaluate[-6:] == ["--seed", "8", "--data", "x", "--protocols", "knn"]
     assert submit.Study.load("s").swept() == ["batch_size", "seed", "lr"]
-    page = load(monkeypatch, "report").write_report(submit.Study.load("s"))
+    page = slurm.report.write_report(submit.Study.load("s"))
     assert "2 task(s), 1 done" in page
 
 
@@ -482,9 +482,8 @@ class Writes(Callback):
 
 def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("")
-    commands = importlib.import_module("commands")
     with pytest.raises(ValueError, match=r"own\.py is not a script .* no parser\(\)"):
-        commands.Script([str(tmp_path / "own.py")])
+        slurm.commands.Script([str(tmp_path / "own.py")])
 
 
 @pytest.mark.parametrize(
@@ -732,8 +731,7 @@ def test_config__refused(
 def test_snapshot__has_new_files_and_no_caches(
     submit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    study = load(monkeypatch, "study")
-    study.snapshot(tmp_path / "code")
+    slurm.study.snapshot(tmp_path / "code")
     names = {str(f.relative_to(tmp_path / "code")) for f in tmp_path.rglob("*.*")}
     assert {"lightly_mim/pretraining/entry.py", "benchmarks/common.py"} <= names
     assert {"slurm/task.py", "lightly_mim/methods/simmim.py"} <= names
@@ -745,20 +743,20 @@ def test_snapshot__has_new_files_and_no_caches(
 def test_snapshot__is_what_jobs_import(
     submit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cluster = load(monkeypatch, "cluster")
-    study = load(monkeypatch, "study").Study(tmp_path, [], [], "", {}, {})
+    study = slurm.study.Study(tmp_path, [], [], "", {}, {})
     for name in ("lightly_mim", "benchmarks", "slurm"):
         (study.code / name).mkdir(parents=True)
     (study.code / "lightly_mim" / "__init__.py").touch()
-    (study.code / "slurm" / "task.py").touch()
+    for name in ("__init__", "task"):
+        (study.code / "slurm" / f"{name}.py").touch()
     (tmp_path / "find.py").write_text(
         "import importlib.util as u\n"
-        "print(*(u.find_spec(name).origin for name in ('lightly_mim', 'task')))\n"
+        "print(*(u.find_spec(name).origin for name in ('lightly_mim', 'slurm.task')))\n"
     )
     # As submitit starts it: `python -m` puts the working directory first of all.
     lines = [
         f"cd {shlex.quote(str(ROOT))}",
-        *cluster.snapshot_lines(study),
+        *slurm.cluster.snapshot_lines(study),
         f"cp {shlex.quote(str(tmp_path))}/find.py .",
         f"{shlex.quote(sys.executable)} -m find",
     ]
@@ -954,8 +952,7 @@ def test_slurm__array_evaluation_report_and_rerun(
     assert "6 task(s), 5 done" in page
     assert f"`{victim.name}`: lost. job {job} ended without a word" in page
     assert study.resume_command() in page
-    status = load(monkeypatch, "status")
-    rows = status.rows(study, status.queue())
+    rows = slurm.status.rows(study, slurm.status.queue())
     assert [row.state for row in rows].count("done") == 5
     assert rows[4].state == "lost"
     evaluation = jobs[victim.name]["evaluate"]
