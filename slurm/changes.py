@@ -7,8 +7,8 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from slurm.cluster import machine
 from slurm.commands import Program, make_task, read, read_sweep
+from slurm.options import machine
 from slurm.status import is_busy, queue
 from slurm.study import Study, TaskSpec
 

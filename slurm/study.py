@@ -148,6 +148,11 @@ class Study:
         """Returns the directory that a task's command writes to."""
         return self.path / "tasks" / task.name / "run"
 
+    def words(self, task: TaskSpec, stage: str) -> list[str]:
+        """Returns the words that a stage of a task runs."""
+        out = str(self.run(task))
+        return [word.replace("{out}", out) for word in task.stages[stage]]
+
     def state(self, task: TaskSpec) -> dict[str, Any]:
         """Returns what the task's jobs wrote of it; empty if none has begun.
 
@@ -279,6 +284,16 @@ def snapshot(destination: Path) -> None:
         shutil.copy2(ROOT / name, target)
 
 
+def mend_snapshot(study: Study) -> None:
+    """Makes a package of the modules of a study that an earlier version has made.
+
+    They import each other by bare names.
+    """
+    package = study.code / "slurm"
+    if package.is_dir() and not (package / "__init__.py").exists():
+        (package / "__init__.py").write_text("import sys\n\nsys.path[:0] = __path__\n")
+
+
 def _source_files() -> list[str]:
     words = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
     listed = _git(*words, *CODE)
@@ -301,8 +316,13 @@ def origin() -> dict[str, Any]:
         "modified": bool(status) if status is not None else None,
         "versions": versions(),
         "host": platform.node(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """Returns the date and the time as studies have it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")
 
 
 def versions() -> dict[str, str]:

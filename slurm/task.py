@@ -146,8 +146,7 @@ class Task(Checkpointable):
 
     def _run(self, study: Study, task: TaskSpec, env: submitit.JobEnvironment) -> None:
         """Runs the command and, if it is preempted, has its job requeued."""
-        out = str(study.run(task))
-        words = [word.replace("{out}", out) for word in task.stages[self.stage]]
+        words = study.words(task, self.stage)
         print(f"{task.name}, {self.stage}: {shlex.join(words)}", flush=True)
         self._check_gpus(task)
         if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
