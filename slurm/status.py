@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,14 @@ from slurm.study import (
     run_directories,
 )
 
+Queue = Mapping[str, tuple[str, str]]  # state and reason in SLURM's queue, by job
+
 _COLOURS = {
     **{"done": "green", "running": "cyan"},
     **dict.fromkeys(("failed", "lost", "held", "damaged"), "red"),
 }
 ENDED = ("done", "failed", "interrupted", "lost", "damaged", "not begun")
+PROGRESS = ("epoch", "loss", "images/s")
 _LOG_END = 2**16  # bytes in which the last line of a log is
 
 
@@ -69,7 +73,7 @@ class Row:
         requeues:
             How often its jobs were started again.
         progress:
-            Epoch, loss and images per second, as text, where there are any.
+            `PROGRESS` as text, where there are any.
         damaged:
             Whether a file of the task is damaged.
     """
@@ -83,33 +87,17 @@ class Row:
     damaged: bool = False
 
 
-def queue() -> dict[str, tuple[str, str]] | None:
-    """Returns state and reason of this user's jobs in SLURM's queue, by job.
-
-    Returns:
-        None where SLURM cannot be asked.
-    """
-    words = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
-    answer = _ask(words)
+def queue() -> Queue | None:
+    """Returns SLURM's queue of this user; None where SLURM cannot be asked."""
+    answer = _ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r")
     if answer is None:
         return None
     lines = [line.split("|") for line in answer.splitlines()]
     return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
 
 
-def held_jobs(
-    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
-) -> list[str]:
-    """Returns the jobs of a task that wait until somebody releases them.
-
-    Args:
-        study:
-            The study.
-        task:
-            The task.
-        queued:
-            What `queue` returned.
-    """
+def held_jobs(study: Study, task: TaskSpec, queued: Queue) -> list[str]:
+    """Returns the jobs of a task that wait until somebody releases them."""
     jobs = [study.job(task, stage) for stage in study.open_stages(task)]
     return [job for job in jobs if job and job in queued and _is_held(*queued[job])]
 
@@ -129,7 +117,7 @@ def release_command(jobs: Sequence[str]) -> list[str]:
     return ["scontrol", "release", ",".join(jobs)]
 
 
-def _ask(words: Sequence[str]) -> str | None:
+def _ask(*words: str) -> str | None:
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, check=True, timeout=60
@@ -139,47 +127,33 @@ def _ask(words: Sequence[str]) -> str | None:
     return done.stdout
 
 
-def rows(study: Study, queued: Mapping[str, tuple[str, str]] | None) -> list[Row]:
-    """Returns how far each task is.
-
-    Args:
-        study:
-            The study.
-        queued:
-            What `queue` returned.
-    """
+def rows(study: Study, queued: Queue | None) -> list[Row]:
+    """Returns how far each task is, as `queue` and its own files tell."""
     return [_row(study, task, queued) for task in study.tasks]
 
 
-def _row(
-    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]] | None
-) -> Row:
+def _row(study: Study, task: TaskSpec, queued: Queue | None) -> Row:
     try:
         open_stages = study.open_stages(task)
     except ValueError as error:
         return Row(task, "damaged", "", str(error), 0, {}, damaged=True)
-    stage = open_stages[0] if open_stages else list(task.stages)[-1]
-    state, detail = _state(study, task, stage, bool(open_stages), queued)
+    stage = [*open_stages, list(task.stages)[-1]][0]
+    state, detail = "done", ""
+    if open_stages:
+        state, detail = _state(study, task, stage, queued)
     attempts = [study.attempts(task, name) for name in task.stages]
     requeues = sum(max(0, len(found) - 1) for found in attempts)
     try:
-        shown = progress(study.run(task))
+        return Row(task, state, stage, detail, requeues, progress(study.run(task)))
     except ValueError as error:
-        detail = f"{detail}. {error}" if detail else str(error)
+        detail = ". ".join(filter(None, [detail, str(error)]))
         return Row(task, state, stage, detail, requeues, {}, damaged=True)
-    return Row(task, state, stage, detail, requeues, shown)
 
 
 def _state(
-    study: Study,
-    task: TaskSpec,
-    stage: str,
-    is_open: bool,
-    queued: Mapping[str, tuple[str, str]] | None,
+    study: Study, task: TaskSpec, stage: str, queued: Queue | None
 ) -> tuple[str, str]:
-    """Returns the state of a task and its detail."""
-    if not is_open:
-        return "done", ""
+    """Returns the state of a task at an open stage, and its detail."""
     recorded = study.state(task)
     status: str | None = recorded.get("status")
     job = study.job(task, stage)
@@ -227,13 +201,11 @@ def _error(recorded: Mapping[str, Any]) -> str:
 
 def _why_gone(study: Study, job: str) -> str:
     """Says what SLURM remembers of a job that has left the queue without a word."""
-    asked = (
-        ["sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode"],
-        ["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T %r"],
-    )
-    answers = [answer.strip() for words in asked if (answer := _ask(words))]
-    said = next((answer for answer in answers if answer), "")
-    slurm = f"SLURM says {said.splitlines()[-1]}" if said else "SLURM has forgotten it"
+    said = _ask("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode")
+    if not (said and said.strip()):
+        said = _ask("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T %r")
+    last = (said or "").strip().splitlines()[-1:]
+    slurm = f"SLURM says {last[0]}" if last else "SLURM has forgotten it"
     return f"job {job} ended without a word; {slurm}. {_last_line(study, job)}".strip()
 
 
@@ -283,9 +255,7 @@ def is_running_here(study: Study, task: TaskSpec) -> bool:
     return not command.exists() or b"submitit" in command.read_bytes()
 
 
-def is_busy(
-    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
-) -> bool:
+def is_busy(study: Study, task: TaskSpec, queued: Queue) -> bool:
     """Returns whether a task runs or is in the queue."""
     # Processes of this machine outlive a submit.py that is killed.
     return is_running_here(study, task) or any(
@@ -294,11 +264,7 @@ def is_busy(
 
 
 def progress(run: Path) -> dict[str, str]:
-    """Reads epoch, loss and images per second of the run that was written last.
-
-    Args:
-        run:
-            A task's directory.
+    """Reads `PROGRESS` of the run in a task's directory that was written last.
 
     Raises:
         ValueError: If its metrics.csv or config.yaml is damaged.
@@ -359,24 +325,23 @@ def _epochs(config: Path) -> Any:
 
 def table(study: Study, found: Sequence[Row]) -> Table:
     """Returns the table for a terminal."""
-    counts: dict[str, int] = {}
-    for row in found:
-        counts[row.state] = counts.get(row.state, 0) + 1
+    counts = Counter(row.state for row in found)
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
     title = Text(f"{study.path.name}: {summary}")
     made = Table(title=title, title_justify="left", box=None)
-    for name in ("task", "state", "stage", "epoch", "loss", "images/s", "requeued", ""):
-        right = name in ("epoch", "loss", "images/s", "requeued")
+    for name in ("task", "state", "stage", *PROGRESS, "requeued", ""):
         made.add_column(
-            name, justify="right" if right else "left", overflow="fold",
+            name,
+            justify="right" if name in (*PROGRESS, "requeued") else "left",
+            overflow="fold",
             no_wrap=name not in ("task", ""),
-        )  # fmt: skip
+        )
     for row in found:
         made.add_row(
             Text(row.task.name),
             Text(row.state, style=_COLOURS.get(row.state, "")),
             row.stage,
-            *(row.progress.get(name, "") for name in ("epoch", "loss", "images/s")),
+            *(row.progress.get(name, "") for name in PROGRESS),
             str(row.requeues or ""),
             Text(row.detail),
         )

@@ -80,8 +80,7 @@ class Study:
         evaluation:
             The words of `--evaluate`.
         sealed:
-            Whether study.json has a checksum. A study that an earlier version made runs
-            that version's code, which does not know it.
+            Whether study.json has a checksum, which an earlier version does not know.
     """
 
     path: Path
@@ -114,21 +113,39 @@ class Study:
         try:
             tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
             study = cls(path=path, tasks=tasks, sealed=sealed, **stored)
-            _check(study)
+            study._check()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged: {error!r}. {_STUDY_REMEDY}"
             ) from error
         return study
 
+    def _check(self) -> None:
+        """Raises a ValueError if a study does not hold what it is known to hold."""
+        lists = [self.command, self.submissions, self.evaluation]
+        dicts = [self.cluster, self.origin, *self.submissions]
+        dicts += [d for task in self.tasks for d in (task.stages, task.sweep)]
+        if not (
+            isinstance(self.cwd, str)
+            and all(isinstance(each, list) for each in lists)
+            and all(isinstance(each, dict) for each in dicts)
+        ):
+            raise ValueError("a part of it is of another kind")
+        if not self.tasks or not all(task.stages for task in self.tasks):
+            raise ValueError("it has no tasks, or one without stages")
+        for task in self.tasks:
+            if Path(task.name).name != task.name:
+                raise ValueError(f"{task.name!r} is no name of a task")
+        if not all(each.keys() >= {"cluster", "jobs"} for each in self.submissions):
+            raise ValueError("a submission has no jobs")
+
     def save(self) -> None:
         """Writes study.json."""
         stored = asdict(self)
         del stored["path"], stored["sealed"]
-        if self.sealed:
-            stored = files.sealed(stored)
-        with files.atomic_write(self.path / "study.json") as temporary:
-            temporary.write_text(json.dumps(stored, indent=2) + "\n")
+        _write(
+            self.path / "study.json", files.sealed(stored) if self.sealed else stored
+        )
 
     @property
     def code(self) -> Path:
@@ -179,8 +196,7 @@ class Study:
         """Replaces entries of the task's state.json. For rank 0 of its job alone."""
         state: dict[str, Any] = {"stage": None, "status": None, "done": []}
         state |= {"error": None, "attempts": []} | self.state(task) | changes
-        with files.atomic_write(self._state_file(task)) as temporary:
-            temporary.write_text(json.dumps(files.sealed(state), indent=2) + "\n")
+        _write(self._state_file(task), files.sealed(state))
 
     def _state_file(self, task: TaskSpec) -> Path:
         return self.path / "tasks" / task.name / STATE_FILE
@@ -216,35 +232,17 @@ _STUDY_REMEDY = (
 )
 _STATE_REMEDY = "Delete it: the task's directory tells how far it came."
 _ATTEMPT = {"stage", "job", "host", "pid", "started", "ended", "gpus"}
-_SUBMISSION = {"cluster", "jobs"}
 
 
-def _check(study: Study) -> None:
-    """Raises a ValueError if a study does not hold what it is known to hold."""
-    kinds = {"command": list, "cwd": str, "cluster": dict, "origin": dict,
-             "submissions": list, "evaluation": list}  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(getattr(study, name), kind):
-            raise ValueError(f"{name} is no {kind.__name__}")
-    if not study.tasks:
-        raise ValueError("it has no tasks")
-    for task in study.tasks:
-        if Path(task.name).name != task.name:
-            raise ValueError(f"{task.name!r} is no name of a task")
-        if not (isinstance(task.stages, dict) and task.stages):
-            raise ValueError(f"{task.name} has no stages")
-        if not isinstance(task.sweep, dict):
-            raise ValueError(f"{task.name} has no sweep")
-    for each in study.submissions:
-        if not each.keys() >= _SUBMISSION:
-            raise ValueError("a submission has no jobs")
+def _write(path: Path, stored: dict[str, Any]) -> None:
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(stored, indent=2) + "\n")
 
 
 def run_directories(run: Path) -> Iterator[Path]:
-    """Yields the run directories (`lightly_mim.runs`) that a task's command made.
+    """Yields the run directories that a task's command made.
 
-    `lightly-mim pretrain` writes one, a benchmark script one per method and seed within
-    its folder.
+    `lightly-mim pretrain` makes one, a script one per method and seed in its folder.
     """
     for config in sorted([*run.glob("config.yaml"), *run.glob("*/config.yaml")]):
         yield config.parent
@@ -272,12 +270,7 @@ def alone(study: Study) -> Iterator[None]:
 
 
 def snapshot(destination: Path) -> None:
-    """Copies the code that jobs run: what git tracks, as it stands, and new files.
-
-    Args:
-        destination:
-            The directory to make.
-    """
+    """Copies the code that jobs run: what git tracks, as it stands, and new files."""
     for name in _source_files():
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -297,14 +290,15 @@ def mend_snapshot(study: Study) -> None:
 def _source_files() -> list[str]:
     words = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
     listed = _git(*words, *CODE)
-    if listed is not None:
-        names = [name for name in listed.split("\0") if name]
-        return [name for name in names if (ROOT / name).is_file()]  # not the deleted
-    files = [file for folder in CODE for file in (ROOT / folder).rglob("*")]
+    found = (
+        [file for folder in CODE for file in (ROOT / folder).rglob("*")]
+        if listed is None
+        else [ROOT / name for name in listed.split("\0") if name]
+    )
     return [
         str(file.relative_to(ROOT))
-        for file in files
-        if file.is_file() and "__pycache__" not in file.parts
+        for file in found
+        if file.is_file() and "__pycache__" not in file.parts  # git lists the deleted
     ]
 
 
