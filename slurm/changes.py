@@ -5,25 +5,19 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from slurm.commands import Program, make_task, read, read_sweep
 from slurm.options import machine
-from slurm.status import is_busy, queue
+from slurm.status import Queue, is_busy, queue
 from slurm.study import Study, TaskSpec
 
 
 def change_study(study: Study, options: argparse.Namespace) -> bool:
     """Drops and changes tasks, and gives them another evaluation, as was asked for.
 
-    Args:
-        study:
-            The study, which is changed and not saved.
-        options:
-            Those of `submit.py`.
-
     Returns:
-        Whether anything was changed.
+        Whether anything was changed, which is not saved.
 
     Raises:
         ValueError: If there is no such task, if it runs, is in the queue or has come to
@@ -45,7 +39,7 @@ def change_study(study: Study, options: argparse.Namespace) -> bool:
     return True
 
 
-def ask_queue(study: Study) -> Mapping[str, tuple[str, str]]:
+def ask_queue(study: Study) -> Queue:
     """Returns SLURM's queue, see `queue`; an empty one for a study that has no jobs.
 
     Raises:
@@ -60,7 +54,7 @@ def ask_queue(study: Study) -> Mapping[str, tuple[str, str]]:
     return queued or {}
 
 
-def _find(study: Study, name: str, queued: Mapping[str, tuple[str, str]]) -> TaskSpec:
+def _find(study: Study, name: str, queued: Queue) -> TaskSpec:
     """Returns the task of a name or number, which must be at rest."""
     found = [t for t in study.tasks if name in (t.name, _number(t))]
     if not found and name.isdecimal():
@@ -113,11 +107,8 @@ def _change_evaluation(study: Study, options: argparse.Namespace) -> None:
     """
     command = read(study.command, options.evaluate)
     assert isinstance(command, Program)  # or it was refused
-    left = [
-        task
-        for task in study.tasks
-        if "evaluate" not in study.state(task).get("done", [])
-    ]
+    done = {task.name: study.state(task).get("done", []) for task in study.tasks}
+    left = [task for task in study.tasks if "evaluate" not in done[task.name]]
     if not left:
         raise ValueError(
             f"Every task of {study.path} is evaluated: leave --evaluate out, and "

@@ -30,15 +30,7 @@ def parameters(
 ) -> dict[str, Any]:
     """Returns what sbatch gets for the jobs of a stage, in submitit's words.
 
-    Args:
-        study:
-            The study.
-        options:
-            Those of `add_options`.
-        stage:
-            `train`, `run`, `evaluate` or `report`.
-        num_tasks:
-            Number of tasks, which `--parallel` may lie above.
+    A stage is `train`, `run`, `evaluate` or `report`.
     """
     nodes, devices = machine(options) if stage in ("train", "run") else (1, 1)
     cpus, mem = options.cpus_per_gpu or options.cpus_per_task, options.mem

@@ -41,10 +41,6 @@ class Script:
     and trains what goes by a name: one of `--method`, or of `names(arguments)` in a
     script that has names of its own. `images(arguments)`, if there is one, returns the
     folder or the name of its images, None if this machine does not have them.
-
-    Args:
-        words:
-            The words, the script's path first.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -145,16 +141,10 @@ class Script:
         }
 
     def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
-        """Returns one stage, or two if the script can be cut in two with `--stage`.
+        """Returns what the jobs run, by stage, for words that passed `check`.
 
-        Args:
-            words:
-                What passed `check`.
-            machine:
-                What a training job gets.
-
-        Returns:
-            What the jobs run; `{out}` stands for the task's directory.
+        `{out}` stands for the task's directory. There are two stages if the script can
+        be cut in two with `--stage`.
         """
         full = [self._program, *words, *_owned(self, machine)]
         if "--stage" not in self._actions:
@@ -165,11 +155,7 @@ class Script:
 class Program:
     """A command of `lightly-mim`, with the methods of a `Script`.
 
-    Args:
-        words:
-            The words, `lightly-mim` first.
-        evaluation:
-            Words of `lightly-mim evaluate` for the encoders that `pretrain` trains.
+    `evaluation` are words of `lightly-mim evaluate`, for what `pretrain` trains.
     """
 
     def __init__(self, words: Sequence[str], evaluation: Sequence[str] = ()) -> None:
@@ -256,13 +242,7 @@ def _owned(command: Command, machine: Machine) -> list[str]:
 
 
 def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
-    """Returns the command that some words name.
-
-    Args:
-        words:
-            What stood behind `--`.
-        evaluation:
-            Words of `lightly-mim evaluate`, for `lightly-mim pretrain`.
+    """Returns the command that the words behind `--` name.
 
     Raises:
         ValueError: If there is no such command, or if it has options that belong to
@@ -354,14 +334,6 @@ def tasks(
 ) -> list[TaskSpec]:
     """Returns a task for each combination of the swept values.
 
-    Args:
-        command:
-            The command.
-        sweep:
-            Values by key. None for a single task.
-        machine:
-            What a training job gets.
-
     Raises:
         ValueError: If the command does not take a key, a value or a combination.
     """
@@ -378,17 +350,7 @@ def tasks(
 def make_task(
     command: Command, number: int, own: Mapping[str, str], machine: Machine
 ) -> TaskSpec:
-    """Returns a task that runs a command with values of its own.
-
-    Args:
-        command:
-            The command.
-        number:
-            What the task's name begins with.
-        own:
-            The values by key. They win over the command's own.
-        machine:
-            What a training job gets.
+    """Returns a task that runs a command with values of its own, which win.
 
     Raises:
         ValueError: If the command does not take a key, a value or the combination.

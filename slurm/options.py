@@ -10,6 +10,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,15 +78,11 @@ class Gpus(int):
         return gpus
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"expected a number from {least}, got {text!r}"
+        )
     return int(text)
 
 
@@ -102,95 +99,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "All other options are sbatch's own: --partition gpu --account me --exclusive; "
         "--sbatch NAME=VALUE says the same.",
     )
-    group.add_argument(
-        "--cluster",
-        choices=["slurm", "local", "debug"],
-        default="slurm",
-        help="slurm; local: this machine, --parallel tasks at a time; debug: this "
-        "process, one task after the other (default: slurm)",
-    )
 
-    def add(name: str, metavar: str, text: str, **more: Any) -> None:
+    def add(name: str, metavar: str | None, text: str, **more: Any) -> None:
         group.add_argument(f"--{name}", metavar=metavar, help=text, **more)
 
+    places = ["slurm", "local", "debug"]
+    text = "slurm; this machine; this process, task by task (default: slurm)"
+    add("cluster", None, text, choices=places, default="slurm")
     add("nodes", "N", "nodes per task (default: 1)", type=_count, default=1)
-    add(
-        "gpus-per-node",
-        "N",
-        "GPUs per node and task, each with a process of its own; with a type: a100:8 "
-        "(default: 0)",
-        type=Gpus.read,
-        default=Gpus(0),
-    )
-    add(
-        "tasks-per-node",
-        "N",
-        "processes per node, which the command gets as its devices (default: one per "
-        "GPU, one without GPUs)",
-        type=_count,
-    )
-    add(
-        "cpus-per-gpu",
-        "N",
-        "CPUs per GPU; sbatch gets it as --cpus-per-task, since every GPU has its "
-        "process",
-    )
+    text = "GPUs per node, each with a process of its own; or a100:8 (default: 0)"
+    add("gpus-per-node", "N", text, type=Gpus.read, default=Gpus(0))
+    text = "processes per node, if not one per GPU: the devices of the command"
+    add("tasks-per-node", "N", text, type=_count)
+    add("cpus-per-gpu", "N", "CPUs per GPU: sbatch's --cpus-per-task")
     add("cpus-per-task", "N", "CPUs per process")
-    add("mem", "SIZE", "memory per node, such as 64G; an evaluation gets a GPU's share")
-    add(
-        "time",
-        "TIME",
-        "limit of a job in sbatch's words; a task that needs longer is requeued "
-        "(default: 24:00:00)",
-        default="24:00:00",
-    )
+    add("mem", "SIZE", "memory per node, such as 64G; an evaluation gets its share")
+    text = "limit of a job; a task that needs longer is requeued (default: 24:00:00)"
+    add("time", "TIME", text, default="24:00:00")
     add("evaluation-time", "TIME", "limit of an evaluation (default: as --time)")
-    add(
-        "cpu-partition",
-        "NAME",
-        "partition of the report, which needs no GPU (default: as --partition)",
-    )
+    text = "partition of the report, which needs no GPU (default: as --partition)"
+    add("cpu-partition", "NAME", text)
     add("parallel", "N", "tasks that run at the same time (default: all)", type=_count)
-    add(
-        "max-requeues",
-        "N",
-        "how often a job may be requeued before its task counts as failed "
-        "(default: 20)",
-        type=_natural,
-        default=20,
-    )
-    add(
-        "signal-delay",
-        "N",
-        "seconds between the warning of a time limit and the limit; a save and a batch "
-        "must fit in (default: 120)",
-        type=_count,
-        default=120,
-    )
-    add(
-        "setup",
-        "LINE",
-        "lines of shell before the command, such as 'module load cuda'; if they "
-        "activate a Python, pass --python python",
-        nargs="+",
-        default=[],
-    )
-    add(
-        "env",
-        "NAME=VALUE",
-        "environment of the jobs; values are taken as they are, those with $VARIABLES "
-        "belong into a line of --setup: 'export NAME=$VALUE'",
-        nargs="+",
-        default=[],
-        type=_variable,
-    )
-    add(
-        "python",
-        "COMMAND",
-        "what starts Python in a job, such as 'apptainer exec --nv /shared/image.sif "
-        "python'; jobs start in the study, so paths are absolute (default: the Python "
-        "of this command)",
-    )
+    text = "requeues after which a task counts as failed (default: 20)"
+    add("max-requeues", "N", text, type=partial(_count, least=0), default=20)
+    text = "seconds from a warning to the limit, for a batch and a save (default: 120)"
+    add("signal-delay", "N", text, type=_count, default=120)
+    text = "lines of shell before it; where they activate a Python, add --python python"
+    add("setup", "LINE", text, nargs="+", default=[])
+    text = "environment of the jobs, as it is written; $VARIABLES belong into --setup"
+    add("env", "NAME=VALUE", text, nargs="+", default=[], type=_variable)
+    text = "starts Python in a job, such as 'apptainer exec --nv /image.sif python'"
+    add("python", "COMMAND", text)
 
 
 def names(parser: argparse.ArgumentParser) -> set[str]:
@@ -222,15 +161,8 @@ def cut(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Reads words of which those that the parser does not know are sbatch's own.
 
-    Args:
-        parser:
-            The parser, with the options of `add_options`.
-        words:
-            Its words. The last one of two with the same name counts.
-
-    Returns:
-        The parser's options, and as `sbatch` the others: value by name, True of those
-        without one.
+    They are the entry `sbatch`, value by name, True of those without one. The last one
+    of two with the same name counts.
 
     Raises:
         ValueError: If one of sbatch's is the study's to choose, or nearly an option
@@ -276,15 +208,8 @@ def read_config(path: Path, refused: Collection[str]) -> list[str]:
     Values are taken as they are written: 0123 is no 83, `no` is no truth value. One
     that is empty or `true` makes an option without a value.
 
-    Args:
-        path:
-            The file.
-        refused:
-            Names of the options that it may not have. All others are the cluster's, or
-            sbatch's own.
-
     Raises:
-        ValueError: If it cannot be read, or has such options.
+        ValueError: If it cannot be read, or has an option that is `refused`.
     """
     from lightly_mim.config import read_yaml
 

@@ -48,7 +48,8 @@ _COLOURS = {
     **{"done": "green", "running": "cyan"},
     **dict.fromkeys(("failed", "lost", "held", "damaged"), "red"),
 }
-ENDED = ("done", "failed", "interrupted", "lost", "damaged", "not begun")
+UNFINISHED = ("failed", "interrupted", "lost")
+ENDED = ("done", *UNFINISHED, "damaged", "not begun")
 PROGRESS = ("epoch", "loss", "images/s")
 _LOG_END = 2**16  # bytes in which the last line of a log is
 
@@ -61,19 +62,20 @@ class Row:
         task:
             The task.
         state:
-            `queued`, `held` (in the queue until somebody releases it), `starting`,
-            `running`, `requeued`, `trained`, `done`, `failed`, `interrupted` (by
-            Ctrl-C), `lost` (its job ended without a word), `damaged` (its state.json
-            cannot be read) or `not begun`.
+            `queued`, `held` (until somebody releases it), `starting`, `running`,
+            `requeued`, `trained`, `done`, `failed`, `interrupted` (by Ctrl-C), `lost`
+            (its job ended without a word), `damaged` (its state.json cannot be read)
+            or `not begun`.
         stage:
             The stage that it is at.
         detail:
-            What the queue waits for, the reason of a failure, or which file is damaged
-            and what to do.
+            What the queue waits for, why it failed, or what is damaged and what to do.
         requeues:
             How often its jobs were started again.
         progress:
             `PROGRESS` as text, where there are any.
+        attempts:
+            Those that its state.json has.
         damaged:
             Whether a file of the task is damaged.
     """
@@ -84,6 +86,7 @@ class Row:
     detail: str
     requeues: int
     progress: dict[str, str]
+    attempts: list[dict[str, Any]]
     damaged: bool = False
 
 
@@ -136,18 +139,20 @@ def _row(study: Study, task: TaskSpec, queued: Queue | None) -> Row:
     try:
         open_stages = study.open_stages(task)
     except ValueError as error:
-        return Row(task, "damaged", "", str(error), 0, {}, damaged=True)
+        return Row(task, "damaged", "", str(error), 0, {}, [], damaged=True)
     stage = [*open_stages, list(task.stages)[-1]][0]
     state, detail = "done", ""
     if open_stages:
         state, detail = _state(study, task, stage, queued)
-    attempts = [study.attempts(task, name) for name in task.stages]
-    requeues = sum(max(0, len(found) - 1) for found in attempts)
+    of_stages = [study.attempts(task, name) for name in task.stages]
+    requeues = sum(max(0, len(found) - 1) for found in of_stages)
+    attempts = study.state(task).get("attempts", [])
     try:
-        return Row(task, state, stage, detail, requeues, progress(study.run(task)))
+        shown, damage = progress(study.run(task)), ""
     except ValueError as error:
-        detail = ". ".join(filter(None, [detail, str(error)]))
-        return Row(task, state, stage, detail, requeues, {}, damaged=True)
+        shown, damage = {}, str(error)
+    detail = ". ".join(filter(None, [detail, damage]))
+    return Row(task, state, stage, detail, requeues, shown, attempts, bool(damage))
 
 
 def _state(
@@ -183,14 +188,13 @@ def _state(
         return ("running" if status == RUNNING else reached), told
     if cluster == "slurm" and job is not None:
         return "lost", _why_gone(study, job)
+    ended = f"its process ended without a word. {_last_line(study, job)}"
     if status == RUNNING and attempts:
-        if _is_alive(attempts[-1]["host"], attempts[-1]["pid"]):
-            return "running", ""
-        return "lost", f"its process ended without a word. {_last_line(study, job)}"
+        alive = _is_alive(attempts[-1]["host"], attempts[-1]["pid"])
+        return ("running", "") if alive else ("lost", ended)
     if job is not None and status != DONE:
-        alive = _is_alive(platform.node(), int(job)) if job.isdecimal() else False
-        lost = f"its process ended without a word. {_last_line(study, job)}"
-        return ("starting", "") if alive else ("lost", lost)
+        alive = job.isdecimal() and _is_alive(platform.node(), int(job))
+        return ("starting", "") if alive else ("lost", ended)
     return (reached, "") if recorded else ("not begun", "")
 
 
@@ -358,16 +362,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="status.py", description="Show how far a study is.", allow_abbrev=False
     )
     parser.add_argument("study", type=Path, metavar="STUDY")
-    parser.add_argument(
-        "--watch", action="store_true", help="again and again, until all has ended"
-    )
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=10,
-        metavar="SECONDS",
-        help="between two looks with --watch (default: 10)",
-    )
+    text = "again and again, until all has ended"
+    parser.add_argument("--watch", action="store_true", help=text)
+    text = "between two looks with --watch (default: 10)"
+    parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help=text)
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
@@ -385,11 +383,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130)
     study, listed = found
-    if any(row.state in ("failed", "interrupted", "lost") for row in listed):
+    states = {row.state for row in listed}
+    if states & set(UNFINISHED):
         text = f"\nGo on with what has not ended: {study.resume_command()}"
         console.print(text, soft_wrap=True)
         parser.exit(1)
-    if any(row.state == "held" for row in listed):
+    if "held" in states:
         release = f"{study.resume_command()} --release"
         console.print(f"\nRelease all that SLURM holds: {release}", soft_wrap=True)
     if any(row.damaged for row in listed):

@@ -75,8 +75,7 @@ class Study:
         origin:
             Commit, versions, host and date of the submission.
         submissions:
-            One entry per submission: when, on what cluster, and the job of each task
-            and stage.
+            Of each: when, on what cluster, and the job of each task and stage.
         evaluation:
             The words of `--evaluate`.
         sealed:

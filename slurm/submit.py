@@ -48,6 +48,7 @@ from slurm.cluster import (
     work,
 )
 from slurm.commands import read, read_sweep, tasks
+from slurm.local import run_debug, run_local
 from slurm.options import add_options, cut, machine, names, parse, read_config
 from slurm.status import held_jobs, is_busy, queue, release_command
 from slurm.study import Study, TaskSpec, alone, mend_snapshot, now, origin, snapshot
@@ -83,71 +84,33 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    study = made.add_argument_group("the study")
-    study.add_argument(
-        "--sweep",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE,...",
-        help="a task for each combination of these values of the command's options",
+    group = made.add_argument_group("the study")
+
+    def add(name: str, text: str, **more: Any) -> None:
+        group.add_argument(f"--{name}", help=text, **more)
+
+    several: dict[str, Any] = {"nargs": "+", "default": []}
+    text = "a task for each combination of these values of the command's options"
+    add("sweep", text, **several, action="extend", metavar="KEY=VALUE,...")
+    text = "options of lightly-mim evaluate, for what lightly-mim pretrain trains"
+    add("evaluate", text, type=shlex.split, default=[], metavar="WORDS")
+    text = "new directory for everything (default: studies/DATE-COMMAND)"
+    add("study", text, type=files.expanded, metavar="DIR")
+    text = (
+        "send the tasks of a study that are not finished and not in the queue, with "
+        "its own command, code and cluster options; those given here replace them"
     )
-    study.add_argument(
-        "--evaluate",
-        type=shlex.split,
-        default=[],
-        metavar="WORDS",
-        help="options of lightly-mim evaluate, for the encoders that lightly-mim "
-        "pretrain trains (without: no evaluation; benchmark scripts have their own); "
-        "with --resume, for those that are not evaluated yet",
-    )
-    study.add_argument(
-        "--study",
-        type=files.expanded,
-        metavar="DIR",
-        help="new directory for everything (default: studies/DATE-COMMAND)",
-    )
-    study.add_argument(
-        "--resume",
-        type=Path,
-        metavar="STUDY",
-        help="send the tasks of a study that are not finished and not in the queue, "
-        "with its own command, code and cluster options; those given here replace them",
-    )
-    study.add_argument(
-        "--drop",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TASK",
-        help="with --resume: take tasks (their names or numbers) out of the study; "
-        "their directories stay",
-    )
-    study.add_argument(
-        "--change",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("TASK", "KEY=VALUE"),
-        help="with --resume: put a task with other values in the place of one that is "
-        "not finished; it begins anew, in a directory of its own",
-    )
-    study.add_argument(
-        "--release",
-        action="store_true",
-        help="with --resume: release the study's jobs that SLURM holds in the queue",
-    )
-    study.add_argument(
-        "--config",
-        type=files.expanded,
-        metavar="FILE",
-        help="YAML file with options of the cluster; the command line wins",
-    )
-    study.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the sbatch scripts and the tasks; write and send nothing",
-    )
+    add("resume", text, type=Path, metavar="STUDY")
+    text = "with --resume: take tasks (names or numbers) out; their directories stay"
+    add("drop", text, **several, action="extend", metavar="TASK")
+    text = "with --resume: begin a task that is not finished anew, with other values"
+    add("change", text, **several, action="append", metavar=("TASK", "KEY=VALUE"))
+    text = "with --resume: release the study's jobs that SLURM holds in the queue"
+    add("release", text, action="store_true")
+    text = "YAML file with options of the cluster; the command line wins"
+    add("config", text, type=files.expanded, metavar="FILE")
+    text = "print the sbatch scripts and the tasks; write and send nothing"
+    add("dry-run", text, action="store_true")
     own = {*names(made), "help"}
     add_options(made)
     return made, own
@@ -215,19 +178,23 @@ def _main(
         if not new and change_study(study, options):
             study.save()
         mend_snapshot(study)
-        if options.cluster != "slurm":
-            sys.exit(_run_here(study, options))
-        pending = _pending(study, True, options.release)
+        in_slurm = options.cluster == "slurm"
+        pending = _pending(study, in_slurm, options.release)
         if not pending:
-            print(f"Every task of {study.path} is finished or in the queue.")
-            return
-        try:
-            _submit(study, options, pending)
-        except BaseException:
-            if new:  # nothing was submitted: leave nothing behind
-                shutil.rmtree(study.path)
-            raise
-        print(_watch(study))
+            where = "in the queue" if in_slurm else "running"
+            print(f"Every task of {study.path} is finished or {where}.")
+        elif not in_slurm:
+            print(f"The study: {study.path}\n{_watch(study)}", flush=True)
+            run = run_local if options.cluster == "local" else run_debug
+            sys.exit(run(study, options, pending))
+        else:
+            try:
+                _submit(study, options, pending)
+            except BaseException:
+                if new:  # nothing was submitted: leave nothing behind
+                    shutil.rmtree(study.path)
+                raise
+            print(f"The study: {study.path}\n{_watch(study)}")
 
 
 def _applicable(options: argparse.Namespace) -> argparse.Namespace:
@@ -248,19 +215,6 @@ def _applicable(options: argparse.Namespace) -> argparse.Namespace:
 def _watch(study: Study) -> str:
     words = ["python", "slurm/status.py", str(study.path), "--watch"]
     return f"Watch it with: {shlex.join(words)}"
-
-
-def _run_here(study: Study, options: argparse.Namespace) -> int:
-    """Runs what is left of a study on this machine, and returns the exit code."""
-    from slurm.local import run_debug, run_local
-
-    pending = _pending(study, False, options.release)
-    if not pending:
-        print(f"Every task of {study.path} is finished or running.")
-        return 0
-    print(f"The study: {study.path}\n{_watch(study)}", flush=True)
-    run = run_local if options.cluster == "local" else run_debug
-    return run(study, options, pending)
 
 
 def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> Study:
@@ -394,7 +348,8 @@ def _submit(
         for task, job in zip(members, found, strict=False):
             submission["jobs"].setdefault(task.name, {})[stage] = str(job.job_id)
         name = str(found[0].job_id).partition("_")[0]
-        print(f"{stage}: {f'{len(members)} task(s), ' * bool(members)}job {name}")
+        count = f"{len(members)} task(s), " if members else ""
+        print(f"{stage}: {count}job {name}")
         return name
 
     try:
@@ -405,7 +360,6 @@ def _submit(
         raise
     study.submissions.append(submission | {"report": str(sent[-1].job_id)})
     study.save()
-    print(f"The study: {study.path}")
 
 
 def _show_script(stage: str, array: StudyExecutor, members: Sequence[TaskSpec]) -> str:

@@ -223,7 +223,7 @@ def test_resume__with_another_evaluation(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+    monkeypatch.setattr(submit, "run_local", lambda *_: 0)
 
     def send(words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -258,7 +258,7 @@ def test_resume__drops_and_changes_tasks(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+    monkeypatch.setattr(submit, "run_local", lambda *_: 0)
 
     def send(words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
