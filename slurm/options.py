@@ -146,7 +146,8 @@ def cut(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     name = ""
     said: list[str] = []
     for word in words:
-        if re.match(r"--[\w-]+(=|$)", word):  # no value such as '--data x'
+        # No value such as '--data x', nor that of --evaluate, such as '--data=x'.
+        if re.match(r"--[\w-]+(=|$)", word) and said != ["--evaluate"]:
             if said:
                 yield name, said
             option, equals, value = word.partition("=")
@@ -175,7 +176,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
         if name in known or first == "-h":
             ours += [first, *rest]
             continue
-        given = [*first.partition("=")[2:], *rest] if "=" in first else rest
+        given = [*first.split("=", 1)[1:], *rest]
         if not name or len(given) > 1:
             word = given[1] if name else first
             raise ValueError(f"{word!r} stands behind no option; COMMAND, behind --.")
@@ -229,16 +230,14 @@ def read_config(path: Path, refused: Collection[str]) -> list[str]:
                 f"--config {path} has {key!r}, which is an option of a study, not of a "
                 "cluster."
             )
-        is_dict, texts = isinstance(value, dict), value
-        if not isinstance(value, list):
-            texts = list(value.values()) if is_dict else [value]
+        if isinstance(value, dict):
+            value = [f"{n}={v}" if isinstance(v, str) else v for n, v in value.items()]
+        texts = value if isinstance(value, list) else [value]
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(
                     f"--config {path}, {key}: YAML reads a {type(text).__name__} here, "
                     f"{text}: put quotes around the text."
                 )
-        if is_dict:
-            texts = [f"{name}={text}" for name, text in value.items()]
         words += [f"--{option}", *(texts if value not in ("", "true") else [])]
     return words

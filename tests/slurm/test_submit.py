@@ -214,8 +214,9 @@ def test_dry_run__evaluation_has_the_seed_of_its_run(
     output = capsys.readouterr().out
     assert "--overwrite --seed 7 --data x\n" in output
     assert "#SBATCH" not in output  # there is no sbatch to send it to
-    submit.main(shlex.split(f"{words.format(' --seed 1')} {PRETRAIN}"))
-    assert "--overwrite --data x --seed 1\n" in capsys.readouterr().out
+    words = words.replace("--data x", "--data=x").format(" --seed 1")
+    submit.main(shlex.split(f"{words} {PRETRAIN}"))
+    assert "--overwrite --data=x --seed 1\n" in capsys.readouterr().out
 
 
 def test_resume__with_another_evaluation(
