@@ -56,9 +56,8 @@ def ask_queue(study: Study) -> Queue:
 
 def _find(study: Study, name: str, queued: Queue) -> TaskSpec:
     """Returns the task of a name or number, which must be at rest."""
-    found = [t for t in study.tasks if name in (t.name, _number(t))]
-    if not found and name.isdecimal():
-        found = [t for t in study.tasks if int(_number(t)) == int(name)]
+    number = int(name) if name.isdecimal() else None
+    found = [t for t in study.tasks if name == t.name or number == _number(t)]
     if len(found) != 1:
         raise ValueError(
             f"{study.path} has no task {name!r}. It has: "
@@ -75,8 +74,8 @@ def _find(study: Study, name: str, queued: Queue) -> TaskSpec:
     return task
 
 
-def _number(task: TaskSpec) -> str:
-    return task.name.partition("-")[0]
+def _number(task: TaskSpec) -> int:
+    return int(task.name.partition("-")[0])
 
 
 def _change(
@@ -93,7 +92,7 @@ def _change(
         raise ValueError(f"{task.name} is finished: send another study instead.")
     own = task.sweep | {key: value for key, (value,) in sweep.items()}
     command = read(study.command, study.evaluation)
-    made = make_task(command, int(_number(task)), own, machine(options))
+    made = make_task(command, _number(task), own, machine(options))
     if same := [other for other in study.tasks if other.sweep == own]:
         raise ValueError(f"--change {task.name}: {same[0].name} has these values.")
     study.tasks[study.tasks.index(task)] = made

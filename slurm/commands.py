@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from slurm.options import Machine
-from slurm.study import ROOT, TaskSpec, label
+from slurm.study import ROOT, TaskSpec
 
 PROGRAM = "lightly-mim"
 
@@ -368,7 +368,8 @@ def make_task(
     try:
         command.check(words, machine)
     except ValueError as error:
-        having = f" with {label(own)}" if own else ""
+        values = ", ".join(f"{key}={value}" for key, value in own.items())
+        having = f" with {values}" if own else ""
         raise ValueError(
             f"{Path(command.words[0]).name}{having} refuses its words. {error}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import time
@@ -154,13 +155,12 @@ def _snapshot(study: Study, options: argparse.Namespace) -> Iterator[None]:
 def _stop(jobs: Sequence[submitit.Job[Any]]) -> None:
     """Ends jobs and waits for their end, so that nothing runs on unseen."""
     deadline = time.monotonic() + _GRACE
-    asked = False
-    while not all(job.done() for job in jobs):
+    while running := [job for job in jobs if not job.done()]:
         # A terminal's Ctrl-C has reached them, too; a second one would disturb their
         # orderly end.
-        if time.monotonic() > deadline and not asked:
-            asked = True
-            for job in jobs:
+        if time.monotonic() > deadline:
+            deadline = math.inf
+            for job in running:
                 job.cancel()
         time.sleep(0.1)
 

@@ -22,7 +22,7 @@ if not __package__:  # started as a file, Python looks in slurm/ and not in the 
 
 from lightly_mim import files
 from slurm.status import ENDED, PROGRESS, UNFINISHED, Row, queue, rows
-from slurm.study import Study
+from slurm.study import Study, named_if_damaged
 
 _CELL_KEYS = {"model", "protocol", "top1"}
 
@@ -97,7 +97,8 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def _summary(path: Path) -> list[dict[str, Any]]:
-    try:
+    remedy = "Run the task's command again, with its --out and --resume."
+    with named_if_damaged(path, remedy):
         files.check_regular(path)
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
@@ -108,11 +109,6 @@ def _summary(path: Path) -> list[dict[str, Any]]:
             if None in line or None in line.values():
                 raise ValueError("a line of it is cut")
             float(line.get("top1") or 0)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Run the task's command again, with its --out "
-            "and --resume, which writes it anew."
-        ) from error
     return lines
 
 

@@ -39,6 +39,7 @@ from slurm.study import (
     RUNNING,
     Study,
     TaskSpec,
+    named_if_damaged,
     run_directories,
 )
 
@@ -56,38 +57,19 @@ _LOG_END = 2**16  # bytes in which the last line of a log is
 
 @dataclass(frozen=True)
 class Row:
-    """How far a task is.
-
-    Attributes:
-        task:
-            The task.
-        state:
-            `queued`, `held` (until somebody releases it), `starting`, `running`,
-            `requeued`, `trained`, `done`, `failed`, `interrupted` (by Ctrl-C), `lost`
-            (its job ended without a word), `damaged` (its state.json cannot be read)
-            or `not begun`.
-        stage:
-            The stage that it is at.
-        detail:
-            What the queue waits for, why it failed, or what is damaged and what to do.
-        requeues:
-            How often its jobs were started again.
-        progress:
-            `PROGRESS` as text, where there are any.
-        attempts:
-            Those that its state.json has.
-        damaged:
-            Whether a file of the task is damaged.
-    """
+    """How far a task is."""
 
     task: TaskSpec
+    # queued, held (until somebody releases it), starting, running, requeued, trained,
+    # done, failed, interrupted (by Ctrl-C), lost (its job ended without a word),
+    # damaged (its state.json cannot be read) or not begun.
     state: str
-    stage: str
-    detail: str
-    requeues: int
-    progress: dict[str, str]
-    attempts: list[dict[str, Any]]
-    damaged: bool = False
+    stage: str  # that it is at
+    detail: str  # what the queue waits for, why it failed, or what is damaged
+    requeues: int  # how often its jobs were started again
+    progress: dict[str, str]  # PROGRESS as text, where there are any
+    attempts: list[dict[str, Any]]  # those that its state.json has
+    damaged: bool = False  # whether a file of it is
 
 
 def queue() -> Queue | None:
@@ -279,24 +261,18 @@ def progress(run: Path) -> dict[str, str]:
         return {}
     newest = max(logs, key=lambda log: log.stat().st_mtime)
     config = newest.parent / "config.yaml"
-    file, remedy = newest, "Delete it: the run goes on, and writes the rest of it."
-    try:
+    shown = {}
+    with named_if_damaged(newest, "Delete it: the run goes on, and writes its rest."):
         last = _last_values(newest)
-        shown = {}
         if "epoch" in last:
             shown["epoch"] = f"{int(last['epoch']) + 1}"
-        loss = last.get("train_loss_step") or last.get("train_loss")
-        if loss:
+        if loss := last.get("train_loss_step") or last.get("train_loss"):
             shown["loss"] = f"{float(loss):.4f}"
         if "images_per_second" in last:
             shown["images/s"] = f"{float(last['images_per_second']):.0f}"
-        file = config
-        remedy = "Restore it: without it, the run can neither go on nor be evaluated."
+    with named_if_damaged(config, "Restore it: the run cannot go on without it."):
         if "epoch" in shown:
             shown["epoch"] += f"/{_epochs(config)}"
-    except (OSError, ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is damaged: {reason}. {remedy}") from error
     return shown
 
 

@@ -12,6 +12,7 @@ report.html           all runs on one page, whose figures are in figures/, too
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import importlib.metadata
 import json
@@ -21,11 +22,13 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lightly_mim import files
 
@@ -40,57 +43,29 @@ INTERRUPTED = "interrupted"  # by Ctrl-C
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of a study.
+    """One task of a study."""
 
-    Attributes:
-        name:
-            Name of its directory, `NN-key=value-...`.
-        sweep:
-            The swept values that are its own.
-        stages:
-            The words that are run, by stage, in order: `train` and `evaluate`, or `run`
-            where there is one stage.
-    """
-
-    name: str
-    sweep: dict[str, str]
+    name: str  # of its directory, NN-key=value-...
+    sweep: dict[str, str]  # the swept values that are its own
+    # The words that are run, in order: by `train` and `evaluate`, or by `run` where
+    # there is one stage.
     stages: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study directory.
+    """A study directory, and what its study.json holds."""
 
-    Attributes:
-        path:
-            The directory, absolute.
-        command:
-            The words that every task shares.
-        tasks:
-            The tasks.
-        cwd:
-            Where the user stood: relative paths in the command count from there.
-        cluster:
-            Options of the cluster.
-        origin:
-            Commit, versions, host and date of the submission.
-        submissions:
-            Of each: when, on what cluster, and the job of each task and stage.
-        evaluation:
-            The words of `--evaluate`.
-        sealed:
-            Whether study.json has a checksum, which an earlier version does not know.
-    """
-
-    path: Path
-    command: list[str]
+    path: Path  # absolute
+    command: list[str]  # the words that every task shares
     tasks: list[TaskSpec]
-    cwd: str
-    cluster: dict[str, Any]
-    origin: dict[str, Any]
+    cwd: str  # where the user stood: relative paths in the command count from there
+    cluster: dict[str, Any]  # its options, and the processes of a task
+    origin: dict[str, Any]  # commit, versions, host and date of the submission
+    # Of each: when, on what cluster, and the job of each task and stage.
     submissions: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: list[str] = field(default_factory=list)
-    sealed: bool = True
+    evaluation: list[str] = field(default_factory=list)  # the words of --evaluate
+    sealed: bool = True  # with a checksum, which an earlier version does not know
 
     @classmethod
     def load(cls, path: Path | str) -> Study:
@@ -109,14 +84,10 @@ class Study:
                 f"{path} is not a study (a directory with a study.json that "
                 f"slurm/submit.py made): {error}"
             ) from error
-        try:
+        with named_if_damaged(file, _STUDY_REMEDY):
             tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
             study = cls(path=path, tasks=tasks, sealed=sealed, **stored)
             study._check()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is damaged: {error!r}. {_STUDY_REMEDY}"
-            ) from error
         return study
 
     def _check(self) -> None:
@@ -233,6 +204,19 @@ _STATE_REMEDY = "Delete it: the task's directory tells how far it came."
 _ATTEMPT = {"stage", "job", "host", "pid", "started", "ended", "gpus"}
 
 
+@contextmanager
+def named_if_damaged(file: Path, remedy: str) -> Iterator[None]:
+    """Raises a ValueError that names a file and what to do if it cannot be read."""
+    try:
+        yield
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError),
+        *(csv.Error, yaml.YAMLError),
+    ) as error:
+        reason = " ".join(f"{error}".split())
+        raise ValueError(f"{file} is damaged: {reason}. {remedy}") from error
+
+
 def _write(path: Path, stored: dict[str, Any]) -> None:
     with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(stored, indent=2) + "\n")
@@ -334,8 +318,3 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout
-
-
-def label(values: Mapping[str, str]) -> str:
-    """Returns swept values as `key=value, key=value`."""
-    return ", ".join(f"{key}={value}" for key, value in values.items())

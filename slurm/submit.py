@@ -49,26 +49,15 @@ from slurm.cluster import (
 )
 from slurm.commands import read, read_sweep, tasks
 from slurm.local import run_debug, run_local
-from slurm.options import add_options, cut, machine, names, parse, read_config
+from slurm.options import Machine, add_options, cut, machine, names, parse, read_config
 from slurm.status import held_jobs, is_busy, queue, release_command
 from slurm.study import Study, TaskSpec, alone, mend_snapshot, now, origin, snapshot
 from slurm.task import Report
 
 EPILOG = """\
-examples:
-  # what would be sent; needs no SLURM and writes nothing
+example, which needs no SLURM and writes nothing; more are in slurm/README.md:
   python slurm/submit.py --dry-run --partition gpu --gpus-per-node 8 \\
       --sweep method=SimMIM,MAE seed=0,1,2 -- benchmarks/imagenette.py --epochs 800
-
-  # images of your own; the evaluation follows as a job of its own
-  python slurm/submit.py --config site.yaml --sweep seed=0,1,2 \\
-      --evaluate "--data photos --layers 8 11 --baselines random pixels" \\
-      -- lightly-mim pretrain --data photos --method SimMIM \\
-      --method.encoder vit_small_patch16_224 --epochs 100
-
-  # what failed, without task 3 and with other values for task 4
-  python slurm/submit.py --resume studies/2026-11-22-imagenette \\
-      --drop 03 --change 04 batch_size=256
 
 Look at it with: python slurm/status.py STUDY
 """
@@ -117,12 +106,7 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script. Exits with 2 and one message if something is wrong.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
+    """Runs the script. Exits with 2 and one message if something is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut_at = words.index("--") if "--" in words else len(words)
     made, study = parser()
@@ -244,11 +228,11 @@ def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> 
 def _check_same_machine(study: Study, options: argparse.Namespace) -> None:
     """Refuses another number of processes: the study's tasks have theirs by now."""
     got = machine(options)
-    had = (study.cluster["nodes"], study.cluster["devices"])
-    if (got.nodes, got.devices) != had:
+    had = Machine(study.cluster["nodes"], study.cluster["devices"])
+    if got != had:
         raise ValueError(
-            f"The study's tasks have {had[0]} node(s) with {had[1]} process(es) each, "
-            f"which cannot change half-way; got {got.nodes} and {got.devices}."
+            f"The study's tasks have {had.nodes} node(s) with {had.devices} process(es)"
+            f" each, which cannot change half-way; got {got.nodes} and {got.devices}."
         )
 
 
@@ -315,7 +299,7 @@ def _send(
     An element whose turn cannot come any more, as the one before it failed, leaves the
     queue instead of staying in it for ever.
     """
-    jobs = []
+    jobs = set()
     for members in waves(study, pending):
         kind = "aftercorr" if len(members) > 1 else "afterok"
         before = ""
@@ -328,7 +312,7 @@ def _send(
                     additional_parameters=more | {"kill-on-invalid-dep": "yes"},
                 )
             before = send(stage, array, members)
-            jobs.append(before)
+            jobs.add(before)
     report = executor(study, options, "report", 1)
     report.update_parameters(dependency=f"afterany:{':'.join(sorted(jobs))}")
     send("report", report, [])

@@ -41,29 +41,14 @@ REQUEUE_PAUSE = 5  # seconds between two attempts to reach a controller that res
 
 @dataclass
 class Task(Checkpointable):
-    """A stage of a task, as submitit sends it.
+    """A stage of a task, as submitit sends it."""
 
-    Attributes:
-        study:
-            The study directory.
-        name:
-            Name of the task.
-        stage:
-            One of its stages.
-        max_requeues:
-            How often its job may be requeued.
-        patience:
-            Seconds in which a requeue has to succeed.
-        gpus:
-            Number of GPUs per node that the job asks for.
-    """
-
-    study: str
-    name: str
+    study: str  # the directory
+    name: str  # of the task
     stage: str
-    max_requeues: int
-    patience: int
-    gpus: int = 0
+    max_requeues: int  # how often its job may be requeued
+    patience: int  # seconds in which a requeue has to succeed
+    gpus: int = 0  # per node, that the job asks for
 
     def __call__(self) -> None:
         """Runs the stage, or what is left of it.
