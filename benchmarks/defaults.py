@@ -58,7 +58,7 @@ from lightly_mim.data import KeyedLoader, keyed_random_state, open_data
 from lightly_mim.data.named import solar_cells
 from lightly_mim.defaults import decoder_size, num_heads
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.evaluation import Linear
 from lightly_mim.files import atomic_write
 from lightly_mim.optim import build_optimizer

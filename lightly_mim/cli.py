@@ -10,26 +10,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import itertools
-import json
 import os
-import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import rich
-import yaml
 from jsonargparse import ArgumentParser, auto_cli, auto_parser
 from torch import distributed
 
-import lightly_mim.methods
 from lightly_mim.arguments import check_arguments
-from lightly_mim.config_files import ConfigFile
 from lightly_mim.conversion import convert
 from lightly_mim.data.opening import is_memory_error
 from lightly_mim.encoders import MaskedEncoder
@@ -49,17 +43,17 @@ from lightly_mim.evaluation import (
 from lightly_mim.evaluation.classifier_files import CLASSIFIERS
 from lightly_mim.evaluation.dense.protocols import DENSE_PROTOCOLS
 from lightly_mim.evaluation.provenance import to_json
-from lightly_mim.files import is_file, print_any_name
+from lightly_mim.files import print_any_name
 from lightly_mim.interrupts import INTERRUPTED
 from lightly_mim.methods import MaskedImageModel
-from lightly_mim.methods.base import refuse_replaced
 from lightly_mim.optim import NonFiniteLossError
 from lightly_mim.pretraining import check_pretraining, pretrain
 from lightly_mim.report import report
 from lightly_mim.reporting.page import REPORT
 from lightly_mim.settings import check_batch
+from lightly_mim.shorthand import spell_out
 from lightly_mim.training.signals import Preempted
-from lightly_mim.words import as_options, shorten, spell_method, spelled_warnings
+from lightly_mim.words import as_options, shorten, spelled_warnings
 
 
 def settle(
@@ -135,8 +129,6 @@ COMMANDS: dict[str, Any] = {
     "convert": convert,
     "report": report,
 }
-# Their first words stand for the first arguments: predict MODEL IMAGES.
-_IN_ORDER = ("predict", "embed", "show", "report")
 
 
 class _Parser(ArgumentParser):
@@ -184,7 +176,7 @@ def main(args: Sequence[str] | None = None) -> None:
     words: list[str] = []
     print_any_name()
     try:
-        words = _spell_out(sys.argv[1:] if args is None else args)
+        words = spell_out(sys.argv[1:] if args is None else args, COMMANDS)
         if words[:1] == ["--completion"]:
             print(completion(" ".join(words[1:])))
             return
@@ -223,7 +215,7 @@ def read(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: If the parser refuses them, or if a value is out of range.
     """
-    words = _spell_out(args)
+    words = spell_out(args, COMMANDS)
     try:
         found = auto_parser(COMMANDS, **_PARSER).parse_args(words, defaults=False)
         given: dict[str, Any] = found[found.subcommand].as_dict()
@@ -269,7 +261,7 @@ def check(
             `check_evaluation`. What only the data or the machine can tell is found when
             the command runs.
     """
-    words = _spell_out(args)
+    words = spell_out(args, COMMANDS)
     try:
         return _check(words, encoder)
     except (ValueError, argparse.ArgumentError) as error:
@@ -296,129 +288,6 @@ def _check(
         del arguments["config"]
         check_evaluation(encoder, settle(arguments))
     return None
-
-
-def _spell_out(args: Sequence[str]) -> list[str]:
-    """Turns the words that are easy to type into those that jsonargparse reads."""
-    words = _split(args)
-    if words:
-        words[0] = words[0].replace("_", "-")
-    if words and words[0] == "--config":
-        raise ValueError(
-            "--config stands behind the command: lightly-mim pretrain --config FILE."
-        )
-    if words and words[0] in COMMANDS:
-        words = _read_files(words, COMMANDS[words[0]])
-        if words[0] in _IN_ORDER:
-            words = _name_first(words, COMMANDS[words[0]])
-        words = _join_lists(words, COMMANDS[words[0]])
-        words = _say_true(words, COMMANDS[words[0]])
-        words = spell_method(words)
-        _check_unused(words, COMMANDS[words[0]])
-    return words
-
-
-def _name_first(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
-    """Turns `predict MODEL IMAGES` into `predict --model MODEL --images IMAGES`.
-
-    A last argument that may be a list takes what is left: `report RUN RUN`.
-    """
-    first = list(itertools.takewhile(_is_value, words[1:]))
-    parameters = inspect.signature(command).parameters.values()
-    required = [each.name for each in parameters if each.default is each.empty]
-    lists = dict(_list_options(command, "--"))
-    if len(first) > len(required) and f"--{required[-1]}" not in lists:
-        given = " ".join(first[len(required) :])
-        raise ValueError(f"{given!r} stands behind no option, such as --out.")
-    named = zip(required, first, strict=False)
-    pairs = [word for name, value in named for word in (f"--{name}", value)]
-    left = first[len(required) :]
-    return [words[0], *pairs, *left, *words[1 + len(first) :]]
-
-
-def _split(words: Sequence[str]) -> list[str]:
-    """Turns `--batch-size=3` into `--batch_size 3`: there is one form to read."""
-    split: list[str] = []
-    for word in words:
-        if not word.startswith("--"):
-            split.append(word)
-            continue
-        option, equals, value = word.partition("=")
-        split.append(f"--{option[2:].replace('-', '_')}")
-        if equals:
-            split.append(value)
-    return split
-
-
-def _check_unused(words: Sequence[str], command: Callable[..., Any]) -> None:
-    """Refuses settings of protocols that are not asked for, which do nothing.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    parameters = inspect.signature(command).parameters
-    if "protocols" not in parameters or "--config" in words:
-        return
-    given = {
-        name: yaml.safe_load(words[words.index(f"--{name}") + 1])
-        if f"--{name}" in words[:-1]
-        else list(parameters[name].default)
-        for name in ("protocols", "baselines")
-        if name in parameters
-    }
-    hints = get_type_hints(command)
-    needs = {
-        name: ("protocols", name)
-        for name, hint in hints.items()
-        if dataclasses.is_dataclass(hint)
-    }
-    needs |= {"pixel_size": ("baselines", "pixels")}
-    for word in words[1:]:
-        option, what = needs.get(word[2:].partition(".")[0], ("", ""))
-        named = given.get(option)
-        if word.startswith("--") and isinstance(named, list) and what not in named:
-            names = " ".join(map(str, named)) or "none"
-            raise ValueError(
-                f"{word} does nothing: --{option} is {names}. Add {what} to it, or "
-                f"leave {word} out."
-            )
-
-
-def _read_files(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
-    """Puts what a file behind `--config` says, once it is checked, in its place.
-
-    Raises:
-        ValueError: If a file says what it may not say, see `ConfigFile`, or is of a
-            version with other arguments; if another option names a file of settings.
-    """
-    trust = "--trust" in words
-    if trust and "--config" not in words:
-        raise ValueError("--trust does nothing without --config.")
-    named = frozenset(words)
-    words = [word for word in words if word != "--trust"]
-    settings = {
-        f"--{name}"
-        for name, hint in get_type_hints(command).items()
-        if dataclasses.is_dataclass(hint)
-    }
-    for place, (option, value) in enumerate(itertools.pairwise(words)):
-        if option == "--config" and not value.startswith("--"):
-            file = ConfigFile(value, command, named, trust)
-            _refuse_replaced(file.options)
-            words[place + 1] = json.dumps(file.options)
-        elif option in settings and is_file(value):
-            raise ValueError(f"{option} {value} is a file: pass one as --config alone.")
-    return words
-
-
-def _refuse_replaced(options: Mapping[str, Any]) -> None:
-    """Raises a ValueError if a configuration is of a version with other arguments."""
-    method = options.get("method")
-    if isinstance(method, dict):
-        package, _, last = method["class_path"].rpartition(".")
-        known = getattr(lightly_mim.methods, last, None)
-        if known is not None and package.partition(".")[0] in ("", "lightly_mim"):
-            refuse_replaced(known, {**(method.get("init_args") or {})})
 
 
 def _say_interrupted(words: Sequence[str]) -> None:
@@ -480,64 +349,3 @@ def _options(function: Any, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if dataclasses.is_dataclass(hint):
             yield from _options(hint, f"{prefix}{name}.")
-
-
-def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
-    """Turns `--layers 4 8 -1` into `--layers [4,8,-1]`, which jsonargparse reads.
-
-    Several words are a list behind every option, `--method.depths 2 2` too, as none
-    stands by itself. A single word becomes one only where nothing but a list is taken:
-    `--layers 4`, but not `--devices 2`.
-    """
-    only_lists = dict(_list_options(command, "--"))
-    joined: list[str] = []
-    position = 0
-    while position < len(words):
-        word = words[position]
-        joined.append(word)
-        position += 1
-        if _is_value(word):  # the command
-            continue
-        values = list(itertools.takewhile(_is_value, words[position:]))
-        position += len(values)
-        if len(values) > 1:
-            values = [f"[{','.join(map(_quote, values))}]"]
-        elif values and only_lists.get(word) and not values[0].startswith("["):
-            values = [f"[{_quote(values[0])}]"]
-        joined += values
-    return joined
-
-
-def _quote(word: str) -> str:
-    """Returns a word as an element of a list in YAML."""
-    plain = re.fullmatch(r"[\w.+/-]+|[\[{].*[\]}]", word)
-    return word if plain else json.dumps(word)
-
-
-def _is_value(word: str) -> bool:
-    return not word.startswith("--")
-
-
-def _say_true(words: list[str], command: Callable[..., Any]) -> list[str]:
-    """Turns `--resume` into `--resume true`, which jsonargparse reads."""
-    hints = get_type_hints(command).items()
-    flags = {f"--{name}" for name, hint in hints if bool in (hint, *get_args(hint))}
-    said: list[str] = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
-        said.append(word)
-        if word in flags and following.startswith("--"):
-            said.append("true")
-    return said
-
-
-def _list_options(function: Any, prefix: str) -> Iterator[tuple[str, bool]]:
-    """Yields the options that take lists, and whether they take nothing else."""
-    for name, hint in get_type_hints(function).items():
-        union = get_origin(hint) in (Union, UnionType)
-        parts = [p for p in (get_args(hint) if union else (hint,)) if p is not NoneType]
-        lists = [get_origin(part) in (list, tuple, Sequence) for part in parts]
-        if any(lists):
-            yield prefix + name, all(lists)
-        for part in parts:
-            if dataclasses.is_dataclass(part):
-                yield from _list_options(part, f"{prefix}{name}.")

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from lightly_mim.arguments import checked, to_python
-from lightly_mim.files import check_regular
+from lightly_mim.files import check_regular, check_text
 
 Own = TypeVar("Own", bound="Recorded")
 
@@ -303,3 +303,48 @@ def _import_path(cls: type) -> str:
         if getattr(sys.modules.get(module), cls.__qualname__, None) is cls:
             return f"{module}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def whole_config(text: str) -> dict[str, Any]:
+    """Returns the arguments of a run from the text of its `config.yaml`.
+
+    Raises:
+        ValueError: If it is something else by now. What was never sealed is taken as it
+            is.
+    """
+    check_text(text)
+    config = yaml.safe_load(text)
+    if not isinstance(config, dict) or not config.keys() >= {"out", "data", "method"}:
+        raise ValueError("it has no out, data and method of a run")
+    return _in_todays_words(config)
+
+
+def _in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a run as this version says them.
+
+    What an earlier version did not say is said as it meant it, so that its run goes on.
+    """
+    recipe, method = config.get("recipe"), config["method"]
+    if isinstance(recipe, dict):
+        decayed = ["mask_token"] if recipe.pop("decay_mask_token", False) else []
+        meant = {
+            "weight_decay_on": decayed,
+            "min_lr_is_absolute": False,
+            "full_warmup_from": None,
+        }
+        config["recipe"] = meant | recipe
+    if isinstance(method, dict):
+        arguments = method.get("init_args") or {}
+        init = _OWN_INIT.get(str(method.get("class_path")).rpartition(".")[2])
+        if init is not None and "init" not in arguments:
+            there = (method.get("dict_kwargs") or {}).get("pretrained")
+            there = there or str(arguments.get("encoder")).startswith("<")
+            arguments["init"] = "timm" if there else init
+            method["init_args"] = arguments
+    return config
+
+
+# How methods drew new weights before they had the argument.
+_OWN_INIT = {"SimMIM": "timm"} | dict.fromkeys(
+    ("MAE", "CrossMAE", "MaskTokenMAE"), "mae"
+)

@@ -35,10 +35,9 @@ from typing import Any
 
 import yaml
 
-from lightly_mim.config import read_yaml
+from lightly_mim.config import read_yaml, whole_config
 from lightly_mim.files import (
     atomic_write,
-    check_text,
     is_same_place,
     read_sealed,
     sealed,
@@ -210,7 +209,7 @@ class RunDirectory:
             ValueError: If they are damaged.
         """
         try:
-            config: dict[str, Any] = read_yaml(self.config, _whole_config)
+            config: dict[str, Any] = read_yaml(self.config, whole_config)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
@@ -462,50 +461,6 @@ class RunDirectory:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _whole_config(text: str) -> Any:
-    """Reads what a run has written, unless it is something else by now.
-
-    Raises:
-        ValueError: If so. What was never sealed is taken as it is.
-    """
-    check_text(text)
-    config = yaml.safe_load(text)
-    if not isinstance(config, dict) or not config.keys() >= {"out", "data", "method"}:
-        raise ValueError("it has no out, data and method of a run")
-    return _in_todays_words(config)
-
-
-def _in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a run as this version says them.
-
-    What an earlier version did not say is said as it meant it, so that its run goes on.
-    """
-    recipe, method = config.get("recipe"), config["method"]
-    if isinstance(recipe, dict):
-        decayed = ["mask_token"] if recipe.pop("decay_mask_token", False) else []
-        meant = {
-            "weight_decay_on": decayed,
-            "min_lr_is_absolute": False,
-            "full_warmup_from": None,
-        }
-        config["recipe"] = meant | recipe
-    if isinstance(method, dict):
-        arguments = method.get("init_args") or {}
-        init = _OWN_INIT.get(str(method.get("class_path")).rpartition(".")[2])
-        if init is not None and "init" not in arguments:
-            there = (method.get("dict_kwargs") or {}).get("pretrained")
-            there = there or str(arguments.get("encoder")).startswith("<")
-            arguments["init"] = "timm" if there else init
-            method["init_args"] = arguments
-    return config
-
-
-# How methods drew new weights before they had the argument.
-_OWN_INIT = {"SimMIM": "timm"} | dict.fromkeys(
-    ("MAE", "CrossMAE", "MaskTokenMAE"), "mae"
-)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

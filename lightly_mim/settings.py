@@ -24,7 +24,7 @@ from lightly_mim.data.named import NAMED_DATA
 from lightly_mim.data.sources import Data
 from lightly_mim.data.survey import survey
 from lightly_mim.encoders import MaskedEncoder
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.files import expanded
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.methods.base import published_parts

@@ -16,6 +16,7 @@ import torch
 import lightly_mim
 from lightly_mim import __main__, cli
 from lightly_mim.cli import main
+from lightly_mim.shorthand import spell_out
 from lightly_mim.training.signals import Preempted
 from lightly_mim.words import as_options
 
@@ -273,8 +274,8 @@ def options(
     ],
 )
 def test_words(given: str, read: str) -> None:
-    words: Any = cli._join_lists(cli._split(given.split()), options)
-    assert " ".join(cli._say_true(words, options)) == read
+    words = spell_out(["evaluate", *given.split()], {"evaluate": options})
+    assert " ".join(words[1:]) == read
 
 
 MINE = """

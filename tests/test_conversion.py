@@ -49,6 +49,7 @@ SWIN: dict[str, Any] = {
 }
 SWIN_V2 = {**SWIN, "encoder": "swinv2_tiny_window8_256"}
 BEIT = {**VIT, "encoder": "beit_base_patch16_224"}
+EVA = {**VIT, "encoder": "eva02_tiny_patch14_224", "patch_size": 16}
 SHARED = {
     **BEIT,
     **{"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
@@ -302,7 +303,7 @@ def test_lightly__what_has_no_place(
 # Encoders that need no library of models.
 
 
-@pytest.mark.parametrize("options", [VIT, SWIN, BEIT])
+@pytest.mark.parametrize("options", [VIT, SWIN, SWIN_V2, BEIT, EVA])
 def test_onnx(tmp_path: Path, options: dict[str, Any]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     encoder = moved(masked_encoder(**options))
@@ -317,7 +318,7 @@ def test_onnx(tmp_path: Path, options: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("options", [VIT, SWIN, SWIN_V2])
+@pytest.mark.parametrize("options", [VIT, SWIN, SWIN_V2, BEIT, EVA])
 def test_torch_export(tmp_path: Path, options: dict[str, Any]) -> None:
     encoder = moved(masked_encoder(**options))
     save_encoder(encoder, tmp_path / "a.safetensors")

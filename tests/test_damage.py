@@ -119,7 +119,7 @@ def test_metrics__damage_is_named(cut: Path) -> None:
     for mutation in [*mutations(content, 40), content.replace(b"step", b"stop")]:
         path.write_bytes(mutation)
         for act in (
-            lambda: logger.drop_after(6),
+            lambda: logger.go_on(6, None, [logger]),
             # What Lightning asks for before it restores anything.
             lambda: MetricsLogger(cut, lambda: None).experiment,
         ):
@@ -131,7 +131,7 @@ def test_metrics__damage_is_named(cut: Path) -> None:
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         make(path)
         with pytest.raises(ValueError, match=r"metrics\.csv is damaged: it is a"):
-            logger.drop_after(6)
+            logger.go_on(6, None, [logger])
         path.unlink()
 
 
@@ -157,6 +157,20 @@ def test_resume__from_the_checkpoint_before(runs: Path, cut: Path) -> None:
     assert_same(weights(cut), weights(runs / "whole"))
     assert len(rows_of(cut)) == len(rows_of(runs / "whole"))
     assert not directory.previous.exists()  # it has finished
+
+
+def test_checkpoint_before__behind_a_link(photos: Path, tmp_path: Path) -> None:
+    """Lightning writes to where the link points."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "link" / "out", photos, callbacks=[Interrupt(2, 0)])
+    directory = RunDirectory(tmp_path / "real" / "out")
+    steps = [
+        torch.load(path)["global_step"]
+        for path in (directory.previous, directory.checkpoint)
+    ]
+    assert steps == [4, 8]
 
 
 def test_resume__of_a_finished_run_without_its_checkpoint(
@@ -208,7 +222,10 @@ def test_checkpoints_of_others__are_not_unpickled(
     last = RunDirectory(cut).checkpoint
     content = torch.load(last)
     hostile: Any
-    for hostile in (content | {"callbacks": Evil()}, Evil(), {"state_dict": {}}, []):
+    for hostile in (
+        *(Evil(), {"state_dict": {}}, [], content | {"callbacks": Evil()}),
+        *(content | {"metrics_row": row} for row in (3, {"step": "a"}, {"lr": 0.1})),
+    ):
         torch.save(hostile, last)
         for load in (
             lambda: pretrain(cut, resume=True, callbacks=OTHER),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -35,6 +35,7 @@ from lightly_mim.pretraining import (
     default_precision,
     pretrain,
 )
+from lightly_mim.training.logs import MetricsLogger
 from lightly_mim.transforms import SimMIMTransform
 
 from .conftest import SHORT_RUN, TINY_VIT
@@ -145,6 +146,49 @@ class Interrupt(Callback):
     ) -> None:
         if self.save and (trainer.current_epoch, batch_idx + 1) == self.place:
             trainer.save_checkpoint(self.save)
+
+
+class Cut(MetricsLogger):
+    """Raises instead of logging, the n-th time."""
+
+    after: ClassVar[int]
+
+    def log_metrics(self, *arguments: Any, **options: Any) -> None:
+        Cut.after -= 1
+        if Cut.after == 0:
+            raise InterruptedError
+        super().log_metrics(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("log_every", "save_every_minutes"), [(1, 1e-9), (2, 1e-9), (2, 0)]
+)
+def test_pretrain__cut_as_it_writes_a_row(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_every: int,
+    save_every_minutes: float,
+) -> None:
+    """The checkpoint is made before the row: the row is there after all."""
+
+    def rows(out: Path) -> list[dict[str, str]]:
+        return [{**row, "images_per_second": ""} for row in rows_of(out)]
+
+    options: dict[str, Any] = {
+        "epochs": 2,
+        "log_every": log_every,
+        "save_every_minutes": save_every_minutes,
+    }
+    run(tmp_path / "whole", photos, **options)
+    expected = rows(tmp_path / "whole")
+    monkeypatch.setattr("lightly_mim.training.trainer.MetricsLogger", Cut)
+    for number in range(1, len(expected) + 1):
+        out, Cut.after = tmp_path / str(number), number
+        with pytest.raises(InterruptedError):
+            run(out, photos, **options)
+        run(out, photos, **options, resume=True)
+        assert rows(out) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.patches import sincos_positions
 
 # Of published ViTs, whose weights do not tell how many attention heads there are.

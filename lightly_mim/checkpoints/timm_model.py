@@ -11,7 +11,7 @@ from lightly_mim.checkpoints.mae import LICENCE
 from lightly_mim.checkpoints.reading import Content
 from lightly_mim.checkpoints.shapes import encoder_of, is_encoder
 from lightly_mim.checkpoints.weights import Weights
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 
 _CLASSIFIER = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from lightly_mim.encoders.attention import choose_attention
 from lightly_mim.encoders.pooling import AnyPool as AnyPool
 from lightly_mim.encoders.pooling import Pool as Pool
 from lightly_mim.encoders.pooling import check_pool, pool_tokens
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.encoders.tables import Tables
 from lightly_mim.masking import Mask
 from lightly_mim.patches import Size, grid_size, to_pair
@@ -46,12 +46,9 @@ class MaskedEncoder(ABC, nn.Module):
         name:
             timm's name of the model, None for a model that was passed by hand.
         options:
-            The further timm options that the model was built with. Can be written as
-            JSON.
-        pos_embed:
-            The `pos_embed` argument of `masked_encoder`.
-        init:
-            The `init` argument of `masked_encoder`.
+            The further timm options that it was built with, as JSON has them.
+        pos_embed, init:
+            These arguments of `masked_encoder`.
         img_size:
             (height, width) in pixels that the model was built for.
         in_chans:
@@ -501,45 +498,3 @@ class MaskedEncoder(ABC, nn.Module):
     def _blocks(self) -> list[nn.Module]:
         """Returns the residual blocks, first to last, of a model that can drop them."""
         return []
-
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def pretrained_statistics(model: nn.Module, in_chans: int) -> Statistics:
-    """Returns the mean and deviation of images that a timm model was trained with.
-
-    Those of its `pretrained_cfg`, ImageNet's for a model without one. They are averaged
-    over the colours if the model takes another number of channels, for which timm adds
-    up or repeats the weights of the colours.
-
-    Args:
-        model:
-            The model.
-        in_chans:
-            Number of channels.
-    """
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = config.get("mean"), config.get("std")
-    if not mean or not std:
-        return imagenet_statistics(in_chans)
-    return _for_channels(mean, in_chans), _for_channels(std, in_chans)
-
-
-def imagenet_statistics(in_chans: int) -> Statistics:
-    """Returns ImageNet's mean and deviation, averaged over colours unless RGB.
-
-    Args:
-        in_chans:
-            Number of channels.
-    """
-    return (
-        _for_channels(IMAGENET_DEFAULT_MEAN, in_chans),
-        _for_channels(IMAGENET_DEFAULT_STD, in_chans),
-    )
-
-
-def _for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    if len(values) == in_chans:
-        return tuple(map(float, values))
-    return (sum(values) / len(values),) * in_chans

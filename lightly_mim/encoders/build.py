@@ -26,8 +26,6 @@ from lightly_mim.arguments import PositiveInt, Rule, checked
 from lightly_mim.config import WEIGHT_OPTIONS
 from lightly_mim.encoders.base import (
     MaskedEncoder,
-    imagenet_statistics,
-    pretrained_statistics,
 )
 from lightly_mim.encoders.beit import MaskedBeit
 from lightly_mim.encoders.eva import MaskedEva
@@ -37,6 +35,7 @@ from lightly_mim.encoders.initialization import (
     initialize,
     set_positions,
 )
+from lightly_mim.encoders.statistics import imagenet_statistics, pretrained_statistics
 from lightly_mim.encoders.swin import MaskedSwin
 from lightly_mim.encoders.tables import Tables, spline_table
 from lightly_mim.encoders.transformer import MaskedTransformer

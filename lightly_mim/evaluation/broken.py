@@ -20,14 +20,7 @@ _AT_A_TIME = 64  # images that a worker tries
 
 
 class Readable(NamedTuple):
-    """Which images can be used.
-
-    Attributes:
-        indices:
-            Their numbers, in order.
-        notes:
-            What a reader of results should know of the others, if there are any.
-    """
+    """The numbers of the images that can be used, in order, and notes of the others."""
 
     indices: list[int]
     notes: list[str]
@@ -40,16 +33,6 @@ def find_readable(
     progress: bool = False,
 ) -> Readable:
     """Tries every image once, and says how many cannot be used, by reason.
-
-    Args:
-        images:
-            Data set that raises a `BrokenImageError` for what cannot be used.
-        part:
-            Which images these are.
-        num_workers:
-            Number of processes that read, None for the loader's choice.
-        progress:
-            Whether to show a progress bar.
 
     Raises:
         BrokenImageError: If the machine, the disk or the network fails: the file may be

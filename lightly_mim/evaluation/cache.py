@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
-from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightly_mim.arguments import Device, PositiveInt, Workers, checked
@@ -70,9 +69,6 @@ def cached_features(
             function with the same arguments and get the same features; the directory
             must be one that they share.
 
-    Returns:
-        The features of each function.
-
     Raises:
         ValueError: See `collect_features`.
         OSError: If the features cannot be written, or if there is no room for them.
@@ -99,18 +95,19 @@ def cached_features(
         loader = KeyedLoader(
             Subset(data, indices), batch_size, training=False, num_workers=workers
         )
-        batches = track(loader, description, disable=not progress)
-        parts = _split(batches, [len(numbers) for numbers in images])
-        for (number, wanted), part in zip(shards, parts, strict=True):
+        stream = _one_by_one(track(loader, description, disable=not progress))
+        for (number, wanted), numbers in zip(shards, images, strict=True):
             made = collect_features(
                 {name: functions[name] for name in wanted},
-                _regroup(part, batch_size),
+                _next_batches(stream, len(numbers), batch_size),
                 keys=wanted,
                 device=device,
                 precision=precision,
             )
             for name, features in made.items():
                 stores[name].write_shard(number, features)
+        for _ in stream:  # the progress bar ends when the loader does
+            raise AssertionError("The loader yields more images than were asked for.")
 
     for _ in range(_ATTEMPTS):
         # One process looks what is missing, since the others may be changing it.
@@ -179,47 +176,18 @@ def _plan(
     return _Plan(missing, shards, begins)
 
 
-def _split(batches: Iterable[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
-    """Cuts a stream of batches into lists of so many images."""
-    stream = iter(batches)
-    rest: Any = None
-    for size in sizes:
-        part: list[Any] = []
-        while size:
-            batch = next(stream) if rest is None else rest
-            count = len(batch[1])
-            taken = min(count, size)
-            part.append(_take(batch, slice(taken)))
-            rest = _take(batch, slice(taken, None)) if taken < count else None
-            size -= taken
-        yield part
-    # The progress bar ends when the loader does.
-    for _ in stream:
-        raise AssertionError("The loader yields more images than it was asked for.")
+def _one_by_one(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    for batch in batches:
+        yield from zip(batch_images(batch), *batch[1:], strict=True)
 
 
-def _regroup(parts: Iterable[Any], batch_size: int) -> Iterator[Any]:
-    """Cuts the images of a shard into batches that begin with the shard.
+def _next_batches(images: Iterator[Any], count: int, size: int) -> Iterator[Any]:
+    """Makes batches of the next images of a stream, the images of a shard.
 
     The last digit of a feature may depend on how many images are in its batch. Like
     this it does not depend on which shards were made before a pass was cut.
     """
-    rest: Any = None
-    for part in parts:
-        rest = part if rest is None else _append(rest, part)
-        while len(rest[1]) >= batch_size:
-            yield _take(rest, slice(batch_size))
-            rest = _take(rest, slice(batch_size, None))
-    if rest is not None and len(rest[1]):
-        yield rest
-
-
-def _append(batch: Any, other: Any) -> tuple[Any, ...]:
-    return tuple(
-        torch.cat([a, b]) if isinstance(a, Tensor) else [*a, *b]
-        for a, b in zip(batch, other, strict=True)
-    )
-
-
-def _take(batch: Any, part: slice) -> tuple[Any, ...]:
-    return (batch_images(batch)[part], *(entry[part] for entry in batch[1:]))
+    for start in range(0, count, size):
+        batch = itertools.islice(images, min(size, count - start))
+        pixels, labels, names = zip(*batch, strict=True)
+        yield torch.stack(pixels), torch.stack(labels), names

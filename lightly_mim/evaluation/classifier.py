@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,7 @@ class Classifier(nn.Module):
             The encoder, whose mean and standard deviation normalise images.
     """
 
-    def __init__(
-        self,
-        encoder: AnyEncoder,
-        model: nn.Module,
-        said: Said,
-    ) -> None:
+    def __init__(self, encoder: AnyEncoder, model: nn.Module, said: Said) -> None:
         super().__init__()
         self.classes = list(said.classes)
         self.accuracy = said.accuracy
@@ -118,14 +113,24 @@ def load_classifier(
     if path.is_dir():
         return _best_of(path, encoder)
     said, tensors = read_classifier(path)
-    if said.key is not None:
-        found = _find_encoder(path, said, encoder)
-        return _tried(path, said, lambda: _build_probe(found, said, tensors))
-    if encoder is not None:
+    if said.key is None and encoder is not None:
         raise ValueError(
             f"{path} holds the whole fine-tuned network: leave encoder out."
         )
-    return _tried(path, said, lambda: _build_finetuned(path, said, tensors))
+    found = None if said.key is None else _find_encoder(path, said, encoder)
+    # Whether what a file says fits together, an image tells.
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            if found is None:
+                classifier = _build_finetuned(path, said, tensors).eval()
+            else:
+                classifier = _build_probe(found, said, tensors).eval()
+            classifier(torch.zeros(1, classifier.encoder.in_chans, *said.img_size))
+    except Exception as error:  # whatever PyTorch makes of shapes in a file
+        if is_memory_error(error):
+            raise
+        raise ValueError(f"{path} cannot be built: {error}") from error
+    return classifier
 
 
 @dataclass(frozen=True)
@@ -269,16 +274,7 @@ def predict(
 
 
 def refuse_file(path: Path, endings: tuple[str, ...], overwrite: bool) -> None:
-    """Raises a ValueError if a file cannot be written there.
-
-    Args:
-        path:
-            The file.
-        endings:
-            How its name may end.
-        overwrite:
-            Whether it may be replaced.
-    """
+    """Raises a ValueError if no file with one of these endings can be written there."""
     if path.suffix not in endings:
         raise ValueError(f"out ends with {' or '.join(endings)}, got out={path}.")
     if path.is_dir():
@@ -300,11 +296,7 @@ def open_images(
 ) -> tuple[ImageDataset, list[str]]:
     """Opens an image, or a folder of images, which need no labels.
 
-    Returns:
-        Data set of (image, label, filename), and notes of images that are left out.
-
-    Raises:
-        ValueError: If there is no such image.
+    Returns the data set of (image, label, filename), and notes of images left out.
     """
     if not images.exists():
         raise ValueError(f"There is no file or folder {printable(str(images))}.")
@@ -401,16 +393,3 @@ def _build_finetuned(path: Path, said: Said, tensors: dict[str, Tensor]) -> Clas
     built = FineTuned(encoder, len(said.classes), said.pool, 1.0)
     built.load_state_dict(tensors)
     return Classifier(built.encoder, built, said)
-
-
-def _tried(path: Path, said: Said, build: Callable[[], Classifier]) -> Classifier:
-    """Returns a classifier that takes an image: what a file says fits together."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            classifier = build().eval()
-            classifier(torch.zeros(1, classifier.encoder.in_chans, *said.img_size))
-    except Exception as error:  # whatever PyTorch makes of shapes in a file
-        if is_memory_error(error):
-            raise
-        raise ValueError(f"{path} cannot be built: {error}") from error
-    return classifier

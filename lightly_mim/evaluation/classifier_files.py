@@ -39,42 +39,20 @@ _METADATA_KEY = "lightly_mim_classifier"
 
 @dataclass(frozen=True)
 class Said:
-    """What a file says of its classifier.
-
-    Attributes:
-        version:
-            Of the file.
-        classes:
-            Names of the classes.
-        accuracy:
-            Accuracy on held-out training images, None if none were held out.
-        img_size:
-            Height and width of the images.
-        crop_ratio:
-            See `EvalTransform`.
-        value_range:
-            See `lightly_mim.data.open_data`.
-        key:
-            Layer and pooling that a probe reads.
-        source:
-            Where the probe's encoder comes from, a path or a name.
-        fingerprint:
-            What tells the probe's encoder from others.
-        pool:
-            The pooling of a fine-tuned network.
-        encoder:
-            What its encoder is built from.
-    """
+    """What a file says of its classifier."""
 
     version: Literal[1]
     classes: NonEmpty[str]
-    accuracy: Probability | None
+    accuracy: Probability | None  # on held-out training images, if there were any
     img_size: tuple[PositiveInt, PositiveInt]
     crop_ratio: Share
     value_range: ValueRange | None
+    # Of a probe: the layer and pooling that it reads, the path or name of its encoder,
+    # and what tells that from others.
     key: tuple[int, str] | None = None
     source: str | None = None
     fingerprint: dict[str, Any] | None = None
+    # Of a fine-tuned network: its pooling, and what its encoder is built from.
     pool: Pool | None = None
     encoder: dict[str, Any] | None = None
 
@@ -91,21 +69,7 @@ def save_classifier(
 ) -> None:
     """Writes what an outcome has predicted with, if it can be used without it.
 
-    Args:
-        path:
-            The file to write.
-        outcome:
-            The outcome, see `Outcome.classifier`.
-        encoder:
-            The encoder that was evaluated.
-        source:
-            Where it comes from, a path or a name. None for a module.
-        classes:
-            Names of the classes.
-        crop_ratio:
-            See `EvalTransform`.
-        value_range:
-            See `lightly_mim.data.open_data`.
+    `source` is where the encoder comes from, a path or a name, None for a module.
 
     Raises:
         OSError: If the file cannot be written. What was there before is left as it was.
@@ -148,14 +112,9 @@ def save_classifier(
 
 
 def read_classifier(path: Path) -> tuple[Said, dict[str, Tensor]]:
-    """Reads a file that `save_classifier` wrote.
+    """Reads what a file of `save_classifier` says, and its tensors.
 
-    Args:
-        path:
-            The file.
-
-    Returns:
-        What it says, each value of a kind and size that is allowed, and its tensors.
+    Each value is checked to be of a kind and size that is allowed.
 
     Raises:
         OSError: If it cannot be opened.

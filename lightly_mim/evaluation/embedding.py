@@ -11,21 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from lightly_mim.arguments import NonEmpty, PositiveInt, Share, Workers, checked
-from lightly_mim.data import KeyedLoader
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
-from lightly_mim.encoders import Encoder, Pool, choose_attention
+from lightly_mim.encoders import Encoder, Pool
 from lightly_mim.evaluation.classifier import open_images, refuse_file
 from lightly_mim.evaluation.feature_files import key_name
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
+    Encoding,
     Features,
     Precision,
-    collect_features,
-    evaluating,
 )
 from lightly_mim.evaluation.loading import load_encoder
 from lightly_mim.evaluation.provenance import choose_device
@@ -126,16 +123,9 @@ def embed(
         num_workers,
         show,
     )
-    place = choose_device(device)
-    choose_attention(model, place, precision == "bf16")
-    loader = KeyedLoader(data, batch_size, training=False, num_workers=num_workers)
-    with evaluating(model, place):
-        made = collect_features(
-            {"encoder": function},
-            track(loader, "Encoding", disable=not show),
-            device=place,
-            precision=precision,
-        )["encoder"]
+    how = Encoding(batch_size, num_workers, choose_device(device), precision, show)
+    with how.ready([function]):
+        made = how.collect({"encoder": function}, data, "Encoding")["encoder"]
     classes = data.classes and [data.classes[n] for n in made.labels.tolist()]
     with atomic_write(out) as temporary:
         _WRITERS[out.suffix](temporary, made, classes)

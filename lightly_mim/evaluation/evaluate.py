@@ -1,11 +1,4 @@
-"""`evaluate(...)`: several protocols for one encoder, and baselines beside it.
-
-Every choice (layer, pooling, k, temperature, learning rate) is made on training images;
-the test images are scored once per protocol, with that choice.
-
-Protocols on features share one pass over the images. Each row is kept as soon as it is
-there, so an evaluation that was cut goes on with what is missing.
-"""
+"""`evaluate(...)`: several protocols for one encoder, and baselines beside it."""
 
 from __future__ import annotations
 
@@ -34,7 +27,7 @@ from lightly_mim.data.folder import OnError
 from lightly_mim.data.sources import Data
 from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, resize_encoder
 from lightly_mim.evaluation.classifier_files import CLASSIFIERS, save_classifier
-from lightly_mim.evaluation.features import EncoderFeatures, Precision
+from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Precision
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
 from lightly_mim.evaluation.images import (
     EvaluationImages,
@@ -310,25 +303,23 @@ def evaluate(
         skipped = [name for name, each in chosen.items() if each.reads != "pooled"]
         if skipped:
             notes.append(f"No raw pixels for {', '.join(skipped)}, made for encoders.")
+    reads = {name: each.reads for name, each in chosen.items()}
+    if label_free:
+        reads[LABEL_FREE] = "pooled"
     tasks = [
         Task(name, protocol)
         for name, each in models.items()
-        for protocol in [*chosen, *([LABEL_FREE] if label_free else [])]
-        if not isinstance(each, RawPixels)
-        or protocol == LABEL_FREE
-        or chosen[protocol].reads == "pooled"
+        for protocol, kind in reads.items()
+        if kind == "pooled" or not isinstance(each, RawPixels)
     ]
     kept = Kept(
         models,
         (train, test),
-        None if out is None else Path(out),
-        None if cache is None else Path(cache),
+        out,
+        cache,
         conditions(transform, model, precision, place),
     )
-    on_features = any(
-        task.protocol == LABEL_FREE or chosen[task.protocol].reads != "images"
-        for task in tasks
-    )
+    on_features = {*reads.values()} != {"images"}
     if world.size > 1 and on_features and kept.cache is None:
         raise ValueError(
             "Processes share features through a directory on a disk: pass out or "
@@ -342,34 +333,24 @@ def evaluate(
         )
         for task in tasks
     }
-    # One process reads the rows, so that all have the same ones.
-    found: dict[Task, dict[str, Any]] = world.from_first(
-        lambda: {task: row for task in tasks if (row := kept.read(keys[task]))}
-    )
     runner = Runner(
         models,
         chosen,
-        images.labelled(),
-        train,
+        reads,
+        images,
         kept,
         world,
+        Encoding(batch_size, num_workers, place, precision, show),
         layers=layers,
         pools=taken,
         seed=seed,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=place,
-        precision=precision,
-        progress=show,
         layout=layout,
         compile=compile,
     )
-    pending = [task for task in tasks if task not in found]
-    if pending:
-        runner.encode(pending)
     saved = None if out is None or world.rank else Path(out) / CLASSIFIERS
-    for task in pending:
-        found[task], outcomes = runner.run(task, keys[task])
+
+    def run(task: Task) -> dict[str, Any]:
+        row, outcomes = runner.run(task, keys[task])
         if saved is not None and task.model == next(iter(models)):
             for outcome in outcomes:
                 save_classifier(
@@ -377,13 +358,13 @@ def evaluate(
                     outcome,
                     model,
                     None if isinstance(encoder, torch.nn.Module) else str(encoder),
-                    found[task]["classes"],
+                    row["classes"],
                     crop_ratio=crop_ratio,
                     value_range=images.value_range,
                 )
-        if world.rank == 0:
-            kept.write(keys[task], found[task])
+        return row
 
+    found = kept.rows(keys, runner.encode, run, world)
     rows = [Result(**row) for task in tasks for row in found[task]["rows"]]
     measures = [row for task in tasks for row in found[task]["measures"]]
     classes = found[tasks[0]]["classes"]

@@ -59,6 +59,8 @@ _AGAIN = "It is made again."
 class FeatureStore:
     """The directory of one encoder's features of one set of images.
 
+    Its methods raise an OSError if they cannot write there.
+
     Attributes:
         path:
             The directory, named by the hash of the key.
@@ -87,25 +89,13 @@ class FeatureStore:
         return range(number, self.num_images, self.num_shards)
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
-        """Returns the keys whose file is not there or not whole, by a look at it.
-
-        Args:
-            keys:
-                The (layer, pooling) of each feature.
-        """
+        """Returns the keys whose file is not there or not whole, by a look at it."""
         if self._read_images() is None:
             return list(keys)
         return [key for key in keys if self._look(key) is None]
 
     def missing_in_shard(self, number: int, keys: Sequence[Key]) -> list[Key]:
-        """Returns the keys whose rows of a shard have not been written.
-
-        Args:
-            number:
-                Number of the shard.
-            keys:
-                The (layer, pooling) of each feature.
-        """
+        """Returns the keys whose rows of a shard have not been written."""
         written = {name for said in self._journals(number) for name in said["crc32"]}
         return [
             key
@@ -114,12 +104,7 @@ class FeatureStore:
         ]
 
     def forget(self, key: Key) -> None:
-        """Removes what there is of a feature, to make it again.
-
-        Args:
-            key:
-                The (layer, pooling).
-        """
+        """Removes what there is of a feature, to make it again."""
         for number in range(self.num_shards):
             for path in self._journal_files(number):
                 if key_name(key) in self._journal(path)["crc32"]:
@@ -128,17 +113,7 @@ class FeatureStore:
         self.file(key).unlink(missing_ok=True)
 
     def write_shard(self, number: int, features: Features) -> None:
-        """Writes the features of a shard to their places.
-
-        Args:
-            number:
-                Number of the shard.
-            features:
-                Features, labels and names of its images.
-
-        Raises:
-            OSError: If they cannot be written.
-        """
+        """Writes features, labels and names of a shard's images to their places."""
         self._write_key()
         rows = self.shard(number)
         checksums = {}
@@ -168,15 +143,7 @@ class FeatureStore:
             temporary.write_text(json.dumps(sealed(said)) + "\n")
 
     def finish(self, keys: Sequence[Key]) -> None:
-        """Says of each key whose shards are all there that its file is whole.
-
-        Args:
-            keys:
-                The (layer, pooling) of each feature.
-
-        Raises:
-            OSError: If that cannot be written.
-        """
+        """Says of each key whose shards are all there that its file is whole."""
         shards = [self._journals(number) for number in range(self.num_shards)]
         if self._read_images() is None and all(shards):
             self._finish_images([said[0] for said in shards])
@@ -232,13 +199,9 @@ class FeatureStore:
         return self.path / f"{key_name(key)}.npy"
 
     def bytes_to_write(self, key: Key, shape: tuple[int, ...]) -> int:
-        """Returns how much there is to write, in half precision if it is not known.
+        """Returns how much there is to write of a feature with this shape per image.
 
-        Args:
-            key:
-                The (layer, pooling).
-            shape:
-                Shape of the feature of one image.
+        In half precision if it is not known.
         """
         array = self._layout(key)
         size = 2 if array is None else array.dtype.itemsize
@@ -369,12 +332,7 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def key_name(key: Key) -> str:
-    """Returns the name of a feature's file, such as "layer11-mean".
-
-    Args:
-        key:
-            (layer, pooling).
-    """
+    """Returns the name of a feature's file, such as "layer11-mean"."""
     layer, pool = key
     return pool if layer is None else f"layer{layer:02d}-{pool}"
 

@@ -20,16 +20,18 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightly_mim.arguments import Device, NonEmpty, PositiveInt, Workers, checked
 from lightly_mim.data.loading import KeyedLoader
+from lightly_mim.encoders import choose_attention
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.training.machine import MixedPrecision, autocast
@@ -134,11 +136,7 @@ class EncoderFeatures:
     ) -> dict[Key, Tensor]:
         """Returns features with shape (batch_size, dim) of normalised images.
 
-        Args:
-            images:
-                Tensor with shape (batch_size, channels, height, width).
-            keys:
-                Which features to make. None for all of them.
+        All of them, or those of some keys.
         """
         layers, pools = self.layers, self.pools
         if keys is not None:
@@ -279,13 +277,8 @@ def collect_features(
 def batch_images(batch: Any) -> Tensor:
     """Returns the images of a batch, of several views the first one.
 
-    Args:
-        batch:
-            Tuple or list that begins with the images or with a list of views, as
-            lightly's (views, labels, filenames).
-
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it does not begin with images or with a list of views.
     """
     views = batch[0] if isinstance(batch, (list, tuple)) and batch else None
     images = views[0] if isinstance(views, (list, tuple)) and views else views
@@ -300,18 +293,9 @@ def batch_images(batch: Any) -> Tensor:
 def normalize_images(
     images: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Normalises uint8 images; float images count as normalised already.
+    """Normalises uint8 images, (B, C, H, W); float images count as normalised already.
 
-    Args:
-        images:
-            Tensor with shape (batch_size, channels, height, width).
-        mean:
-            Per channel, what is subtracted from images in [0, 1].
-        std:
-            Per channel, what they are divided by afterwards.
-
-    Returns:
-        Float tensor with the shape of the images.
+    `mean` is subtracted from images in [0, 1], which are then divided by `std`.
 
     Raises:
         ValueError: If there is not one mean and one standard deviation per channel.
@@ -341,14 +325,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @contextmanager
 def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Puts a module in evaluation mode on a device, and back as it was afterwards.
-
-    Args:
-        encoder:
-            The module.
-        device:
-            Where it shall be meanwhile.
-    """
+    """Puts a module in evaluation mode on a device, and back as it was afterwards."""
     home = _device_of(encoder)
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval().to(device)
@@ -358,6 +335,41 @@ def evaluating(encoder: nn.Module, device: torch.device | str) -> Iterator[None]
         encoder.to(home)
         for module, training in modes:
             module.training = training
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images go through encoders, as `evaluate` has it."""
+
+    batch_size: int
+    num_workers: int | None
+    device: torch.device
+    precision: Precision
+    progress: bool
+
+    @contextmanager
+    def ready(self, functions: Iterable[EncoderFeatures]) -> Iterator[None]:
+        """Makes encoders ready on the device, and puts them back as they were."""
+        with ExitStack() as stack:
+            for encoder in (function.encoder for function in functions):
+                choose_attention(encoder, self.device, self.precision == "bf16")
+                stack.enter_context(evaluating(encoder, self.device))
+            yield
+
+    def collect(
+        self,
+        functions: Mapping[str, EncoderFeatures],
+        images: Dataset[Any],
+        description: str,
+    ) -> dict[str, Features]:
+        """Returns `collect_features` of all images of a data set."""
+        loader = KeyedLoader(
+            images, self.batch_size, training=False, num_workers=self.num_workers
+        )
+        batches = track(loader, description, disable=not self.progress)
+        return collect_features(
+            functions, batches, device=self.device, precision=self.precision
+        )
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -378,10 +390,6 @@ def _join(parts: Mapping[Key, list[Tensor]]) -> dict[Key, Tensor]:
 
 def check_labels(labels: Any) -> Tensor:
     """Returns the labels of a batch as int64 on the CPU.
-
-    Args:
-        labels:
-            What a batch holds as labels.
 
     Raises:
         ValueError: If they are not one class per image.

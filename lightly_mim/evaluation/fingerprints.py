@@ -18,12 +18,7 @@ from lightly_mim.evaluation.loading import describe_encoder
 
 
 def hash_key(key: Mapping[str, Any]) -> str:
-    """Returns 24 hexadecimal digits that stand for a key, in any order of its parts.
-
-    Args:
-        key:
-            Anything that can be written as JSON.
-    """
+    """Returns 24 hexadecimal digits that stand for a key, in any order of its parts."""
     text = json.dumps(dict(key), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -34,14 +29,7 @@ def data_fingerprint(data: Dataset[Any]) -> dict[str, Any] | None:
     Of a folder, also behind a name, the relative names, sizes and times of change of
     all files in order, and their labels. Of a `Subset`, that of the whole and the
     indices. Of any other data set its `fingerprint`, a string or number that it has to
-    offer.
-
-    Args:
-        data:
-            Data set.
-
-    Returns:
-        A dictionary that can be written as JSON, None if there is no telling.
+    offer. It can be written as JSON, and is None if there is no telling.
     """
     if isinstance(data, ImageDataset):  # that we have opened, with a transform we know
         return _files(data)
@@ -65,16 +53,7 @@ def _given(data: Any) -> dict[str, Any] | None:
 def files_fingerprint(
     names: Sequence[str], paths: Sequence[Path], targets: Sequence[int]
 ) -> str:
-    """Returns what tells files from others, without opening them.
-
-    Args:
-        names:
-            What they are called.
-        paths:
-            Where they lie, to look at their sizes and times of change.
-        targets:
-            Their labels.
-    """
+    """Returns what tells files from others: names, sizes, times of change, labels."""
     digest = hashlib.sha256()
     for name, path, target in zip(names, paths, targets, strict=True):
         stat = path.stat()
@@ -98,13 +77,8 @@ def _files(data: ImageDataset) -> dict[str, Any]:
 def encoder_fingerprint(encoder: AnyEncoder) -> dict[str, Any] | None:
     """Returns what tells an encoder from others: what it is, and its weights' hash.
 
-    Args:
-        encoder:
-            The encoder.
-
-    Returns:
-        A dictionary that can be written as JSON. None for a module with a feature
-        function, whose code is not known, unless the function has a `fingerprint`.
+    It can be written as JSON, and is None for a module with a feature function, whose
+    code is not known, unless the function has a `fingerprint`.
     """
     spec = describe_encoder(encoder)
     spec.pop("version")

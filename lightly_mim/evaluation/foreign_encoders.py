@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from lightly_mim.arguments import PositiveInt, checked
 from lightly_mim.encoders import MaskedEncoder, pool_tokens
-from lightly_mim.encoders.base import AnyPool, Statistics, pretrained_statistics
+from lightly_mim.encoders.base import AnyPool
 from lightly_mim.encoders.pooling import timm_pooling
+from lightly_mim.encoders.statistics import Statistics, pretrained_statistics
 from lightly_mim.patches import Size, to_pair
 
 FeatureFunction = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
@@ -107,10 +108,6 @@ class TimmEncoder(AdaptedEncoder):
     last feature map. There is no "cls": where the class token lies differs between
     families.
 
-    Attributes:
-        name:
-            timm's name of the model, None for a model that was passed by hand.
-
     Raises:
         ValueError: If the model says nothing of the images that it takes, or cannot
             return what lies between its layers.
@@ -142,7 +139,11 @@ class TimmEncoder(AdaptedEncoder):
         self, images: Tensor, layers: Sequence[int], pools: Sequence[AnyPool]
     ) -> dict[tuple[int, AnyPool], Tensor]:
         """See `AdaptedEncoder`."""
-        _check_pools(pools, ("mean", "tokens"), type(self.model).__name__)
+        if others := [pool for pool in pools if pool not in ("mean", "tokens")]:
+            raise ValueError(
+                f"For a {type(self.model).__name__}, pools are any of mean, tokens, "
+                f"got '{others[0]}'."
+            )
         last = self.num_layers - 1
         wanted = sorted({layer % self.num_layers for layer in layers} | {last})
         final, maps = self.model.forward_intermediates(images, indices=wanted)
@@ -297,11 +298,3 @@ def _fits(values: Any, in_chans: int) -> TypeGuard[Sequence[float]]:
 def _count_layers(model: Any) -> int:
     info = getattr(model, "feature_info", None)
     return len(model.blocks if info is None else info)
-
-
-def _check_pools(pools: Sequence[str], allowed: Sequence[str], name: str) -> None:
-    for pool in pools:
-        if pool not in allowed:
-            raise ValueError(
-                f"For a {name}, pools are any of {', '.join(allowed)}, got '{pool}'."
-            )

@@ -30,7 +30,7 @@ from lightly_mim.data.notes import printable, some
 from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.evaluation.broken import Part, find_readable
 from lightly_mim.evaluation.features import check_labels
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
@@ -47,55 +47,19 @@ _IMAGES_TO_LOOK_AT = 32
 class EvaluationImages:
     """Opens training and test images, and makes sure that there are both, with labels.
 
-    A data set in Python may have labels without naming classes; `class_names` sees to
-    that once the labels have been read.
-
-    Attributes:
-        train:
-            Training images: data set of (image, label, filename).
-        test:
-            The images that are scored: the test images, or training images that are
-            held out.
-        notes:
-            What a reader of results should know of the images.
-        value_range:
-            See below.
-
-    Args:
-        data:
-            See `lightly_mim.data.open_data`.
-        val:
-            See `lightly_mim.data.open_data`.
-        transform:
-            Transform of the evaluation.
-        in_chans:
-            Number of image channels.
-        holdout:
-            Share of the training images, in (0, 1), that is scored in place of the
-            test images, drawn class by class. None for the test images.
-        seed:
-            Decides which training images are held out.
-        num_workers:
-            Number of processes that read labels, None for the loader's choice.
-        on_error:
-            What an image does that cannot be read: "raise" an error, or "skip", which
-            leaves it out.
-        value_range:
-            See `lightly_mim.data.open_data`.
-        world:
-            The processes that share the evaluation.
-        progress:
-            Whether to show what takes time.
+    The arguments are those of `evaluate`, with its transform and its processes. A data
+    set in Python may have labels without naming classes; `class_names` sees to that
+    once the labels have been read.
 
     Raises:
         ValueError: If an argument is out of range, or if the data has no labels or no
             test images.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any]
-    notes: list[str]
-    value_range: ValueRange | None
+    train: Dataset[Any]  # of (image, label, filename)
+    test: Dataset[Any]  # what is scored: test images, or training images held out
+    notes: list[str]  # what a reader of results should know of the images
+    value_range: ValueRange | None  # see `lightly_mim.data.open_data`
 
     def __init__(
         self,
@@ -184,14 +148,6 @@ def image_notes(
 
     Some of the images are looked at, none of them if they have been made tensors of
     floats already. What cannot be read is for the evaluation to say.
-
-    Args:
-        images:
-            Data set of (image, label, filename).
-        transform:
-            Transform of the evaluation.
-        encoder:
-            The encoder.
     """
     notes = []
     statistics = encoder.mean, encoder.std
@@ -217,16 +173,7 @@ def image_notes(
 def own_value_range(
     encoder: AnyEncoder, data: Data, val: Data | None
 ) -> ValueRange | None:
-    """Returns the value range that a run was pretrained with, for folders of images.
-
-    Args:
-        encoder:
-            The encoder.
-        data:
-            See `EvaluationImages`.
-        val:
-            See `EvaluationImages`.
-    """
+    """Returns the value range that a run was pretrained with, for folders of images."""
     sources = [data] if val is None else [data, val]
     if not all(isinstance(s, str | os.PathLike) for s in sources):
         return None  # a data set decodes for itself
@@ -238,11 +185,7 @@ def own_value_range(
 def shared_notes(train: Dataset[Any], test: Dataset[Any]) -> list[str]:
     """Returns what a reader must know of test images that are training images.
 
-    Args:
-        train:
-            The training images.
-        test:
-            The images that are scored. Only files can be compared with others.
+    Only files can be compared with others.
     """
     if isinstance(train, ImageDataset) and isinstance(test, ImageDataset):
         return overlap_notes(train.paths, test.paths)
@@ -279,17 +222,7 @@ def _check_classes(images: Dataset[Any], source: Data) -> None:
 
 
 def read_labels(images: Dataset[Any], num_workers: int | None) -> Tensor:
-    """Returns the labels of images that are not encoded.
-
-    Args:
-        images:
-            Data set of (image, label, filename).
-        num_workers:
-            Number of processes that read, None for the loader's choice.
-
-    Returns:
-        int64 tensor with shape (num_images,).
-    """
+    """Returns the labels, int64 with shape (num_images,), of images not encoded."""
     if isinstance(images, ImageDataset):
         return torch.tensor(images.targets)
     loader = KeyedLoader(images, 64, training=False, num_workers=num_workers)
@@ -299,14 +232,9 @@ def read_labels(images: Dataset[Any], num_workers: int | None) -> Tensor:
 def class_names(train: Dataset[Any], labels: Sequence[Tensor]) -> list[str]:
     """Returns the names of the classes, numbers if the data does not tell.
 
-    Args:
-        train:
-            The training images.
-        labels:
-            Labels of the training and of the test images.
-
     Raises:
-        ValueError: If there is nothing but class 0, or a label beyond the names.
+        ValueError: If the labels of both parts hold nothing but class 0, or a label
+            beyond the names.
     """
     names: list[str] = list(getattr(train, "classes", []))
     largest = max(int(part.max()) for part in labels)

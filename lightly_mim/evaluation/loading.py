@@ -175,11 +175,7 @@ def at_random(encoder: AnyEncoder, seed: Seed) -> AnyEncoder:
 def origin_notes(encoder: AnyEncoder, resized: bool = False) -> list[str]:
     """Returns what a reader of results must know of where the weights come from.
 
-    Args:
-        encoder:
-            The encoder.
-        resized:
-            Whether the size of the images was asked for.
+    `resized` says whether the size of the images was asked for.
     """
     notes = []
     if resized and getattr(encoder, "tables", "timm") == "simmim":
@@ -301,16 +297,9 @@ def _check_size(encoder: TimmEncoder) -> TimmEncoder:
 def build_saved(
     weights: Weights, place: Path | str, strict: bool = True
 ) -> MaskedEncoder:
-    """Builds the encoder of weights, with them.
+    """Builds the encoder of weights, with them; `place` is where they were read.
 
-    Args:
-        weights:
-            What `lightly_mim.checkpoints.read_weights` returned.
-        place:
-            Where they were read, for the error message.
-        strict:
-            Whether they must be all of its weights. False for an encoder whose weights
-            are loaded later.
+    Unless `strict`, some of its weights may be missing: they are loaded later.
 
     Raises:
         ValueError: If the weights do not say how to build it, or if there are too few
@@ -377,16 +366,9 @@ def check_loading(
 ) -> dict[str, Any]:
     """Checks the arguments that an evaluation hands on to `load_encoder`.
 
-    Args:
-        function:
-            Name of the evaluation.
-        loading:
-            The arguments by name.
-        protocols:
-            The protocols by name, whose settings may have been meant.
-
     Raises:
-        TypeError: If `load_encoder` does not know one.
+        TypeError: If `load_encoder` does not know one. It may be a setting of one of
+            the protocols.
         ValueError: If a value is out of range.
     """
     known = inspect.signature(load_encoder).parameters.keys() - {"encoder"}

@@ -13,14 +13,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share an evaluation. By default this one alone.
-
-    Attributes:
-        rank:
-            Number of this process.
-        size:
-            How many there are.
-    """
+    """The processes that share an evaluation, and the rank of this one."""
 
     rank: int = 0
     size: int = 1

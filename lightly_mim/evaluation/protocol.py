@@ -84,6 +84,12 @@ def best_key(choices: Mapping[Key, Choice]) -> Key:
     return max(choices, key=lambda key: merit(choices[key]))
 
 
+def hyperparameters(choice: Choice) -> dict[str, float]:
+    """Returns what was chosen, without what it was chosen by."""
+    found = ("accuracy", "loss", "converged")
+    return {k: value for k, value in choice._asdict().items() if k not in found}
+
+
 def describe_choices(choices: Mapping[Key, Choice]) -> list[dict[str, Any]]:
     """Returns the choice of each layer and pooling, see `Outcome.selection`."""
     return [
@@ -109,15 +115,11 @@ class FeatureProtocol(Protocol):
     def check(self, num_train: int) -> list[str]:
         """Checks the settings before any image is read.
 
-        Args:
-            num_train:
-                Number of training images.
-
         Returns:
             What a reader of the results should know, one sentence each.
 
         Raises:
-            ValueError: If a setting is out of range.
+            ValueError: If a setting is out of range for that many training images.
         """
         return []
 
@@ -155,16 +157,13 @@ class ChecksLabels(Protocol):
     """A protocol that looks at the labels before any protocol has run."""
 
     def check_labels(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Checks that the training set is fit for the settings.
+        """Raises a ValueError if the training set is not fit for the settings.
 
         Args:
             labels:
                 int64 tensor with shape (num_train,) with values in [0, num_classes).
             classes:
                 Names of the classes.
-
-        Raises:
-            ValueError: If it is not.
         """
 
 
@@ -188,11 +187,7 @@ class LabelledImages(NamedTuple):
 class ImageProtocol(Protocol):
     """A protocol that trains on augmented images through the encoder.
 
-    Attributes:
-        name:
-            See `FeatureProtocol`.
-        reads:
-            "images".
+    `name` is as in `FeatureProtocol`, and `reads` is "images".
     """
 
     name: ClassVar[str]
@@ -202,15 +197,7 @@ class ImageProtocol(Protocol):
         """See `FeatureProtocol`."""
 
     def check_encoder(self, encoder: MaskedEncoder) -> None:
-        """Checks that the settings fit the encoder, before anything is trained.
-
-        Args:
-            encoder:
-                The encoder.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Raises a ValueError if the settings do not fit the encoder."""
 
     def __call__(
         self,
@@ -262,14 +249,8 @@ class ImageProtocol(Protocol):
 def rank_classes(scores: Tensor, num_ranks: int | None = None) -> Tensor:
     """Returns the classes with the highest scores; ties go to the lowest number.
 
-    Args:
-        scores:
-            Tensor with shape (num_images, num_classes).
-        num_ranks:
-            How many classes to return. None for 5, or all if there are fewer.
-
-    Returns:
-        int64 tensor with shape (num_images, num_ranks).
+    Scores have shape (num_images, num_classes), and what is returned is int64 with
+    shape (num_images, num_ranks): 5 by default, or all classes if there are fewer.
     """
     if num_ranks is None:
         num_ranks = min(NUM_RANKS, scores.shape[1])

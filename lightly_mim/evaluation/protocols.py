@@ -28,13 +28,7 @@ LABEL_FREE = "label_free"  # what else may be measured, which no protocol is cal
 def resolve_protocols(
     protocols: Sequence[Any], known: Mapping[str, type[Any]] = PROTOCOLS
 ) -> dict[str, Any]:
-    """Returns protocols by their names.
-
-    Args:
-        protocols:
-            Names of known protocols, and protocols.
-        known:
-            Those by name.
+    """Returns protocols by their names, of which some are named and some are objects.
 
     Raises:
         ValueError: If one is a class, if a name cannot be one, or if two protocols
@@ -62,18 +56,9 @@ def resolve_protocols(
 def check_encoder(
     protocols: Mapping[str, Any], model: AnyEncoder, distributed: bool
 ) -> None:
-    """Refuses what cannot train through the encoder.
+    """Raises a ValueError if a protocol cannot train through the encoder.
 
-    Args:
-        protocols:
-            The protocols by name.
-        model:
-            The encoder.
-        distributed:
-            Whether it is shared by processes that Lightning does not know of.
-
-    Raises:
-        ValueError: If a protocol cannot train through it, or not in those processes.
+    Nor can it in processes that Lightning does not know of (`distributed`).
     """
     training = [name for name, each in protocols.items() if each.reads == "images"]
     if training and not isinstance(model, MaskedEncoder):

@@ -37,15 +37,16 @@ def choose_device(device: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def model_name(encoder: Any, model: Any) -> str:
-    """Returns what a table calls an encoder.
+def probe_device(device: torch.device) -> torch.device:
+    """Returns where probes compute when encoders do it on a device.
 
-    Args:
-        encoder:
-            What the user passed.
-        model:
-            What `load_encoder` made of it.
+    In float64 in places, which Apple's accelerator does not know.
     """
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def model_name(encoder: Any, model: Any) -> str:
+    """Returns what a table calls what `load_encoder` made of the user's encoder."""
     if isinstance(encoder, nn.Module):
         inner = getattr(model, "vit", getattr(model, "model", model))
         return model.name or type(inner).__name__
@@ -98,15 +99,8 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """Returns what it takes to run an evaluation again, see `Results.record`.
 
-    Args:
-        given:
-            The arguments by name, with those of `load_encoder` as `loading`.
-        chosen:
-            The protocols by name.
-        encoder:
-            What `describe_encoder` says.
-        data:
-            What there is to say of the images.
+    `given` are the arguments by name, with those of `load_encoder` as `loading`;
+    `chosen` are the protocols by name, and `encoder` is what `describe_encoder` says.
     """
     plain = {name: value for name, value in given.items() if name != "loading"}
     plain |= {"protocols": list(chosen)} | dict(chosen) | dict(given["loading"])

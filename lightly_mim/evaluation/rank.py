@@ -61,8 +61,6 @@ def label_free(features: Features) -> list[dict[str, Any]]:
         if pooling == "tokens":
             continue
         num_images, dim = _check(values)
-        spectrum = _spectrum(values)
-        fits = len(_fitted(spectrum, *FIT_RANGE)) >= 2
         measured.append(
             {
                 "layer": layer,
@@ -70,7 +68,7 @@ def label_free(features: Features) -> list[dict[str, Any]]:
                 "num_images": num_images,
                 "dim": dim,
                 "rank_me": rank_me(values),
-                "alpha_req": _exponent(spectrum, *FIT_RANGE) if fits else None,
+                "alpha_req": _exponent(_spectrum(values), *FIT_RANGE),
                 "uniformity": uniformity(values),
             }
         )
@@ -144,13 +142,14 @@ def alpha_req(
         )
     _check(features)
     spectrum = _spectrum(features)
-    if len(_fitted(spectrum, first, last)) < 2:
+    exponent = _exponent(spectrum, first, last)
+    if exponent is None:
         raise ValueError(
             f"Features with shape {tuple(features.shape)} have {len(spectrum)} "
             f"eigenvalue(s) that differ from zero, too few to fit a line from the "
             f"{first}th on: the features have collapsed, or the images are too few."
         )
-    return _exponent(spectrum, first, last)
+    return exponent
 
 
 @checked
@@ -207,13 +206,7 @@ def singular_values(features: Tensor, *, center: bool = False) -> Tensor:
 
     The matrix is reduced piece by piece to a triangular one with the same singular
     values (QR decomposition). The eigenvalues of its square would be cheaper, but lose
-    half of the digits.
-
-    Args:
-        features:
-            Tensor with shape (num_images, dim).
-        center:
-            Whether to subtract the mean feature first.
+    half of the digits. With `center` the mean feature is subtracted first.
 
     Returns:
         float64 tensor with shape (min(num_images, dim),) on the device of the features.
@@ -251,12 +244,11 @@ def _spectrum(features: Tensor) -> Tensor:
     return spectrum[spectrum > (scale * max(eps, 1e-12) ** 2).item()]
 
 
-def _fitted(spectrum: Tensor, first: int, last: int) -> Tensor:
-    return spectrum[first - 1 : last]
-
-
-def _exponent(spectrum: Tensor, first: int, last: int) -> float:
-    y = _fitted(spectrum, first, last).log()
+def _exponent(spectrum: Tensor, first: int, last: int) -> float | None:
+    """Returns the exponent of a spectrum, None if too few eigenvalues are left."""
+    y = spectrum[first - 1 : last].log()
+    if len(y) < 2:
+        return None
     n = torch.arange(first, first + len(y), dtype=torch.float64, device=y.device)
     x, w = n.log(), 1 / n / (1 / n).sum()
     x = x - (w * x).sum()

@@ -47,23 +47,11 @@ class Result:
         top1:
             Share of test images whose class is the most probable one. The mean over
             `draws`, if there are any.
-        top1_low:
-            Lower end of its interval.
-        top1_high:
-            Upper end.
         top5:
             Share of test images whose class is among the five most probable. None with
-            five classes or fewer.
-        top5_low:
-            Lower end of its interval, or None.
-        top5_high:
-            Upper end, or None.
+            five classes or fewer, as its interval.
         mean_class:
             Mean over classes of the accuracy on their test images.
-        mean_class_low:
-            Lower end of its interval.
-        mean_class_high:
-            Upper end.
         per_class:
             Accuracy on the test images of each class, None for a class without any.
         confusion:
@@ -153,12 +141,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Results:
-        """Returns what `to_dict` has made, of this schema or an earlier one.
-
-        Args:
-            written:
-                What `results.json` holds. What its version did not have is empty.
-        """
+        """Returns what `to_dict` has made; what its version did not have is empty."""
         empty = {**dict.fromkeys(Result.__dataclass_fields__), "variant": ""}
         known = "schema_version", "rows", "measures", "notes"
         return cls(
@@ -184,11 +167,7 @@ class Results:
 
 
 def results_file(out: Path, overwrite: bool, name: str) -> Path:
-    """Returns where results are written.
-
-    Raises:
-        ValueError: If they are there already and shall not be replaced.
-    """
+    """Returns where results are written; refuses a file that is there already."""
     file = out / name
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: pass a directory as out.")
@@ -202,13 +181,8 @@ def results_file(out: Path, overwrite: bool, name: str) -> Path:
 def to_text(record: Any) -> str:
     """Returns sealed JSON of a record, with null for numbers that are not finite.
 
-    It is read by `lightly_mim.files.read_sealed`, or by any other reader. Python would
-    write NaN, which is not JSON and which other readers refuse. A probe whose learning
-    rate was too high has such a loss.
-
-    Args:
-        record:
-            Dictionaries, lists, numbers and strings.
+    Python would write NaN, which is not JSON and which other readers refuse. A probe
+    whose learning rate was too high has such a loss.
     """
 
     def finite(value: Any) -> Any:

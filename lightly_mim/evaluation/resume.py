@@ -16,7 +16,7 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from lightly_mim.evaluation.fingerprints import (
     hash_key,
 )
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.processes import World
 from lightly_mim.evaluation.provenance import package_versions, to_json
 from lightly_mim.evaluation.results import SCHEMA_VERSION
 from lightly_mim.files import atomic_write, printable, read_sealed, sealed
@@ -43,14 +44,7 @@ _ROWS_VERSION = 4
 
 
 class Task(NamedTuple):
-    """One protocol for one model.
-
-    Attributes:
-        model:
-            Name of the model.
-        protocol:
-            Name of the protocol.
-    """
+    """One protocol for one model, by their names."""
 
     model: str
     protocol: str
@@ -62,18 +56,7 @@ def conditions(
     precision: Precision,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns what features depend on beside weights and images, for `Kept`.
-
-    Args:
-        transform:
-            How images are resized and cropped.
-        encoder:
-            Whose statistics normalise them.
-        precision:
-            What is computed in.
-        device:
-            Where.
-    """
+    """Returns what features depend on beside weights and images, for `Kept`."""
     return {
         "transform": vars(transform),
         "normalize": [list(encoder.mean), list(encoder.std)],
@@ -86,25 +69,9 @@ def conditions(
 class Kept:
     """Keeps features, rows and checkpoints of one evaluation.
 
-    Attributes:
-        out:
-            The directory of the evaluation, None if nothing is kept there.
-        cache:
-            The directory of the features, None if they are kept in memory.
-        notes:
-            What a reader should know of what cannot be kept.
-
-    Args:
-        models:
-            The encoders by name.
-        images:
-            Training and test images.
-        out:
-            Directory of the evaluation, if any.
-        cache:
-            Directory of features. None for features/ in `out`.
-        shared:
-            Everything else that features depend on, see `conditions`.
+    Rows lie in `out`, and features in `cache` or features/ in `out`; None keeps them
+    nowhere, or in memory. `shared` is all that features depend on beside encoder and
+    images, see `conditions`. `notes` say what cannot be kept.
 
     Raises:
         ValueError: If the name of the directory of features is not UTF-8.
@@ -114,12 +81,14 @@ class Kept:
         self,
         models: Mapping[str, AnyEncoder],
         images: Sequence[Dataset[Any]],
-        out: Path | None,
-        cache: Path | None,
+        out: Path | str | None,
+        cache: Path | str | None,
         shared: Mapping[str, Any],
     ) -> None:
-        self.out = out
-        self.cache = out / "features" if cache is None and out is not None else cache
+        self.out = None if out is None else Path(out)
+        self.cache = None if cache is None else Path(cache)
+        if self.out is not None and cache is None:
+            self.cache = self.out / "features"
         self.notes: list[str] = []
         self._shared = dict(shared)
         self._models: dict[str, Any] = {}
@@ -149,16 +118,7 @@ class Kept:
             self.out = self.cache = None
 
     def store(self, model: str, part: int, num_images: int) -> FeatureStore:
-        """Returns where the features of a model lie, if they are kept on disk.
-
-        Args:
-            model:
-                Name of the model.
-            part:
-                0 for training images, 1 for test images.
-            num_images:
-                Number of images.
-        """
+        """Returns where features of training (0) or test images (1) lie."""
         assert self.cache is not None
         key = {
             "features_version": FEATURES_VERSION,
@@ -173,16 +133,9 @@ class Kept:
     ) -> str | None:
         """Returns the name under which a row is kept, None if it is not kept.
 
-        Args:
-            task:
-                The protocol and the model.
-            protocol:
-                The protocol with its settings. One from elsewhere is told from others
-                by its source; where that, or a setting, cannot be written down, its
-                rows are not kept.
-            settings:
-                Everything that the row depends on beside features and labels. Can be
-                written as JSON.
+        A protocol from elsewhere is told from others by its source; where that, or a
+        setting, cannot be written down, its rows are not kept. The settings are all
+        that the row depends on beside protocol, features and labels.
         """
         code = _code(protocol)
         if self.out is None or code is None:
@@ -203,13 +156,32 @@ class Kept:
         name = "".join(c if c.isalnum() else "_" for c in task.protocol)
         return f"{name}-{hash_key(key)}"
 
-    def read(self, key: str | None) -> dict[str, Any] | None:
-        """Returns what is kept under a key, None if there is nothing whole.
+    def rows(
+        self,
+        keys: Mapping[Task, str | None],
+        encode: Callable[[Sequence[Task]], None],
+        run: Callable[[Task], dict[str, Any]],
+        world: World = World(),  # noqa: B008, frozen
+    ) -> dict[Task, dict[str, Any]]:
+        """Returns the rows that are kept, and makes and keeps those that are missing.
 
-        Args:
-            key:
-                See `row_key`.
+        Whatever `run` needs of all missing rows, `encode` makes first.
         """
+        # One process reads the rows, so that all have the same ones.
+        found = world.from_first(
+            lambda: {task: row for task, key in keys.items() if (row := self.read(key))}
+        )
+        missing = [task for task in keys if task not in found]
+        if missing:
+            encode(missing)
+        for task in missing:
+            found[task] = run(task)
+            if world.rank == 0:
+                self.write(keys[task], found[task])
+        return found
+
+    def read(self, key: str | None) -> dict[str, Any] | None:
+        """Returns the row that is kept under a key, None if there is nothing whole."""
         if key is None or self.out is None:
             return None
         try:
@@ -225,17 +197,7 @@ class Kept:
         return row
 
     def write(self, key: str | None, row: Mapping[str, Any]) -> None:
-        """Keeps a row.
-
-        Args:
-            key:
-                See `row_key`.
-            row:
-                What can be written as JSON.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Keeps a row, and removes the checkpoints that led to it."""
         if key is None or self.out is None:
             return
         with atomic_write(self._row(key)) as temporary:
@@ -244,12 +206,7 @@ class Kept:
 
     @contextmanager
     def checkpoints(self, key: str | None) -> Iterator[Path]:
-        """Gives a directory for the checkpoints of a training.
-
-        Args:
-            key:
-                See `row_key`. If nothing is kept, the directory is a temporary one.
-        """
+        """Gives a directory for the checkpoints of a training."""
         if key is not None and self.out is not None:
             yield self._checkpoints(key)
             return
@@ -257,12 +214,7 @@ class Kept:
             yield Path(folder)
 
     def clear(self, keys: Sequence[str | None]) -> None:
-        """Removes rows, once the results are written.
-
-        Args:
-            keys:
-                See `row_key`.
-        """
+        """Removes rows, once the results are written."""
         if self.out is None:
             return
         for key in keys:

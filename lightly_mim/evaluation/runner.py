@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightly_mim.data import KeyedLoader, seed_from
+from lightly_mim.data import seed_from
 from lightly_mim.data.notes import printable, some
-from lightly_mim.encoders import Pool, choose_attention
+from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
 from lightly_mim.evaluation.cache import cached_features
-from lightly_mim.evaluation.features import (
-    EncoderFeatures,
-    Features,
-    Precision,
-    collect_features,
-    evaluating,
-)
+from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Features
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
-from lightly_mim.evaluation.images import class_names, read_labels
+from lightly_mim.evaluation.images import EvaluationImages, class_names, read_labels
 from lightly_mim.evaluation.processes import World
-from lightly_mim.evaluation.protocol import ChecksLabels, LabelledImages, Outcome
+from lightly_mim.evaluation.protocol import ChecksLabels, Outcome
 from lightly_mim.evaluation.protocols import LABEL_FREE
+from lightly_mim.evaluation.provenance import probe_device
 from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.results import Result
 from lightly_mim.evaluation.resume import Kept, Task
@@ -43,18 +35,14 @@ class Runner:
 
     models: Mapping[str, AnyEncoder]
     protocols: Mapping[str, Any]
-    images: LabelledImages
-    train: Dataset[Any]
+    reads: Mapping[str, str]  # of each protocol, and of label-free measures
+    images: EvaluationImages
     kept: Kept
     world: World
+    how: Encoding
     layers: Sequence[int]
     pools: Sequence[Pool]
     seed: int
-    batch_size: int
-    num_workers: int | None
-    device: torch.device
-    precision: Precision
-    progress: bool
     layout: Layout
     compile: bool
     features: list[dict[str, Features]] = field(default_factory=list)
@@ -65,7 +53,7 @@ class Runner:
         """Passes over training and test images, or reads what was found before."""
         functions: dict[str, EncoderFeatures] = {}
         for name, encoder in self.models.items():
-            read = {self._reads(task.protocol) for task in tasks if task.model == name}
+            read = {self.reads[task.protocol] for task in tasks if task.model == name}
             if needed := read - {"images"}:
                 pools: list[AnyPool] = [*self.pools] if "pooled" in needed else []
                 pools += ["tokens"] if "tokens" in needed else []
@@ -73,28 +61,21 @@ class Runner:
                     functions[name] = EncoderFeatures(encoder)
                 else:
                     functions[name] = EncoderFeatures(encoder, self.layers, pools)
-        with ExitStack() as stack:
-            for function in functions.values():
-                encoder = function.encoder
-                choose_attention(encoder, self.device, self.precision == "bf16")
-                stack.enter_context(evaluating(encoder, self.device))
-            for part, images in enumerate((self.train, self.images.test)):
+        with self.how.ready(functions.values()):
+            for part, images in enumerate((self.images.train, self.images.test)):
                 found = self._collect(functions, images, part) if functions else {}
                 self.features.append(found)
                 self.labels.append(
                     next(iter(found.values())).labels
                     if found
-                    else read_labels(images, self.num_workers)
+                    else read_labels(images, self.how.num_workers)
                 )
-        self.classes = class_names(self.train, self.labels)
+        self.classes = class_names(self.images.train, self.labels)
         # Before a protocol has run: only folders tell their labels at once.
         wanted = {task.protocol for task in tasks} & self.protocols.keys()
         check_labels_of(
             [self.protocols[name] for name in wanted], self.labels[0], self.classes
         )
-
-    def _reads(self, protocol: str) -> str:
-        return "pooled" if protocol == LABEL_FREE else self.protocols[protocol].reads
 
     def _collect(
         self, functions: Mapping[str, EncoderFeatures], images: Dataset[Any], part: int
@@ -108,23 +89,11 @@ class Runner:
                     for name in functions
                 },
                 images,
-                batch_size=self.batch_size,
-                num_workers=self.num_workers,
-                device=self.device,
-                precision=self.precision,
                 description=description,
-                progress=self.progress,
                 world=self.world,
+                **vars(self.how),
             )
-        loader = KeyedLoader(
-            images, self.batch_size, training=False, num_workers=self.num_workers
-        )
-        return collect_features(
-            functions,
-            track(loader, description, disable=not self.progress),
-            device=self.device,
-            precision=self.precision,
-        )
+        return self.how.collect(functions, images, description)
 
     def run(self, task: Task, key: str | None) -> tuple[dict[str, Any], list[Outcome]]:
         """Runs a protocol for a model, and returns its rows and outcomes."""
@@ -148,22 +117,21 @@ class Runner:
             with self.kept.checkpoints(key) as folder:
                 outcomes = protocol(
                     self.models[task.model],
-                    self.images,
+                    self.images.labelled(),
                     len(self.classes),
                     out=folder,
                     seed=seed,
-                    device=self.device,
-                    precision=self.precision,
-                    num_workers=self.num_workers,
-                    progress=self.progress,
+                    device=self.how.device,
+                    precision=self.how.precision,
+                    num_workers=self.how.num_workers,
+                    progress=self.how.progress,
                     layout=self.layout,
                     compile=self.compile,
                 )
         else:
             train, test = self._features(task, protocol.reads)
             feature_seconds = train.seconds + test.seconds
-            # Probes compute in float64 in places, which Apple's accelerator does not.
-            place = self.device if self.device.type == "cuda" else torch.device("cpu")
+            place = probe_device(self.how.device)
             outcomes = protocol(train, test, len(self.classes), seed=seed, device=place)
         seconds = (time.perf_counter() - start) / len(outcomes)
         made["rows"] = [
@@ -191,7 +159,6 @@ class Runner:
             outcome.ranked, labels, len(self.classes), seed_from(self.seed, "bootstrap")
         )
         layer, pooling = outcome.key
-        top5 = found.top5
         return Result(
             model=task.model,
             protocol=task.protocol,
@@ -199,21 +166,10 @@ class Runner:
             layer=layer,
             pooling=pooling,
             hyperparameters=outcome.hyperparameters,
-            top1=found.top1.value,
-            top1_low=found.top1.low,
-            top1_high=found.top1.high,
-            top5=None if top5 is None else top5.value,
-            top5_low=None if top5 is None else top5.low,
-            top5_high=None if top5 is None else top5.high,
-            mean_class=found.mean_class.value,
-            mean_class_low=found.mean_class.low,
-            mean_class_high=found.mean_class.high,
-            per_class=found.per_class,
-            confusion=found.confusion,
-            draws=found.draws,
+            **found.columns(),
             feature_seconds=feature_seconds,
             seconds=seconds,
-            num_train=num_images(self.train),
+            num_train=num_images(self.images.train),
             num_test=len(labels),
             selection=outcome.selection,
         )
@@ -234,9 +190,7 @@ def _alone(classes: Sequence[str], labels: Tensor, others: Tensor) -> list[str]:
 def class_notes(made: Mapping[str, Any]) -> list[str]:
     """Returns what a reader should know of classes that one of the parts lacks.
 
-    Args:
-        made:
-            What `Runner.run` returned.
+    `made` is what `Runner.run` returned.
     """
     notes = []
     if len(made["classes"]) == 1:
@@ -257,11 +211,7 @@ def class_notes(made: Mapping[str, Any]) -> list[str]:
 def check_labels_of(
     protocols: Iterable[Any], labels: Tensor, classes: Sequence[str]
 ) -> None:
-    """Lets protocols refuse the labels of the training images before any has run.
-
-    Raises:
-        ValueError: If one does.
-    """
+    """Lets protocols refuse the labels of the training images before any has run."""
     for each in protocols:
         if isinstance(each, ChecksLabels):
             each.check_labels(labels, classes)

@@ -12,7 +12,7 @@ there, and only there, Wilson's score of as many images gives the interval.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,16 +31,7 @@ NUM_RESAMPLES = 2000
 
 
 class Accuracy(NamedTuple):
-    """A share of test images, with its interval.
-
-    Attributes:
-        value:
-            The share, in [0, 1].
-        low:
-            Lower end of the 95 % interval.
-        high:
-            Upper end.
-    """
+    """A share of test images in [0, 1], with the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -48,7 +39,7 @@ class Accuracy(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What predictions are worth.
+    """What predictions are worth: over several draws of training images, the means.
 
     Attributes:
         top1:
@@ -57,16 +48,14 @@ class Scores(NamedTuple):
             Share of images whose class is among the five most probable, None with five
             classes or fewer.
         mean_class:
-            Mean over classes of the accuracy on their images; classes without test
-            images are left out.
+            Mean over classes, those with test images, of the accuracy on their images.
         per_class:
             Accuracy on the images of each class, None for classes without any.
         confusion:
             Number of images of each class (row) for which each class (column) was
             predicted, over all draws.
         draws:
-            Top-1 accuracy of each draw of training images, if there are several. All
-            other numbers are then means over the draws.
+            Top-1 accuracy of each draw, if there are several.
     """
 
     top1: Accuracy
@@ -76,20 +65,17 @@ class Scores(NamedTuple):
     confusion: list[list[int]]
     draws: list[float] | None
 
+    def columns(self) -> dict[str, Any]:
+        """Returns them as a row has them: `top1`, `top1_low`, `top1_high` and so on."""
+        columns = self._asdict()
+        for name in ("top1", "top5", "mean_class"):
+            value, low, high = columns[name] or (None, None, None)
+            columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        return columns
+
 
 def score(ranked: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Scores:
-    """Scores predictions.
-
-    Args:
-        ranked:
-            int64 tensor with shape (num_test, num_ranks) or (num_draws, num_test,
-            num_ranks), see `Outcome`.
-        labels:
-            int64 tensor with shape (num_test,), the classes.
-        num_classes:
-            Number of classes.
-        seed:
-            Seed of the bootstrap.
+    """Returns what ranked classes are worth, see `Outcome`, against labels (num_test,).
 
     Raises:
         ValueError: If there are no images, or not as many predictions as labels.
@@ -125,25 +111,12 @@ def score(ranked: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Sc
 def bootstrap(
     top1: Tensor, top5: Tensor | None, labels: Tensor, seed: int = 0
 ) -> dict[str, Accuracy]:
-    """Returns accuracies with their intervals, see the top of this file.
+    """Returns "top1", "top5" (if given) and "mean_class" with their intervals.
 
-    Images of the same class with the same hits are alike. A resample is therefore drawn
-    as the number of images of each kind, multinomially, which is the same distribution
-    as drawing image by image and takes no time.
-
-    Args:
-        top1:
-            float64 tensor with shape (num_test,), how often each image was right, in
-            [0, 1].
-        top5:
-            The same of the five most probable classes, or None.
-        labels:
-            int64 tensor with shape (num_test,), the classes.
-        seed:
-            Seed of the resamples.
-
-    Returns:
-        The accuracies "top1", "top5" (if given) and "mean_class".
+    `top1` and `top5` say how often each image was right, in [0, 1]: float64 with shape
+    (num_test,). Images of the same class with the same hits are alike. A resample is
+    therefore drawn as the number of images of each kind, multinomially, which is the
+    same distribution as drawing image by image and takes no time.
     """
     rows = torch.stack([labels.double(), top1, top1 if top5 is None else top5], dim=1)
     kinds, counts = np.unique(rows.numpy(), axis=0, return_counts=True)

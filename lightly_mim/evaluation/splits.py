@@ -21,16 +21,8 @@ from lightly_mim.data.notes import printable
 def assign_folds(labels: Tensor, num_folds: int = 5, seed: int = 0) -> Tensor:
     """Deals the images of a training set into parts, class by class.
 
-    Each class is shuffled and dealt out in turn, going on where the last class ended.
-    All parts, and each class in them, are as equal in size as can be.
-
-    Args:
-        labels:
-            int64 tensor with shape (num_images,).
-        num_folds:
-            Number of parts.
-        seed:
-            Decides which image goes where.
+    Each class is shuffled by the seed and dealt out in turn, going on where the last
+    class ended. All parts, and each class in them, are as equal in size as can be.
 
     Returns:
         int64 tensor with shape (num_images,) on the CPU, the part of each image.
@@ -46,35 +38,16 @@ def assign_folds(labels: Tensor, num_folds: int = 5, seed: int = 0) -> Tensor:
 
 
 def spread_over_classes(labels: Tensor, generator: Generator) -> Tensor:
-    """Orders images class by class, shuffled within each.
+    """Returns the numbers of the images class by class, shuffled within each.
 
     Whoever takes them at even distances takes from each class in proportion.
-
-    Args:
-        labels:
-            int64 tensor with shape (num_images,).
-        generator:
-            Decides the order within a class.
-
-    Returns:
-        int64 tensor with shape (num_images,) on the CPU, numbers of images.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     return shuffled[labels.cpu()[shuffled].argsort(stable=True)]
 
 
 def check_folds(num_folds: int, num_images: int) -> None:
-    """Checks that a training set can be dealt into parts.
-
-    Args:
-        num_folds:
-            Number of parts.
-        num_images:
-            Number of training images.
-
-    Raises:
-        ValueError: If there are fewer than two parts, or more than images.
-    """
+    """Raises a ValueError if there are fewer than two parts, or more than images."""
     if not 2 <= num_folds <= num_images:
         raise ValueError(
             "Cross-validation holds out one part of the training images after the "
@@ -84,18 +57,10 @@ def check_folds(num_folds: int, num_images: int) -> None:
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Holds out a share of the images, evenly from each class.
+    """Holds out a share of the images in (0, 1), evenly from each class.
 
     Where a class has a fraction of an image to give, the seed decides. Its last image
     is kept for training.
-
-    Args:
-        labels:
-            int64 tensor with shape (num_images,).
-        share:
-            The share, in (0, 1).
-        seed:
-            Decides which images.
 
     Returns:
         Boolean tensor with shape (num_images,).

@@ -26,9 +26,8 @@ from lightly_mim.encoders import (
 )
 from lightly_mim.losses import L2, Loss, choose_loss, masked_loss
 from lightly_mim.masking import Mask, Masking, RandomMasking
-from lightly_mim.methods.base import (
-    MaskedImageModel,
-    MIMOutput,
+from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.methods.parts import (
     build_encoder,
     check_unit,
     choose_init,

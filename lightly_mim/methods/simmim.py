@@ -27,9 +27,8 @@ from lightly_mim.encoders import Encoder, Init, MaskedEncoder
 from lightly_mim.heads import Head, LinearHead
 from lightly_mim.losses import L1, Loss, choose_loss, masked_loss
 from lightly_mim.masking import Mask, Masking, RandomMasking
-from lightly_mim.methods.base import (
-    MaskedImageModel,
-    MIMOutput,
+from lightly_mim.methods.base import MaskedImageModel, MIMOutput
+from lightly_mim.methods.parts import (
     build_encoder,
     check_unit,
     choose_init,

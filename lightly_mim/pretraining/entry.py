@@ -410,7 +410,7 @@ def pretrain(
         save_every_minutes=save_every_minutes,
         show_bar=show_bar,
         lines=LINES,
-        previous={run.checkpoint.absolute(): run.previous},
+        previous={run.checkpoint: run.previous},
         may_write=run.check_owner,
         loggers=[
             *([TensorBoardLogger(folder, "tensorboard", "")] if tensorboard else []),

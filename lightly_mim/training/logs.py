@@ -14,8 +14,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.utilities.apply_func import convert_tensors_to_scalars
 from pytorch_lightning.callbacks import Callback, RichProgressBar
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -165,19 +166,59 @@ class MetricsLogger(CSVLogger):
             self._experiment = _MetricsFile(self.log_dir, self.may_write)
         return self._experiment
 
+    def pending(self, trainer: pl.Trainer) -> dict[str, Any] | None:
+        """Returns the row that Lightning is about to write, None if there is none.
+
+        Lightning writes the metrics of a batch, and of an epoch, after the hooks in
+        which a checkpoint is made: a run that is killed in between has a checkpoint
+        behind its last row. Every rank has to call this.
+
+        Args:
+            trainer:
+                The Trainer, within a hook at the end of a batch or an epoch.
+        """
+        if not trainer.training:
+            return None
+        # Nothing public tells the metrics of the moment from those of earlier ones.
+        connector = trainer._logger_connector
+        if connector._first_loop_iter is not None and not connector.should_update_logs:
+            return None
+        row: dict[str, Any] = convert_tensors_to_scalars(connector.metrics["log"])
+        if not row:
+            return None
+        row.setdefault("epoch", trainer.current_epoch)
+        row.setdefault("step", trainer.global_step - 1)
+        return row
+
     @rank_zero_only
-    def drop_after(self, step: int) -> None:
-        """Drops the rows that a resumed run is going to write again.
+    def go_on(
+        self, step: int, pending: Mapping[str, Any] | None, loggers: list[Logger]
+    ) -> None:
+        """Makes the file what it was when a run that goes on would have been cut.
 
         Args:
             step:
-                Number of optimiser steps in the checkpoint that the run resumes from.
+                Number of optimiser steps in the checkpoint. Later rows are dropped.
+            pending:
+                The row that was about to be written, see `pending`. It is logged if the
+                file does not have it.
+            loggers:
+                Where to log it, this one among them.
         """
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-        if not path.exists():
+        rows: list[dict[str, Any]] = []
+        if path.exists():
+            header, rows = _read_rows(path, step)
+            _write_rows(path, header, rows)
+        if pending is None or any(
+            int(row["step"]) == pending["step"] and all(map(row.get, pending))
+            for row in rows
+        ):
             return
-        header, rows = _read_rows(path, step)
-        _write_rows(path, header, rows)
+        metrics = {name: value for name, value in pending.items() if name != "step"}
+        for logger in loggers:
+            logger.log_metrics(metrics, step=pending["step"])
+            logger.save()
 
 
 def _read_rows(
@@ -191,9 +232,9 @@ def _read_rows(
     try:
         check_regular(path)
         with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
             # A killed run may leave half a row at the end.
+            reader = csv.DictReader(line for line in file if line.endswith("\n"))
+            header = list(reader.fieldnames or [])
             return header, [row for row in reader if _step(row) < step]
     except (ValueError, KeyError, csv.Error) as error:
         raise ValueError(

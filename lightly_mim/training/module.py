@@ -174,19 +174,28 @@ class TrainingModule(pl.LightningModule):
     # Resume.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps weights that a non-finite loss has spoilt out of a checkpoint."""
+        """Keeps weights that a non-finite loss has spoilt out of a checkpoint.
+
+        Adds where the loader is, and the row of `metrics.csv` that is still to come.
+        """
         self.check_finite()
+        for logger in self._metrics_loggers():
+            checkpoint["metrics_row"] = logger.pending(self.trainer)
         loader = self.trainer.train_dataloader
         if isinstance(loader, KeyedLoader):
             checkpoint["train_loader"] = loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back the rows of `metrics.csv` that are going to be written again."""
+        """Notes where the loader was, and makes `metrics.csv` end at the checkpoint."""
         self._loader_state = checkpoint.get("train_loader")
+        for logger in self._metrics_loggers():
+            step, row = checkpoint["global_step"], checkpoint.get("metrics_row")
+            logger.go_on(step, row, self.trainer.loggers)
+
+    def _metrics_loggers(self) -> list[MetricsLogger]:
         # Without a Trainer the weights alone are loaded, by `load_from_checkpoint`.
-        for logger in self._trainer.loggers if self._trainer else ():
-            if isinstance(logger, MetricsLogger):
-                logger.drop_after(checkpoint["global_step"])
+        loggers = self._trainer.loggers if self._trainer else []
+        return [logger for logger in loggers if isinstance(logger, MetricsLogger)]
 
     def on_train_start(self) -> None:
         """Puts the loader where it was, and checks that it has the same images.

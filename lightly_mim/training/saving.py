@@ -159,7 +159,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         super().__init__()
         self.may_write = may_write
-        self.previous = previous
+        self.previous = {_place(path): kept for path, kept in previous.items()}
         self.remedy = remedy
 
     def save_checkpoint(
@@ -186,7 +186,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _keep(self, path: Path) -> None:
         """Keeps the checkpoint that is about to be replaced."""
-        previous = self.previous.get(path.absolute())
+        previous = self.previous.get(_place(path))
         if previous is None or not path.exists():
             return
         if previous.exists() and previous.samefile(path):  # killed just before this
@@ -207,7 +207,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: If it is damaged, or no checkpoint of a run.
         """
         path = Path(path)
-        previous = self.previous.get(path.absolute())
+        previous = self.previous.get(_place(path))
         remedy = (
             f"To go on from the one before it, rename {previous} to {path.name}."
             if previous is not None and previous.exists()
@@ -223,7 +223,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint = load_whole(path, remedy=remedy, foreign=foreign)
         if not (isinstance(checkpoint, dict) and _PARTS <= checkpoint.keys()):
             raise ValueError(foreign)
+        row = checkpoint.get("metrics_row") or {"step": 0}
+        numbers = isinstance(row, dict) and all(
+            isinstance(name, str) and isinstance(value, int | float)
+            for name, value in row.items()
+        )
+        if not (numbers and isinstance(row.get("step"), int)):
+            raise ValueError(foreign)
         return checkpoint
+
+
+def _place(path: Path) -> Path:
+    # Lightning follows links to the folder of a checkpoint.
+    return path.parent.resolve() / path.name
 
 
 _PARTS = {"state_dict", "loops", "optimizer_states", "lr_schedulers", "global_step"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightly_mim.checkpoints import read_weights
-from lightly_mim.encoders.base import imagenet_statistics
+from lightly_mim.encoders.statistics import imagenet_statistics
 from lightly_mim.evaluation import load_encoder
 from lightly_mim.masking import Mask
 from lightly_mim.methods import MAE, SimMIM

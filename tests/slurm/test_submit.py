@@ -430,10 +430,14 @@ def test_dry_run__swept_words_win(
     output = capsys.readouterr().out
     words = "--config c.yaml --epochs 2 --method.img_size 64 --weight_decay=-0.0 --out"
     assert words in output
-    cli = importlib.import_module("lightly_mim.cli")
+    from jsonargparse import auto_parser
+
+    from lightly_mim.cli import COMMANDS
+    from lightly_mim.shorthand import spell_out
+
     line = next(line for line in output.splitlines() if words in line)
-    parser = cli.auto_parser(cli.COMMANDS, as_positional=False)
-    read = parser.parse_args(cli._spell_out(shlex.split(line)[1:])).pretrain
+    parser = auto_parser(COMMANDS, as_positional=False)
+    read = parser.parse_args(spell_out(shlex.split(line)[1:], COMMANDS)).pretrain
     assert (read.epochs, read.lr, read.method.init_args.img_size) == (2, 0.5, 64)
 
 

@@ -7,15 +7,12 @@
 
 Nothing of the encoder is trained. A patch has the class of most of its pixels. kNN
 gives all pixels of a patch one class; the linear classifier's logits are upsampled to
-the pixels. Both are scored on every pixel that has a class. The layer and the
-hyper-parameters are chosen on a held-out fifth of the training images; then all of them
-are used, and the test images are scored once.
+the pixels. Both are scored on every pixel that has a class. Once layer and
+hyper-parameters are chosen, they are fitted to all training images.
 
-What differs from published numbers: images are resized to the encoder's size and
-cropped at the centre, with their masks, and scored at that size, in one pass without
-sliding windows; the classifier is fitted on the classes of patches, not of pixels.
-
-Shapes: B images, C classes, (H, W) pixels, (h, w) patches, D features, P patches.
+What differs from published numbers: images are cropped at the centre and scored at the
+encoder's size, in one pass without sliding windows; the classifier is fitted on the
+classes of patches, not of pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +47,7 @@ from lightly_mim.evaluation.dense.results import (
     DenseResults,
 )
 from lightly_mim.evaluation.dense.runner import DenseRunner, Views
-from lightly_mim.evaluation.features import EncoderFeatures, Precision
+from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Precision
 from lightly_mim.evaluation.loading import (
     at_random,
     check_loading,
@@ -231,8 +227,8 @@ def evaluate_dense(
     kept = Kept(
         models,
         [Views(part, "image") for part in (train, test)],
-        None if out is None else Path(out),
-        None if cache is None else Path(cache),
+        out,
+        cache,
         conditions(transform, model, precision, place),
     )
     settings = {
@@ -243,8 +239,6 @@ def evaluate_dense(
         "max_patches": max_patches,
     }
     keys = {task: kept.row_key(task, chosen[task.protocol], settings) for task in tasks}
-    found = {task: row for task in tasks if (row := kept.read(keys[task]))}
-    pending = [task for task in tasks if task not in found]
     with ExitStack() as stack:
         runner = DenseRunner(
             models,
@@ -253,21 +247,13 @@ def evaluate_dense(
             test,
             names,
             kept,
+            Encoding(batch_size, num_workers, place, precision, show),
             layers=layers,
             max_patches=max_patches,
             seed=seed,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=place,
-            precision=precision,
-            progress=show,
             stack=stack,
         )
-        if pending:
-            runner.encode({task.model for task in pending})
-        for task in pending:
-            found[task] = {"rows": [asdict(runner.run(task))]}
-            kept.write(keys[task], found[task])
+        found = kept.rows(keys, runner.encode, runner.run)
     rows = [DenseResult(**row) for task in tasks for row in found[task]["rows"]]
     record = evaluation_record(
         given,

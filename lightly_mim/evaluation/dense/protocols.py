@@ -1,18 +1,13 @@
 """How classes of pixels are predicted from patch tokens: kNN and a linear classifier.
 
-- [0]: CAPI, 2025, https://arxiv.org/abs/2502.08769 (`eval_segmentation.py`: kNN with
-  k of 1, 3, 10 and 30 and a logistic regression on the patch tokens)
-- [1]: DINOv2, 2023, https://arxiv.org/abs/2304.07193 (section 7.4: a linear layer on
-  the patch tokens, its logits upsampled bilinearly)
-
-A patch has the class of most of its pixels. kNN gives all pixels of a patch one class;
-the linear classifier's logits are upsampled to the pixels.
+The papers [0] and [1] are those of `evaluate_dense`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -27,14 +22,7 @@ from lightly_mim.evaluation.probes.standardize import Standardizer
 
 
 class PatchBank(NamedTuple):
-    """Patch tokens of training images, of one layer.
-
-    Attributes:
-        tokens:
-            Float tensor with shape (num_patches, dim).
-        labels:
-            int64 tensor with shape (num_patches,).
-    """
+    """Training tokens of one layer, (num_patches, dim), and labels, (num_patches,)."""
 
     tokens: Tensor
     labels: Tensor
@@ -55,6 +43,7 @@ class DenseProtocol(Protocol):
 
     name: ClassVar[str]
 
+    @abstractmethod
     def predictors(
         self, bank: PatchBank, num_classes: int, *, seed: int = 0
     ) -> list[tuple[dict[str, float], Predictor]]:
@@ -68,12 +57,19 @@ class DenseProtocol(Protocol):
         *,
         seed: int = 0,
     ) -> Predictor:
-        """Returns the predictor of the chosen setting."""
+        """Returns the predictor of the chosen setting.
+
+        By default that of a grid of one: `k` is chosen from the field `ks`.
+        """
+        grid = {f"{name}s": [value] for name, value in chosen.items()}
+        one: DenseProtocol = replace(self, **grid)  # type: ignore[type-var]
+        ((_, predictor),) = one.predictors(bank, num_classes, seed=seed)
+        return predictor
 
 
 @checked
 @dataclass(frozen=True)
-class DenseKNN:
+class DenseKNN(DenseProtocol):
     """kNN on patch tokens: every patch takes the vote of the nearest training patches.
 
     Attributes:
@@ -124,23 +120,10 @@ class DenseKNN:
             for j, temperature in enumerate(self.temperatures)
         ]
 
-    def predictor(
-        self,
-        bank: PatchBank,
-        num_classes: int,
-        chosen: Mapping[str, float],
-        *,
-        seed: int = 0,
-    ) -> Predictor:
-        """See `DenseProtocol`."""
-        one = DenseKNN([int(chosen["k"])], [chosen["temperature"]], self.chunk_size)
-        ((_, predictor),) = one.predictors(bank, num_classes)
-        return predictor
-
 
 @checked
 @dataclass(frozen=True)
-class DenseLinear:
+class DenseLinear(DenseProtocol):
     """A linear classifier on patch tokens, its logits upsampled bilinearly, as in [1].
 
     Attributes:
@@ -186,19 +169,6 @@ class DenseLinear:
         probes = zip(self.learning_rates, weights, biases, strict=True)
         return [({"learning_rate": rate}, predictor(w, b)) for rate, w, b in probes]
 
-    def predictor(
-        self,
-        bank: PatchBank,
-        num_classes: int,
-        chosen: Mapping[str, float],
-        *,
-        seed: int = 0,
-    ) -> Predictor:
-        """See `DenseProtocol`."""
-        one = DenseLinear([chosen["learning_rate"]], self.epochs, self.batch_size)
-        ((_, predictor),) = one.predictors(bank, num_classes, seed=seed)
-        return predictor
-
 
 DENSE_PROTOCOLS: dict[str, type[Any]] = {
     each.name: each for each in (DenseKNN, DenseLinear)
@@ -207,24 +177,14 @@ DenseProtocolName = Annotated[str, one_of(DENSE_PROTOCOLS)]
 
 
 def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
-    """Returns the class that most pixels of each patch have.
+    """Returns the class that most pixels of each patch have, int64 (batch_size, h, w).
 
-    Pixels without a class do not count; of equally many pixels the lowest number wins.
-
-    Args:
-        masks:
-            Whole numbers with shape (batch_size, height, width): classes from 0, or -1
-            for none.
-        grid:
-            (h, w), how many patches lie along height and width.
-        num_classes:
-            Number of classes.
-
-    Returns:
-        int64 tensor with shape (batch_size, h, w), -1 where no pixel has a class.
+    Masks have shape (batch_size, height, width), with -1 where a pixel has no class and
+    does not count; a patch without any has -1. Of equally many pixels the lowest number
+    wins.
 
     Raises:
-        ValueError: If the grid does not divide the masks.
+        ValueError: If the grid of h x w patches does not divide the masks.
     """
     batch_size, height, width = masks.shape
     h, w = grid
@@ -243,16 +203,6 @@ def patch_labels(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tens
 
 
 def enlarge(classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Gives all pixels of a patch its class.
-
-    Args:
-        classes:
-            Tensor with shape (batch_size, h, w).
-        size:
-            (height, width) of the result, which h and w divide.
-
-    Returns:
-        Tensor with shape (batch_size, height, width).
-    """
+    """Gives all pixels of a patch, in (B, h, w), its class, in (B, *size)."""
     height, width = size[0] // classes.shape[1], size[1] // classes.shape[2]
     return classes.repeat_interleave(height, 1).repeat_interleave(width, 2)

@@ -40,12 +40,9 @@ class DenseResult:
         miou:
             Mean over the classes of the intersection over union of all test pixels, in
             [0, 1]. Classes that neither occur in the test masks nor were predicted do
-            not count.
-        miou_low:
-            Lower end of its 95 % interval: the percentile of 2,000 draws of the test
-            images with replacement. It does not cover the draw of the training images.
-        miou_high:
-            Upper end.
+            not count. `miou_low` and `miou_high` are the ends of its 95 % interval: the
+            percentile of 2,000 draws of the test images with replacement, which does
+            not cover the draw of the training images.
         iou:
             Intersection over union of each class by its name, in [0, 1]. None if it
             neither occurs nor was predicted.
@@ -107,12 +104,7 @@ class DenseResults:
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> DenseResults:
-        """Returns what `to_dict` has made.
-
-        Args:
-            written:
-                What `dense.json` holds.
-        """
+        """Returns what `to_dict` has made."""
         rows = [DenseResult(**row) for row in written["rows"]]
         record = {k: v for k, v in written.items() if k not in ("rows", "notes")}
         return cls(rows, list(written.get("notes", [])), record)
@@ -122,15 +114,9 @@ class DenseResults:
 
 
 def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Counts pixels by class; pixels without a class do not count.
+    """Counts pixels by class; pixels without a class, -1 in the mask, do not count.
 
-    Args:
-        predicted:
-            int64 tensor with shape (height, width) or (batch_size, height, width).
-        mask:
-            The same, what is true; -1 for no class.
-        num_classes:
-            Number of classes.
+    Prediction and mask are int64 with shape (height, width) or (B, height, width).
 
     Returns:
         float64 tensor with shape (num_classes, 3): pixels of the class in both, only in
@@ -148,28 +134,15 @@ def count_pixels(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 def class_iou(counts: Tensor) -> Tensor:
     """Returns intersection over union of each class, NaN for one that is nowhere.
 
-    Args:
-        counts:
-            Tensor with shape (..., num_classes, 3), sums of `count_pixels`.
-
-    Returns:
-        Tensor with shape (..., num_classes), in [0, 1].
+    `counts` are sums of `count_pixels` with shape (..., num_classes, 3).
     """
     return counts[..., 0] / counts.sum(dim=-1)
 
 
 def miou_interval(counts: Tensor, seed: int) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean over classes, by the bootstrap.
+    """Returns the 95 % interval of the mean over classes, by the bootstrap over images.
 
-    Args:
-        counts:
-            Tensor with shape (num_images, num_classes, 3), see `count_pixels`. Images
-            are drawn with replacement.
-        seed:
-            Seed of what is drawn.
-
-    Returns:
-        (low, high), in [0, 1].
+    `counts` has shape (num_images, num_classes, 3), see `count_pixels`.
     """
     generator = Generator().manual_seed(seed_from(seed, "segmentation", "bootstrap"))
     num_images = len(counts)
@@ -184,10 +157,9 @@ def miou_interval(counts: Tensor, seed: int) -> tuple[float, float]:
 
 
 def _overview(rows: Sequence[DenseResult]) -> Table:
-    table = _table(
-        {"Model": False, "Protocol": False, "Layer": True, "Chosen": False}
-        | {"mIoU % [95 %]": False, "Pixels %": True, "Seconds": True}
-    )
+    columns = {"Model": False, "Protocol": False, "Layer": True, "Chosen": False}
+    columns |= {"mIoU % [95 %]": False, "Pixels %": True, "Seconds": True}
+    lines = []
     for row in rows:
         chosen = ", ".join(f"{name} {v:g}" for name, v in row.hyperparameters.items())
         interval = f"[{100 * row.miou_low:.1f}, {100 * row.miou_high:.1f}]"
@@ -195,31 +167,28 @@ def _overview(rows: Sequence[DenseResult]) -> Table:
         cells.append(f"{100 * row.miou:.1f} {interval}")
         cells.append(f"{100 * row.pixel_accuracy:.1f}")
         cells.append(f"{row.feature_seconds + row.seconds:.1f}")
-        _add(table, cells)
-    return table
+        lines.append(cells)
+    return _table(columns, lines)
 
 
 def _by_class(rows: Sequence[DenseResult]) -> Table:
     titles = [f"{row.model}, {row.protocol}" for row in rows]
-    table = _table({"IoU %": False} | dict.fromkeys(titles, True))
     names = list(rows[0].iou)
+    lines = []
     for name in names[:_MAX_CLASSES_SHOWN]:
         shown = [row.iou[name] for row in rows]
-        _add(table, [name, *("" if x is None else f"{100 * x:.1f}" for x in shown)])
+        lines.append([name, *("" if x is None else f"{100 * x:.1f}" for x in shown)])
     if len(names) > _MAX_CLASSES_SHOWN:
-        _add(table, [f"and {len(names) - _MAX_CLASSES_SHOWN} more in {DENSE_FILE}"])
-    return table
+        lines.append([f"and {len(names) - _MAX_CLASSES_SHOWN} more in {DENSE_FILE}"])
+    return _table({"IoU %": False} | dict.fromkeys(titles, True), lines)
 
 
-def _table(columns: Mapping[str, bool]) -> Table:
+def _table(columns: Mapping[str, bool], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, is_number in columns.items():
         table.add_column(
             Text(printable(name)), justify="right" if is_number else "left"
         )
+    for cells in lines:  # Text, since rich takes brackets in a string for markup
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
-
-
-def _add(table: Table, cells: Sequence[str]) -> None:
-    # Text, since rich would take square brackets in a string for markup.
-    table.add_row(*(Text(printable(cell)) for cell in cells))

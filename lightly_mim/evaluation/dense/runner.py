@@ -9,9 +9,9 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from lightly_mim.data import KeyedLoader, seed_from
 from lightly_mim.data.segmentation import IGNORED, SegmentationDataset
-from lightly_mim.encoders import choose_attention
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.dense.protocols import (
     DenseProtocol,
@@ -39,12 +38,12 @@ from lightly_mim.evaluation.feature_files import FeatureStore
 from lightly_mim.evaluation.features import (
     TOKENS,
     EncoderFeatures,
+    Encoding,
     Features,
-    Precision,
-    evaluating,
 )
 from lightly_mim.evaluation.fingerprints import files_fingerprint, hash_key
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
+from lightly_mim.evaluation.provenance import probe_device
 from lightly_mim.evaluation.resume import Kept, Task
 
 _HELD_OUT_PART = 5  # one of so many training images
@@ -58,12 +57,6 @@ class Views(Dataset[tuple[list[Tensor], int, str]]):
     """The images of a segmentation alone, or their masks alone.
 
     Yields ([view], 0, filename) with a view of `SegmentationDataset`.
-
-    Attributes:
-        data:
-            Images and masks.
-        view:
-            "image" or "mask".
     """
 
     def __init__(
@@ -124,14 +117,10 @@ class DenseRunner:
     test: SegmentationDataset
     classes: Sequence[str]
     kept: Kept
+    how: Encoding
     layers: Sequence[int]
     max_patches: int
     seed: int
-    batch_size: int
-    num_workers: int | None
-    device: torch.device
-    precision: Precision
-    progress: bool
     stack: ExitStack
     features: list[dict[str, Features]] = field(default_factory=list)
     labels: dict[Grid, Tensor] = field(default_factory=dict)
@@ -140,34 +129,22 @@ class DenseRunner:
 
     @property
     def home(self) -> torch.device:
-        """Where protocols compute.
+        """Where protocols compute."""
+        return probe_device(self.how.device)
 
-        In float64 in places, which Apple's accelerator does not know.
-        """
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
-
-    def encode(self, names: Collection[str]) -> None:
-        """Passes over training and test images, or reads what was found before.
-
-        Args:
-            names:
-                Which models.
-        """
+    def encode(self, tasks: Sequence[Task]) -> None:
+        """Passes over training and test images, or reads what was found before."""
         self.held_out = _held_out(len(self.train), self.seed)
         functions = {
             name: EncoderFeatures(encoder, self.layers, ["tokens"])
             for name, encoder in self.models.items()
-            if name in names
+            if name in {task.model for task in tasks}
         }
         # Without a directory they lie in a temporary one: memory would not hold them.
         root = self.kept.cache or Path(
             self.stack.enter_context(tempfile.TemporaryDirectory())
         )
-        with ExitStack() as stack:
-            for function in functions.values():
-                bf16 = self.precision == "bf16"
-                choose_attention(function.encoder, self.device, bf16)
-                stack.enter_context(evaluating(function.encoder, self.device))
+        with self.how.ready(functions.values()):
             for part, data in enumerate((self.train, self.test)):
                 stores = {
                     name: self.kept.store(name, part, len(data))
@@ -179,12 +156,8 @@ class DenseRunner:
                     functions,
                     stores,
                     Views(data, "image"),
-                    batch_size=self.batch_size,
-                    num_workers=self.num_workers,
-                    device=self.device,
-                    precision=self.precision,
                     description=f"Encoding {('training', 'test')[part]} images",
-                    progress=self.progress,
+                    **vars(self.how),
                 )
                 self.features.append(found)
         self._read_training_masks()
@@ -213,20 +186,16 @@ class DenseRunner:
             Views(data, "mask"),
             _AT_A_TIME,
             training=False,
-            num_workers=self.num_workers,
+            num_workers=self.how.num_workers,
         )
         for views, _, _ in loader:
             yield views[0].long()
 
-    def run(self, task: Task) -> DenseResult:
-        """Runs a protocol for a model.
-
-        Args:
-            task:
-                The protocol and the model.
+    def run(self, task: Task) -> dict[str, Any]:
+        """Runs a protocol for a model, and returns its row.
 
         Raises:
-            ValueError: If no pixel has a class.
+            ValueError: If no pixel of the test images has a class.
         """
         start = time.perf_counter()
         choice = self._choose(task)
@@ -236,7 +205,7 @@ class DenseRunner:
             raise ValueError("No pixel of the test images has a class.")
         low, high = miou_interval(counts, self.seed)
         ious = class_iou(counts.sum(dim=0))
-        return DenseResult(
+        row = DenseResult(
             model=task.model,
             protocol=task.protocol,
             layer=choice.layer,
@@ -256,6 +225,7 @@ class DenseRunner:
             num_patches=choice.num_patches,
             selection=choice.selection,
         )
+        return {"rows": [asdict(row)]}
 
     def _choose(self, task: Task) -> _Choice:
         """Chooses layer and hyper-parameters, and fits them on the whole bank."""

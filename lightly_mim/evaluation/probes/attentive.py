@@ -49,13 +49,18 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.probes.linear import MAX_NUMBERS, GridChoice
+from lightly_mim.evaluation.probes.linear import (
+    MAX_NUMBERS,
+    GridChoice,
+    best_probe,
+    tally,
+)
 from lightly_mim.evaluation.probes.standardize import Standardizer, check_label_range
 from lightly_mim.evaluation.protocol import (
     Outcome,
     best_key,
     describe_choices,
-    merit,
+    hyperparameters,
     rank_classes,
 )
 from lightly_mim.evaluation.splits import assign_folds, check_folds
@@ -123,14 +128,7 @@ class Attentive:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> list[Outcome]:
-        """See `FeatureProtocol`.
-
-        The seed decides the part that is held out, the first weights and the order of
-        the images.
-
-        Raises:
-            ValueError: If the number of features is not a multiple of that of queries.
-        """
+        """See `FeatureProtocol`. The seed decides part, first weights and order."""
         choices = {
             key: choose_attentive(
                 values, train.labels, num_classes, self, seed=seed, device=device
@@ -138,10 +136,7 @@ class Attentive:
             for key, values in train.values.items()
         }
         key = best_key(choices)
-        chosen = {
-            "learning_rate": choices[key].learning_rate,
-            "weight_decay": choices[key].weight_decay,
-        }
+        chosen = hyperparameters(choices[key])
         probe = fit_attentive_grid(
             train.values[key],
             train.labels,
@@ -150,13 +145,8 @@ class Attentive:
             [chosen["weight_decay"]],
             **self._training(seed, device),
         )
-        values = test.values[key]
-        logits = torch.cat(
-            [
-                probe(values[start : start + self.batch_size].to(device))[0]
-                for start in range(0, len(values), self.batch_size)
-            ]
-        )
+        batches = test.values[key].split(self.batch_size)
+        logits = torch.cat([probe(tokens.to(device))[0] for tokens in batches])
         ranked = rank_classes(logits).cpu()
         variant = "" if self.kind == "single" else f"{self.kind}, {self.queries}"
         return [Outcome(key, chosen, describe_choices(choices), ranked, variant)]
@@ -245,14 +235,11 @@ class AttentiveProbes(nn.Module):
         self.register_buffer("running_var", torch.ones_like(zeros))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits of every probe.
+        """Returns logits with shape (num_probes, batch_size, num_classes).
 
         Args:
             tokens:
                 Tensor with shape (batch_size, num_tokens, dim), as extracted.
-
-        Returns:
-            Tensor with shape (num_probes, batch_size, num_classes).
         """
         tokens = self.standardize(tokens)
         batch_size, num_tokens = tokens.shape[:2]
@@ -313,8 +300,7 @@ def fit_attentive_grid(
         learning_rates:
             The learning rates, not scaled by the batch size.
         weight_decays:
-            Weight decays of AdamW, on all weights; each is tried with each learning
-            rate.
+            Weight decays of AdamW, on all weights.
         rows:
             int64 tensor with the numbers of the images to train on. By default all.
         kind:
@@ -357,22 +343,19 @@ def fit_attentive_grid(
         key = seed_from(seed, "attentive", "weights")
         return AttentiveProbes(num_probes, num_classes, standardize, kind, queries, key)
 
-    together = build(1)
+    one = build(1)
     num_tokens, dim = tokens.shape[1:]
     # Weights, gradient and two moments; scores, attention and pooled tokens with their
     # gradients.
-    each = 4 * sum(values.numel() for values in together.parameters())
-    each += 4 * batch_size * together.num_heads * (num_tokens + dim)
+    each = 4 * sum(values.numel() for values in one.parameters())
+    each += 4 * batch_size * one.num_heads * (num_tokens + dim)
     size = max(1, (max_numbers - 2 * batch_size * num_tokens * dim) // each)
-    fitted = []
+    states = []
     for start in range(0, len(grid), size):
         part = grid[start : start + size]
         probes = build(len(part))
         _train(probes, part, tokens, labels, rows, epochs, batch_size, seed)
-        fitted.append(probes)
-    if len(fitted) == 1:
-        return fitted[0].eval().requires_grad_(False)
-    states = [probes.state_dict() for probes in fitted]
+        states.append(probes.state_dict())
     together = build(len(grid)).eval().requires_grad_(False)
     together.load_state_dict(
         {name: torch.cat([state[name] for state in states]) for name in states[0]}
@@ -392,8 +375,7 @@ def choose_attentive(
 ) -> GridChoice:
     """Chooses learning rate and weight decay on a held-out part of the training set.
 
-    The best accuracy wins; ties go to the lower cross-entropy, then to the first
-    probe.
+    Ties go to the lower cross-entropy, then to the first probe.
 
     Args:
         tokens:
@@ -405,14 +387,9 @@ def choose_attentive(
         settings:
             The grid, and how it is trained.
         seed:
-            Decides the part that is held out, the first weights and the order of the
-            other images.
+            Decides part, first weights and order of the images.
         device:
             Where to compute.
-
-    Returns:
-        The best learning rate and weight decay, with their accuracy and loss on the
-        held-out part.
 
     Raises:
         ValueError: If shapes, labels or settings are out of range.
@@ -431,23 +408,13 @@ def choose_attentive(
     held_out = (parts == 0).nonzero().flatten()
     correct = torch.zeros(probes.num_probes, dtype=torch.int64)
     loss = torch.zeros(probes.num_probes, dtype=torch.float64)
-    for start in range(0, len(held_out), settings.batch_size):
-        index = held_out[start : start + settings.batch_size]
-        target = labels[index].to(device).expand(probes.num_probes, -1)
+    for index in held_out.split(settings.batch_size):
         logits = probes(tokens[index].to(device))
-        correct += (logits.argmax(dim=2) == target).sum(dim=1).cpu()
-        losses = functional.cross_entropy(logits.mT, target, reduction="none")
-        loss += losses.sum(dim=1, dtype=torch.float64).cpu()
-    choices = [
-        GridChoice(*pair, hits / len(held_out), lost / len(held_out))
-        for pair, hits, lost in zip(
-            itertools.product(settings.learning_rates, settings.weight_decays),
-            correct.tolist(),
-            loss.tolist(),
-            strict=True,
-        )
-    ]
-    return max(choices, key=merit)
+        hits, lost = tally(logits.mT, labels[index].to(device))
+        correct += hits
+        loss += lost
+    grid = list(itertools.product(settings.learning_rates, settings.weight_decays))
+    return best_probe(grid, correct, loss, len(held_out))
 
 
 def _train(

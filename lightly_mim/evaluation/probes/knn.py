@@ -25,11 +25,13 @@ from torch.nn import functional
 
 from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked
 from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.probes.standardize import check_label_range
 from lightly_mim.evaluation.protocol import (
     NUM_RANKS,
     Outcome,
     best_key,
     describe_choices,
+    hyperparameters,
     rank_classes,
 )
 
@@ -97,21 +99,12 @@ class KNN:
             num_ranks=min(NUM_RANKS, num_classes),
             chunk_size=self.chunk_size,
         )
-        chosen = {"k": choices[key].k, "temperature": choices[key].temperature}
-        return [Outcome(key, chosen, describe_choices(choices), ranked[0, 0].cpu())]
+        chosen, selection = hyperparameters(choices[key]), describe_choices(choices)
+        return [Outcome(key, chosen, selection, ranked[0, 0].cpu())]
 
 
 class KNNChoice(NamedTuple):
-    """What leave-one-out on the training set has chosen.
-
-    Attributes:
-        k:
-            Number of neighbours.
-        temperature:
-            Temperature of their weights.
-        accuracy:
-            Leave-one-out top-1 accuracy on the training set, in [0, 1].
-    """
+    """What leave-one-out on the training set has chosen, with its accuracy."""
 
     k: int
     temperature: float
@@ -119,12 +112,7 @@ class KNNChoice(NamedTuple):
 
 
 def fitting_ks(num_images: int) -> list[int]:
-    """Returns those of the default values of k that leave-one-out allows.
-
-    Args:
-        num_images:
-            Number of training images.
-    """
+    """Returns those of the default values of k that leave-one-out allows."""
     return [k for k in KS if k < num_images]
 
 
@@ -220,9 +208,6 @@ def choose_knn(
         settings:
             The grid.
 
-    Returns:
-        The best setting and its leave-one-out accuracy.
-
     Raises:
         ValueError: If a k or a temperature is out of range.
     """
@@ -258,21 +243,11 @@ def _nearest(
     leave_one_out: bool,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Finds the k nearest of a chunk, ordered by similarity and then by number.
+    """Finds the k nearest of a chunk of normalised queries, the first of equals first.
 
-    Args:
-        queries:
-            All queries, normalised.
-        bank:
-            The bank, normalised.
-        start:
-            First query of the chunk.
-        k:
-            Number of neighbours.
-        leave_one_out:
-            Whether the queries are the bank.
-        buffer:
-            Tensor with shape (chunk_size, num_images) that is written to.
+    The chunk begins at `start` and has as many rows as the buffer, with shape
+    (chunk_size, num_images), which is written to. With `leave_one_out` the queries are
+    the bank.
 
     Returns:
         (similarities, indices), tensors with shape (chunk, k).
@@ -350,8 +325,7 @@ def _vote_grid(
 ) -> Tensor:
     """Lets the k nearest vote, for every k and temperature.
 
-    Returns:
-        int64 tensor with shape (len(ks), len(temperatures), chunk, num_ranks).
+    Returns classes with shape (len(ks), len(temperatures), chunk, num_ranks).
     """
     labels = bank_labels[index]
     chunk = len(labels)
@@ -398,8 +372,4 @@ def _check_bank(
             f"Labels are int64 with shape ({len(bank)},), got {bank_labels.dtype} with "
             f"shape {tuple(bank_labels.shape)}."
         )
-    if int(bank_labels.min()) < 0 or int(bank_labels.max()) >= num_classes:
-        raise ValueError(
-            f"Labels lie in [0, {num_classes}), got {int(bank_labels.min())} to "
-            f"{int(bank_labels.max())}."
-        )
+    check_label_range(bank_labels, num_classes)

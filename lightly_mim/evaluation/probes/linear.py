@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -42,12 +42,14 @@ from lightly_mim.arguments import (
     Seed,
     checked,
 )
-from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
 from lightly_mim.evaluation.protocol import (
+    Choice,
     Outcome,
     best_key,
     describe_choices,
+    hyperparameters,
     merit,
     rank_classes,
 )
@@ -64,22 +66,8 @@ LEARNING_RATES = (
 )  # fmt: skip
 
 
-T = TypeVar("T")
-
-
 class GridChoice(NamedTuple):
-    """What held-out training images have chosen from a grid of probes.
-
-    Attributes:
-        learning_rate:
-            The best learning rate.
-        weight_decay:
-            The best weight decay.
-        accuracy:
-            Their top-1 accuracy on the held-out images, in [0, 1].
-        loss:
-            Their cross-entropy there, which decides between equal accuracies.
-    """
+    """What was chosen from a grid of probes, with accuracy and mean cross-entropy."""
 
     learning_rate: float
     weight_decay: float
@@ -144,34 +132,19 @@ class Linear:
         )
         choices = dict(zip(train.values, found, strict=True))
         key = best_key(choices)
-        chosen = {
-            "learning_rate": choices[key].learning_rate,
-            "weight_decay": choices[key].weight_decay,
-        }
         features = train.values[key].to(device)
         standardize = Standardizer.fit(features)
         (weight,), (bias,) = fit_linear_grid(
             standardize(features),
             train.labels.to(device),
             num_classes,
-            [chosen["learning_rate"]],
-            [chosen["weight_decay"]],
+            [choices[key].learning_rate],
+            [choices[key].weight_decay],
             epochs=self.epochs,
             batch_size=self.batch_size,
             seed=seed,
         )
-        logits = functional.linear(
-            standardize(test.values[key].to(device)), weight, bias
-        )
-        return [
-            Outcome(
-                key,
-                chosen,
-                describe_choices(choices),
-                rank_classes(logits).cpu(),
-                classifier=standardize.folded_into(weight, bias),
-            )
-        ]
+        return [linear_outcome(choices, standardize, weight, bias, test)]
 
 
 @checked
@@ -204,8 +177,8 @@ def fit_linear_grid(
         learning_rates:
             The learning rates, not scaled by the batch size.
         weight_decays:
-            Weight decays, each of which is tried with each learning rate. As in
-            `torch.optim.SGD`, on the weight and not on the bias. Default from [0].
+            As in `torch.optim.SGD`, on the weight and not on the bias. Default from
+            [0].
         epochs:
             Number of passes over the images. Default from [1], 90, rounded.
         batch_size:
@@ -252,8 +225,8 @@ def choose_linear(
 
     By cross-validation on the training set: every image is held out once. On training
     sets of 200 to 2,000 images this found better rates than a single held-out fifth, by
-    0 to 1.2 points of accuracy. The best accuracy wins; ties go to
-    the lower cross-entropy, then to the first probe.
+    0 to 1.2 points of accuracy. Ties go to the lower cross-entropy, then to the first
+    probe.
 
     Features with equally many dimensions are trained together, and so are the parts of
     the cross-validation that hold out equally many images. Which ones meet in a product
@@ -275,8 +248,7 @@ def choose_linear(
             Where to compute.
 
     Returns:
-        For each of the features the best learning rate and weight decay, with their
-        accuracy and loss on the held-out parts.
+        The choice for each of the features.
 
     Raises:
         ValueError: If shapes, labels or settings are out of range.
@@ -296,7 +268,9 @@ def choose_linear(
         numbers = (len(labels) - size) * dim + len(probes) * num_classes * (
             3 * dim + 2 * settings.batch_size
         )
-        for chunk in _chunks(problems, max(1, settings.max_numbers // numbers)):
+        together = max(1, settings.max_numbers // numbers)
+        for start in range(0, len(problems), together):
+            chunk = problems[start : start + together]
             scalers = [Standardizer.fit(features[i][folds != f]) for i, f in chunk]
             parts = zip(scalers, chunk, strict=True)
             weights, biases = _train(
@@ -323,14 +297,23 @@ def choose_linear(
                 )
                 correct[i] += hits
                 loss[i] += lost
-    choices = []
-    for hits, lost in zip(correct.tolist(), loss.tolist(), strict=True):
-        grid = [
-            GridChoice(*probe, accuracy=a / len(labels), loss=b / len(labels))
-            for probe, a, b in zip(probes, hits, lost, strict=True)
-        ]
-        choices.append(max(grid, key=merit))
-    return choices
+    return [
+        best_probe(probes, *tallied, len(labels))
+        for tallied in zip(correct, loss, strict=True)
+    ]
+
+
+def best_probe(
+    probes: Sequence[tuple[float, float]], correct: Tensor, loss: Tensor, count: int
+) -> GridChoice:
+    """Returns the best of probes by what `tally` says of so many held-out images."""
+    grid = [
+        GridChoice(*probe, hits / count, lost / count)
+        for probe, hits, lost in zip(
+            probes, correct.tolist(), loss.tolist(), strict=True
+        )
+    ]
+    return max(grid, key=merit)
 
 
 def score_linear(
@@ -341,37 +324,63 @@ def score_linear(
     *,
     max_numbers: int = MAX_NUMBERS,
 ) -> tuple[Tensor, Tensor]:
-    """Scores many linear classifiers at once.
+    """Scores many linear classifiers at once, with at most `max_numbers` logits.
+
+    `weight` has shape (num_probes, num_classes, dim), `bias` (num_probes, num_classes)
+    and the standardised features (num_images, dim).
+
+    Returns:
+        See `tally`.
+    """
+    correct = torch.zeros(len(weight), dtype=torch.int64)
+    loss = torch.zeros(len(weight), dtype=torch.float64)
+    size = max(1, max_numbers // bias.numel())
+    for batch, target in zip(features.split(size), labels.split(size), strict=True):
+        logits = torch.addmm(bias.view(-1, 1), weight.flatten(0, 1), batch.T)
+        hits, lost = tally(logits.view(*bias.shape, len(batch)), target)
+        correct += hits
+        loss += lost
+    return correct, loss
+
+
+def tally(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts what each of many probes gets right.
 
     Args:
-        weight:
-            Tensor with shape (num_probes, num_classes, dim).
-        bias:
-            Tensor with shape (num_probes, num_classes).
-        features:
-            Standardised features with shape (num_images, dim).
+        logits:
+            Tensor with shape (num_probes, num_classes, num_images).
         labels:
             int64 tensor with shape (num_images,).
-        max_numbers:
-            Largest number of logits at a time.
 
     Returns:
         (correct, loss), int64 and float64 tensors with shape (num_probes,) on the CPU:
         how many images each of them gets right, and the sum of its cross-entropies.
     """
-    num_probes = len(weight)
-    correct = torch.zeros(num_probes, dtype=torch.int64)
-    loss = torch.zeros(num_probes, dtype=torch.float64)
-    size = max(1, max_numbers // bias.numel())
-    for start in range(0, len(features), size):
-        batch, target = features[start : start + size], labels[start : start + size]
-        logits = torch.addmm(bias.view(-1, 1), weight.flatten(0, 1), batch.T)
-        logits = logits.view(*bias.shape, len(batch))
-        targets = target.expand(num_probes, -1)
-        correct += (logits.argmax(dim=1) == targets).sum(dim=1).cpu()
-        losses = functional.cross_entropy(logits, targets, reduction="none")
-        loss += losses.sum(dim=1, dtype=torch.float64).cpu()
-    return correct, loss
+    target = labels.expand(len(logits), -1)
+    correct = (logits.argmax(dim=1) == target).sum(dim=1)
+    losses = functional.cross_entropy(logits, target, reduction="none")
+    return correct.cpu(), losses.sum(dim=1, dtype=torch.float64).cpu()
+
+
+def linear_outcome(
+    choices: Mapping[Key, Choice],
+    standardize: Standardizer,
+    weight: Tensor,
+    bias: Tensor,
+    test: Features,
+) -> Outcome:
+    """Predicts the test images with a linear layer on the best features."""
+    key = best_key(choices)
+    logits = functional.linear(
+        standardize(test.values[key].to(weight.device)), weight, bias
+    )
+    return Outcome(
+        key,
+        hyperparameters(choices[key]),
+        describe_choices(choices),
+        rank_classes(logits).cpu(),
+        classifier=standardize.folded_into(weight, bias),
+    )
 
 
 def _train(
@@ -386,23 +395,8 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     """Trains all probes on all of P problems of the same size.
 
-    Args:
-        features:
-            Standardised features with shape (P, N, D).
-        labels:
-            int64 tensor with shape (P, N).
-        num_classes:
-            C.
-        probes:
-            G pairs of a learning rate and a weight decay.
-        epochs:
-            Number of passes.
-        batch_size:
-            Largest B.
-        momentum:
-            Momentum of SGD.
-        seed:
-            Decides the order, which is the same for all problems.
+    `features` has shape (P, N, D), `labels` (P, N); `probes` are G pairs of a learning
+    rate and a weight decay. The order of the images is the same for all problems.
 
     Returns:
         (weight, bias), tensors with shape (P, G, C, D) and (P, G, C).
@@ -455,8 +449,3 @@ def _train(
             step += 1
     shape = (num_problems, len(probes), num_classes)
     return weight.view(*shape, dim), bias.view(shape)
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -29,7 +29,6 @@ import torch
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
-from torch.nn import functional
 
 from lightly_mim.arguments import (
     AtLeastTwo,
@@ -41,15 +40,13 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.probes.linear import MAX_NUMBERS, score_linear
-from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
-from lightly_mim.evaluation.protocol import (
-    Outcome,
-    best_key,
-    describe_choices,
-    merit,
-    rank_classes,
+from lightly_mim.evaluation.probes.linear import (
+    MAX_NUMBERS,
+    linear_outcome,
+    score_linear,
 )
+from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
+from lightly_mim.evaluation.protocol import Outcome, best_key, merit
 from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 # [0]'s range up to 30, in steps of half a decade where [0] has a quarter. On the
@@ -116,14 +113,11 @@ class Logistic:
         key = best_key(choices)
         features = train.values[key].to(device)
         standardize = Standardizer.fit(features)
-        (weight,), (bias,), _, (converged,) = fit_logistic_path(
+        (weight,), (bias,), _, (converged,) = self.fit(
             standardize(features),
             train.labels.to(device),
             num_classes,
             [choices[key].c],
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-            max_numbers=self.max_numbers,
         )
         if not converged:
             warnings.warn(
@@ -133,33 +127,27 @@ class Logistic:
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        logits = functional.linear(
-            standardize(test.values[key].to(device)), weight, bias
+        return [linear_outcome(choices, standardize, weight, bias, test)]
+
+    def fit(
+        self, features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float]
+    ) -> LogisticPath:
+        """Returns `fit_logistic_path` with these settings."""
+        return fit_logistic_path(
+            features,
+            labels,
+            num_classes,
+            cs,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            max_numbers=self.max_numbers,
         )
-        return [
-            Outcome(
-                key,
-                {"c": choices[key].c},
-                describe_choices(choices),
-                rank_classes(logits).cpu(),
-                classifier=standardize.folded_into(weight, bias),
-            )
-        ]
 
 
 class LogisticChoice(NamedTuple):
-    """What cross-validation on the training set has chosen.
+    """What cross-validation has chosen, with its accuracy and mean cross-entropy.
 
-    Attributes:
-        c:
-            The best C.
-        accuracy:
-            Its top-1 accuracy on the held-out parts, in [0, 1].
-        loss:
-            Its cross-entropy there, which decides between equal accuracies.
-        converged:
-            Whether all of its fits converged; else some were cut at the largest number
-            of iterations.
+    Unless `converged`, some of its fits were cut at the largest number of iterations.
     """
 
     c: float
@@ -169,17 +157,9 @@ class LogisticChoice(NamedTuple):
 
 
 class LogisticPath(NamedTuple):
-    """One fit per C.
+    """One fit per C: weights (num_cs, num_classes, dim), biases (num_cs, num_classes).
 
-    Attributes:
-        weight:
-            Tensor with shape (num_cs, num_classes, dim).
-        bias:
-            Tensor with shape (num_cs, num_classes).
-        iterations:
-            Number of iterations of each.
-        converged:
-            Whether each has converged.
+    `iterations` and `converged` say how each of them ended.
     """
 
     weight: Tensor
@@ -281,7 +261,7 @@ def choose_logistic(
 ) -> list[LogisticChoice]:
     """Chooses C for each of several features, by cross-validation.
 
-    The best accuracy wins; ties go to the lower cross-entropy, then to the first C.
+    Ties go to the lower cross-entropy, then to the first C.
 
     Args:
         features:
@@ -302,8 +282,7 @@ def choose_logistic(
             Where to compute.
 
     Returns:
-        For each of the features the best C with its accuracy and loss on the held-out
-        parts.
+        The choice for each of the features.
 
     Raises:
         ValueError: If shapes, labels or settings are out of range.
@@ -322,14 +301,8 @@ def choose_logistic(
             if not standardized:
                 standardize = Standardizer.fit(train)
                 train, test = standardize(train), standardize(test)
-            path = fit_logistic_path(
-                train.to(device),
-                labels[kept].to(device),
-                num_classes,
-                settings.cs,
-                tolerance=settings.tolerance,
-                max_iterations=settings.max_iterations,
-                max_numbers=settings.max_numbers,
+            path = settings.fit(
+                train.to(device), labels[kept].to(device), num_classes, settings.cs
             )
             hits, lost = score_linear(
                 path.weight,
@@ -356,24 +329,16 @@ def choose_logistic(
 class _Objective:
     """Mean cross-entropy plus penalty, and its gradient, as scipy calls for them.
 
-    Attributes:
-        features:
-            Rotated features with shape (N, R).
-        labels:
-            int64 tensor with shape (N,).
-        penalty:
-            Factor of half the squared weights.
-        size:
-            Number of images at a time.
+    `features` are rotated, with shape (N, R), and read `size` images at a time;
+    `penalty` is the factor of half the squared weights.
     """
 
     def __init__(
         self, features: Tensor, labels: Tensor, penalty: float, size: int
     ) -> None:
-        self.features = features
-        self.labels = labels
+        self.batches = list(zip(features.split(size), labels.split(size), strict=True))
+        self.num_images = len(features)
         self.penalty = penalty
-        self.size = size
 
     def precondition(self, variance: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Scales the variables so that the curvature is about 1 in all directions.
@@ -382,11 +347,11 @@ class _Objective:
         average over images and classes, plus the penalty.
         """
         spread = 0.0
-        for start in range(0, len(self.features), self.size):
-            p = self._logits(start, weight, bias).softmax(dim=0)
+        for batch, _ in self.batches:
+            p = _logits(batch, weight, bias).softmax(dim=0)
             spread += float((p * (1 - p)).mean(dim=0).sum(dtype=torch.float64))
         # With one class, or where all is certain, it is 0.
-        spread = max(spread / len(self.features), 1e-6)
+        spread = max(spread / self.num_images, 1e-6)
         self.scale = (spread * variance + self.penalty).rsqrt()
         self.bias_scale = spread**-0.5
 
@@ -410,30 +375,26 @@ class _Objective:
         value = 0.5 * self.penalty * weight.square().sum()
         weight_gradient = self.penalty * weight
         bias_gradient = torch.zeros_like(bias)
-        num_images = len(self.features)
-        for start in range(0, num_images, self.size):
-            batch = self.features[start : start + self.size]
-            target = self.labels[None, start : start + self.size]
+        for batch, labels in self.batches:
+            target = labels[None]
             # Classes first, which is the fast way round, see `fit_linear_grid`.
-            error = self._logits(start, weight, bias).log_softmax(dim=0)
+            error = _logits(batch, weight, bias).log_softmax(dim=0)
             loss = error.gather(0, target).sum(dtype=torch.float64)
-            value -= loss / num_images
+            value -= loss / self.num_images
             error.exp_()
             error.scatter_add_(0, target, error.new_full(target.shape, -1.0))
-            weight_gradient += (error @ batch).double() / num_images
-            bias_gradient += error.sum(dim=1, dtype=torch.float64) / num_images
+            weight_gradient += (error @ batch).double() / self.num_images
+            bias_gradient += error.sum(dim=1, dtype=torch.float64) / self.num_images
         parts = [
             (weight_gradient * self.scale).flatten(),
             bias_gradient * self.bias_scale,
         ]
         return float(value), torch.cat(parts).cpu().numpy()
 
-    def _logits(self, start: int, weight: Tensor, bias: Tensor) -> Tensor:
-        """Returns the logits of some images with shape (C, images)."""
-        batch = self.features[start : start + self.size]
-        return torch.addmm(
-            bias[:, None].to(batch.dtype), weight.to(batch.dtype), batch.T
-        )
+
+def _logits(batch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Returns the logits of some images with shape (C, images)."""
+    return torch.addmm(bias[:, None].to(batch.dtype), weight.to(batch.dtype), batch.T)
 
 
 def _principal_directions(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,11 +35,7 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data.seeding import seed_from
 from lightly_mim.evaluation.features import Features, Key
-from lightly_mim.evaluation.probes.logistic import (
-    Logistic,
-    choose_logistic,
-    fit_logistic_path,
-)
+from lightly_mim.evaluation.probes.logistic import Logistic, choose_logistic
 from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.evaluation.protocol import (
     Outcome,
@@ -96,17 +92,7 @@ class LowLabel:
         return []
 
     def check_labels(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Checks that there are enough images of each class to draw from.
-
-        Args:
-            labels:
-                int64 tensor with shape (num_train,) with values in [0, num_classes).
-            classes:
-                Names of the classes.
-
-        Raises:
-            ValueError: If a class has too few training images.
-        """
+        """See `ChecksLabels`: there are enough images of each class to draw from."""
         check_counts(labels, classes, max(self.shots))
 
     def __call__(
@@ -125,20 +111,13 @@ class LowLabel:
             layer, pooling and C are those that most draws have chosen; `selection` has
             what each draw has chosen.
 
-        Raises:
-            ValueError: If a class has too few training images.
-
         Warns:
             ConvergenceWarning: If a final fit ended at `max_iterations`.
         """
+        seeds = [seed_from(seed, "low_label", draw) for draw in range(self.draws)]
         rows = [
-            draw_per_class(
-                train.labels,
-                num_classes,
-                max(self.shots),
-                seed_from(seed, "low_label", draw),
-            )
-            for draw in range(self.draws)
+            draw_per_class(train.labels, num_classes, max(self.shots), each)
+            for each in seeds
         ]
         scalers = {
             key: Standardizer.fit(values) for key, values in train.values.items()
@@ -159,6 +138,12 @@ class LowLabel:
         seed: int,
         device: torch.device | str,
     ) -> Outcome:
+        logistic = Logistic(
+            self.cs,
+            max(min(shots, self.num_folds), 2),
+            self.tolerance,
+            self.max_iterations,
+        )
         chosen: list[tuple[Key, float]] = []
         selection: list[dict[str, Any]] = []
         ranked = []
@@ -169,18 +154,15 @@ class LowLabel:
             features = {
                 key: scalers[key](values[index]) for key, values in train.values.items()
             }
-            key, c = _first_pool_of_last_layer(list(features)), self.fixed_c
+            # The first pooling of the last layer; a baseline's features have no layer.
+            key = max(features, key=lambda key: -1 if key[0] is None else key[0])
+            c = self.fixed_c
             if shots > 1:
                 found = choose_logistic(
                     list(features.values()),
                     labels,
                     num_classes,
-                    Logistic(
-                        self.cs,
-                        num_folds=min(shots, self.num_folds),
-                        tolerance=self.tolerance,
-                        max_iterations=self.max_iterations,
-                    ),
+                    logistic,
                     standardized=True,
                     seed=seed_from(seed, "low_label", "parts", draw),
                     device=device,
@@ -191,13 +173,8 @@ class LowLabel:
                 [best] = describe_choices({key: choices[key]})
                 selection.append({"draw": draw, **best})
             chosen.append((key, c))
-            path = fit_logistic_path(
-                features[key].to(device),
-                labels.to(device),
-                num_classes,
-                [c],
-                tolerance=self.tolerance,
-                max_iterations=self.max_iterations,
+            path = logistic.fit(
+                features[key].to(device), labels.to(device), num_classes, [c]
             )
             cut += not path.converged[0]
             logits = functional.linear(
@@ -215,8 +192,3 @@ class LowLabel:
         (key, c), _ = Counter(chosen).most_common(1)[0]
         variant = f"{shots} per class"
         return Outcome(key, {"c": c}, selection, torch.stack(ranked), variant)
-
-
-def _first_pool_of_last_layer(keys: Sequence[Key]) -> Key:
-    last = max(-1 if layer is None else layer for layer, _ in keys)
-    return next(key for key in keys if key[0] == (None if last == -1 else last))

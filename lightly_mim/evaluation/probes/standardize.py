@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,7 @@ class Standardizer(NamedTuple):
 
     @classmethod
     def fit(cls, features: Tensor, rows: Tensor | None = None) -> Standardizer:
-        """Takes the statistics of features.
-
-        They are computed in float64, some rows at a time.
+        """Takes the statistics of features, in float64 and some rows at a time.
 
         Args:
             features:
@@ -44,17 +43,18 @@ class Standardizer(NamedTuple):
         count = num_images * math.prod(features.shape[1:-1])
         size = max(1, 2**22 // max(1, features[:1].numel()))  # 32 MB in float64
 
-        def chunk(start: int) -> Tensor:
+        def parts() -> Iterator[Tensor]:
             if rows is None:
-                return features[start : start + size].double()
-            return features[rows[start : start + size]].double()
+                yield from features.split(size)
+            else:
+                yield from (features[index] for index in rows.split(size))
 
         mean = features.new_zeros(features.shape[-1], dtype=torch.float64)
-        for start in range(0, num_images, size):
-            mean += chunk(start).sum(dims) / count
+        for part in parts():
+            mean += part.double().sum(dims) / count
         variance = torch.zeros_like(mean)
-        for start in range(0, num_images, size):
-            variance += (chunk(start) - mean).square().sum(dims) / count
+        for part in parts():
+            variance += (part.double() - mean).square().sum(dims) / count
         std = variance.sqrt()
         # A spread of this size is the rounding of float32, not a feature.
         std[std <= 1e-6 * mean.abs()] = 1.0
@@ -67,11 +67,7 @@ class Standardizer(NamedTuple):
     def folded_into(self, weight: Tensor, bias: Tensor) -> nn.Linear:
         """Returns the linear layer that does both: standardises, and then classifies.
 
-        Args:
-            weight:
-                Tensor with shape (num_classes, dim).
-            bias:
-                Tensor with shape (num_classes,).
+        `weight` has shape (num_classes, dim) and `bias` (num_classes,).
         """
         folded = weight.double().cpu() / self.scale.double().cpu()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -82,15 +78,7 @@ class Standardizer(NamedTuple):
 
 
 def check_fit(features: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Checks that features, labels and the number of classes go together.
-
-    Args:
-        features:
-            Tensor with shape (num_images, dim).
-        labels:
-            int64 tensor with shape (num_images,) with values in [0, num_classes).
-        num_classes:
-            Number of classes.
+    """Checks that features (num_images, dim), labels and number of classes go together.
 
     Raises:
         ValueError: If they do not, or if there are no images.
@@ -104,17 +92,7 @@ def check_fit(features: Tensor, labels: Tensor, num_classes: int) -> None:
 
 
 def check_label_range(labels: Tensor, num_classes: int) -> None:
-    """Checks that labels are classes.
-
-    Args:
-        labels:
-            int64 tensor with shape (num_images,).
-        num_classes:
-            Number of classes.
-
-    Raises:
-        ValueError: If a label is not in [0, num_classes).
-    """
+    """Raises a ValueError if a label is not in [0, num_classes)."""
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
             f"Labels lie in [0, {num_classes}), got {int(labels.min())} to "

@@ -37,28 +37,10 @@ class FineTuneTransform:
         List of one uint8 tensor with shape (channels, height, width). Random erasing,
         which comes next, is for normalised batches on the device.
 
-    RandAugment is timm's: two operations per image, each with probability 0.5, with the
-    mean of the images as the colour behind them. For grey images it chooses among the
-    operations that are not about colour.
-
-    Attributes:
-        crop:
-            The random resized crop (bicubic) and flip.
-        augment:
-            timm's RandAugment. None for none.
-
-    Args:
-        input_size:
-            (height, width) of the result in pixels.
-        in_chans:
-            Number of channels. RandAugment needs 1 or 3.
-        mean:
-            Per channel, the mean of images in [0, 1].
-        min_scale:
-            Smallest area of the random crop, as a part of the picture's.
-        rand_augment:
-            RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; empty for
-            none.
+    RandAugment is timm's, and its text timm's ("" for none): two operations per image,
+    each with probability 0.5, with the mean of the images (in [0, 1]) as the colour
+    behind them. For grey images it chooses among the operations that are not about
+    colour.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -137,17 +119,8 @@ def mixed_loss(
 ) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """Returns the loss of a batch with random erasing, mixup, cutmix and smoothing.
 
-    Args:
-        recipe:
-            The settings.
-        num_classes:
-            Number of classes.
-        device:
-            Where the images are.
-
-    Returns:
-        Function from (model, normalised images with shape (B, C, H, W), int64 labels
-        with shape (B,)) to the mean cross-entropy. It changes the images.
+    It is a function from (model, normalised images with shape (B, C, H, W), int64
+    labels with shape (B,)) to the mean cross-entropy. It changes the images.
     """
     smoothing = recipe.label_smoothing
     erase = RandomErasing(
@@ -176,15 +149,7 @@ def mixed_loss(
 
 
 def check_rand_augment(text: str) -> None:
-    """Refuses a RandAugment that timm would not read.
-
-    Args:
-        text:
-            RandAugment as timm writes it.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Raises a ValueError for a RandAugment that timm would not read."""
     # timm skips what it does not know, or fails by an assertion.
     number, whole = r"\d+(\.\d+)?", r"\d+"
     parts = f"(m|n|mmax|inc){whole}|(p|mstd){number}|tweights|t3aw?"

@@ -31,7 +31,6 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised.augmentation import (
     FineTuneTransform,
@@ -184,13 +183,7 @@ class FineTune:
         self._transform(encoder)
 
     def settings(self, name: str, num_train: int) -> FineTuneRecipe:
-        """Returns a published recipe with the values that were asked for.
-
-        Args:
-            name:
-                One of `RECIPES`.
-            num_train:
-                Number of training images.
+        """Returns a published recipe of `RECIPES` with the values that were asked for.
 
         Raises:
             ValueError: If a value is out of range.
@@ -278,11 +271,9 @@ class FineTune:
             encoder,
             num_classes,
             identity={
-                **dataclasses.asdict(self) | {"grad_checkpointing": None},
-                "protocol": "finetune",
+                **dataclasses.asdict(self),
+                "grad_checkpointing": None,  # changes nothing
                 "recipe": name,
-                "encoder": encoder_fingerprint(encoder),
-                "num_classes": num_classes,
             },
             out=out,
             seed=seed,

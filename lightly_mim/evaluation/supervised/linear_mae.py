@@ -31,7 +31,7 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.fingerprints import encoder_fingerprint
+from lightly_mim.evaluation.features import EncoderFeatures
 from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
@@ -200,12 +200,7 @@ class LinearMAE:
             images.test,
             encoder,
             num_classes,
-            identity={
-                **dataclasses.asdict(self),
-                "protocol": "linear_mae",
-                "encoder": encoder_fingerprint(encoder),
-                "num_classes": num_classes,
-            },
+            identity=dataclasses.asdict(self),
             out=out,
             seed=seed,
             precision=precision,
@@ -260,21 +255,9 @@ def build_lars(
     """Makes timm's LARS scale as MAE's code does at a weight decay of 0.
 
     The gradient of each matrix is scaled by `trust_coefficient` times the norm of the
-    weights over that of the gradient, before the momentum; biases are left as they are.
-    timm's (and lightly's) would leave everything unscaled without weight decay: it is
-    told to adapt always, for the matrices.
-
-    - [1]: LARS, 2017, https://arxiv.org/abs/1708.03888
-
-    Args:
-        parameters:
-            The parameters.
-        lr:
-            Learning rate.
-        momentum:
-            Momentum.
-        trust_coefficient:
-            Trust coefficient.
+    weights over that of the gradient, before the momentum; biases are left as they are
+    [1]. timm's (and lightly's) would leave everything unscaled without weight decay: it
+    is told to adapt always, for the matrices.
     """
     parameters = list(parameters)
     return Lars(
@@ -297,10 +280,11 @@ class _Probe(nn.Module):
         self, encoder: MaskedEncoder, num_classes: int, pool: Pool, layer: int
     ) -> None:
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
+        self.encoder = encoder.requires_grad_(False).eval()
         self.pool: Pool = pool
         self.layer = layer
-        dim = _feature_dim(encoder, pool, layer)
+        # A Swin's stages have different widths.
+        ((dim,),) = EncoderFeatures(encoder, [layer], [pool]).shapes.values()
         linear = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
@@ -328,17 +312,6 @@ def _check_norm(plan: BatchPlan) -> None:
             "The BatchNorm needs micro-batches of at least 2 images: use a "
             "batch_size and a micro_batch_size that are powers of two."
         )
-
-
-def _feature_dim(encoder: MaskedEncoder, pool: Pool, layer: int) -> int:
-    """Asks the encoder: a Swin's stages have different widths."""
-    device = next(encoder.parameters()).device
-    training = encoder.training
-    with torch.no_grad():
-        images = torch.zeros(1, encoder.in_chans, *encoder.img_size, device=device)
-        dim = encoder.eval().embed(images, pool, layer).shape[1]
-    encoder.train(training)
-    return dim
 
 
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

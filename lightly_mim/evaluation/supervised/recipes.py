@@ -180,10 +180,6 @@ def default_recipe(encoder: MaskedEncoder) -> RecipeName:
     for SwinV2-B. A Beit gets SimMIM's for ViT-B, whose ViT is one. Other ViTs, and a
     Beit of 24 blocks or more, get MAE's for ViT-B, ViT-L (from 24 blocks on) or ViT-H
     (from 32 on).
-
-    Args:
-        encoder:
-            The encoder.
     """
     if isinstance(encoder.vit, SwinTransformerV2):
         return "simmim_swinv2_base"

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.features import batch_images, normalize_images
+from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.probes.standardize import check_label_range
 from lightly_mim.training.cuda import float32_products
 from lightly_mim.training.machine import (
@@ -55,21 +56,11 @@ LOG_EVERY = 10  # optimiser steps
 
 
 class BatchPlan(NamedTuple):
-    """How the images of an epoch are shared out.
+    """How the images of an epoch are shared out."""
 
-    Attributes:
-        batch_size:
-            Images per optimiser step.
-        num_parts:
-            Micro-batches per optimiser step, all of the same size, over all processes.
-        steps_per_epoch:
-            Optimiser steps in an epoch. The images that are left over, others in each
-            epoch, are not used.
-    """
-
-    batch_size: int
-    num_parts: int
-    steps_per_epoch: int
+    batch_size: int  # images per optimiser step
+    num_parts: int  # micro-batches of equal size per step, over all processes
+    steps_per_epoch: int  # images that are left over, others each time, are not used
 
 
 def plan_batches(
@@ -79,23 +70,11 @@ def plan_batches(
     multiple: int = 1,
     processes: int = 1,
 ) -> BatchPlan:
-    """Cuts batches into micro-batches that are equal in size.
+    """Cuts batches into the largest micro-batches that are equal in size.
 
-    Args:
-        num_train:
-            Number of training images.
-        batch_size:
-            Images per optimiser step. If there are fewer training images, all of them
-            make a batch, but for the few that do not share out evenly.
-        micro_batch_size:
-            Most images at a time.
-        multiple:
-            What the size of a micro-batch is a multiple of.
-        processes:
-            What the number of micro-batches is a multiple of.
-
-    Returns:
-        The plan with the largest micro-batches.
+    If there are fewer training images than `batch_size`, all of them make a batch, but
+    for the few that do not share out evenly. The size of a micro-batch is a multiple of
+    `multiple`, and their number one of `processes`.
 
     Raises:
         ValueError: If the batch cannot be shared out.
@@ -122,67 +101,27 @@ def plan_batches(
 
 @dataclass(frozen=True)
 class Classification:
-    """A classifier and how it is trained.
+    """A classifier and how it is trained."""
 
-    Attributes:
-        name:
-            What the results call it.
-        model:
-            Module from normalised images with shape (B, C, H, W) to logits with shape
-            (B, num_classes), on its device. `train` and `eval` put it in its modes.
-        trained:
-            The part of the model that changes, which checkpoints hold.
-        optimizer:
-            Optimiser of that part.
-        schedule:
-            Its learning rate schedule, which steps with it.
-        loss:
-            Function from (model, normalised images, labels with shape (B,)) to the mean
-            loss. It draws from the global random states, which are seeded for it, and
-            may change the images.
-        epochs:
-            Number of passes over the training images.
-        plan:
-            How they are shared out.
-        clip_grad:
-            Largest norm of the gradient. None for no clipping.
-    """
-
-    name: str
-    model: nn.Module
-    trained: nn.Module
-    optimizer: Optimizer
-    schedule: LambdaLR
+    name: str  # what the results call it
+    model: nn.Module  # normalised images (B, C, H, W) to logits (B, num_classes)
+    trained: nn.Module  # the part of the model that changes, which checkpoints hold
+    optimizer: Optimizer  # of that part
+    schedule: LambdaLR  # steps with the optimiser
+    # From (model, normalised images, labels) to the mean loss. It draws from the global
+    # random states, which are seeded for it, and may change the images.
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
     epochs: int
     plan: BatchPlan
-    clip_grad: float | None = None
+    clip_grad: float | None = None  # largest norm of the gradient
 
 
 class Classifier(TrainingModule):
     """Trains a `Classification` and keeps the logits of the test images.
 
-    Attributes:
-        task:
-            The classifier and how it is trained.
-        model:
-            Its model.
-        logits:
-            Float tensors with shape (rows, num_classes) on the CPU, this rank's rows of
-            each batch of test images.
-
-    Args:
-        task:
-            The classifier and how it is trained.
-        encoder:
-            Gives mean and standard deviation of the images.
-        num_classes:
-            Number of classes.
-        seed:
-            Seed of noise.
-        identity:
-            What the result depends on beside the images: a checkpoint of something else
-            is refused. Numbers and strings by name.
+    `logits` are float tensors with shape (rows, num_classes) on the CPU, this rank's
+    rows of each batch. A checkpoint with another `identity` is refused: numbers and
+    strings by name, what the result depends on beside the images.
     """
 
     def __init__(
@@ -318,36 +257,11 @@ def train_and_score(
 ) -> Tensor:
     """Trains a classifier to its last epoch and scores the test images once.
 
-    Args:
-        task:
-            The classifier and how it is trained.
-        train:
-            Training images with their augmentation: uint8 tensors with shape (C, H, W),
-            or lists of one such view.
-        test:
-            Test images, uint8 tensors with shape (C, H, W).
-        encoder:
-            Gives mean and standard deviation of the images.
-        num_classes:
-            Number of classes.
-        identity:
-            See `Classifier`.
-        out:
-            Directory of the checkpoint and of `metrics.csv`.
-        seed:
-            Seed of order, augmentation and noise.
-        precision:
-            "32", "bf16" for bfloat16 autocast, or "16" for float16 autocast with a
-            gradient scaler on a GPU.
-        num_workers:
-            Number of processes that read images, None for the loader's choice.
-        progress:
-            Whether to show a progress bar, rather than a line for each epoch.
-        layout:
-            The processes, which run already: see
-            `lightly_mim.training.machine.start`.
-        compile:
-            Whether to compile the model with `torch.compile`.
+    Training images, with their augmentation, are uint8 tensors with shape (C, H, W) or
+    lists of one such view; test images are such tensors. The encoder gives their mean
+    and standard deviation, and `identity` is of the settings, see `Classifier`. The
+    other arguments are those of `ImageProtocol`; the processes of the layout run
+    already, see `lightly_mim.training.machine.start`.
 
     Returns:
         Float tensor with shape (num_test, num_classes) on the CPU, the logits, the same
@@ -369,6 +283,9 @@ def train_and_score(
         layout = Layout([device.index], 1, layout.environment)
     identity = {
         **identity,
+        "protocol": task.name,
+        "encoder": encoder_fingerprint(encoder),
+        "num_classes": num_classes,
         "seed": seed,
         "precision": precision,
         "num_images": len(train),  # type: ignore[arg-type]

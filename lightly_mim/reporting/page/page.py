@@ -128,8 +128,8 @@ def read_runs(runs: Sequence[Path | str]) -> list[RunFiles]:
         if run.empty:
             why = f": {' '.join(run.problems)}" if run.problems else ""
             raise ValueError(
-                f"There is nothing to report in {run.path}{why}. A run has a "
-                "config.yaml, a metrics.csv or a results.json."
+                f"There is nothing to report in {run.path}{why.rstrip('.')}. A run "
+                "has a config.yaml, a metrics.csv or a results.json."
             )
     return read
 
