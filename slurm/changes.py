@@ -5,25 +5,19 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from cluster import machine
-from commands import Program, make_task, read, read_sweep
-from status import is_busy, queue
-from study import Study, TaskSpec
+from slurm.commands import Program, make_task, read, read_sweep
+from slurm.options import machine
+from slurm.status import Queue, is_busy, queue
+from slurm.study import Study, TaskSpec
 
 
 def change_study(study: Study, options: argparse.Namespace) -> bool:
     """Drops and changes tasks, and gives them another evaluation, as was asked for.
 
-    Args:
-        study:
-            The study, which is changed and not saved.
-        options:
-            Those of `submit.py`.
-
     Returns:
-        Whether anything was changed.
+        Whether anything was changed, which is not saved.
 
     Raises:
         ValueError: If there is no such task, if it runs, is in the queue or has come to
@@ -45,7 +39,7 @@ def change_study(study: Study, options: argparse.Namespace) -> bool:
     return True
 
 
-def ask_queue(study: Study) -> Mapping[str, tuple[str, str]]:
+def ask_queue(study: Study) -> Queue:
     """Returns SLURM's queue, see `queue`; an empty one for a study that has no jobs.
 
     Raises:
@@ -60,11 +54,10 @@ def ask_queue(study: Study) -> Mapping[str, tuple[str, str]]:
     return queued or {}
 
 
-def _find(study: Study, name: str, queued: Mapping[str, tuple[str, str]]) -> TaskSpec:
+def _find(study: Study, name: str, queued: Queue) -> TaskSpec:
     """Returns the task of a name or number, which must be at rest."""
-    found = [t for t in study.tasks if name in (t.name, _number(t))]
-    if not found and name.isdecimal():
-        found = [t for t in study.tasks if int(_number(t)) == int(name)]
+    number = int(name) if name.isdecimal() else None
+    found = [t for t in study.tasks if name == t.name or number == _number(t)]
     if len(found) != 1:
         raise ValueError(
             f"{study.path} has no task {name!r}. It has: "
@@ -81,8 +74,8 @@ def _find(study: Study, name: str, queued: Mapping[str, tuple[str, str]]) -> Tas
     return task
 
 
-def _number(task: TaskSpec) -> str:
-    return task.name.partition("-")[0]
+def _number(task: TaskSpec) -> int:
+    return int(task.name.partition("-")[0])
 
 
 def _change(
@@ -99,7 +92,7 @@ def _change(
         raise ValueError(f"{task.name} is finished: send another study instead.")
     own = task.sweep | {key: value for key, (value,) in sweep.items()}
     command = read(study.command, study.evaluation)
-    made = make_task(command, int(_number(task)), own, machine(options))
+    made = make_task(command, _number(task), own, machine(options))
     if same := [other for other in study.tasks if other.sweep == own]:
         raise ValueError(f"--change {task.name}: {same[0].name} has these values.")
     study.tasks[study.tasks.index(task)] = made
@@ -113,11 +106,8 @@ def _change_evaluation(study: Study, options: argparse.Namespace) -> None:
     """
     command = read(study.command, options.evaluate)
     assert isinstance(command, Program)  # or it was refused
-    left = [
-        task
-        for task in study.tasks
-        if "evaluate" not in study.state(task).get("done", [])
-    ]
+    done = {task.name: study.state(task).get("done", []) for task in study.tasks}
+    left = [task for task in study.tasks if "evaluate" not in done[task.name]]
     if not left:
         raise ValueError(
             f"Every task of {study.path} is evaluated: leave --evaluate out, and "

@@ -1,9 +1,8 @@
-"""The cluster's options, and the sbatch scripts that come of them through submitit."""
+"""The sbatch scripts that come of a cluster's options, through submitit."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -15,272 +14,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import submitit
-from commands import Machine
-from status import release_command
-from study import Study, TaskSpec
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
-from task import Task
 
-# What is not an option here is sbatch's, and goes on to it as it is. Of these, what the
-# report gets too, what only the first jobs get, and what is the study's to choose.
-_ALL_STAGES = (
-    *("partition", "account", "qos", "constraint", "exclude", "comment"),
-    *("mail-user", "mail-type"),
-)
-_FIRST = ("nodelist", "dependency")
-_CHOSEN = {
-    *("array", "chdir", "error", "export", "gpus", "gpus-per-task", "job-name"),
-    *("kill-on-invalid-dep", "no-requeue", "ntasks", "ntasks-per-node", "open-mode"),
-    *("output", "requeue", "signal", "wckey", "wrap"),
-}
-_MAIL = "END,FAIL,REQUEUE"
+from slurm.options import ALL_STAGES, FIRST, machine
+from slurm.status import release_command
+from slurm.study import Study, TaskSpec
+from slurm.task import Task
 
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
-    return int(text)
-
-
-class Gpus(int):
-    """A number of GPUs, perhaps of a type: 8, or a100:8.
-
-    Attributes:
-        type:
-            The type and a colon, or nothing.
-    """
-
-    type = ""
-
-    @classmethod
-    def read(cls, text: str) -> Gpus:
-        """Reads sbatch's words."""
-        match = re.fullmatch(r"([\w.-]+:)?(\d+)", text)
-        if match is None:
-            raise argparse.ArgumentTypeError(
-                "expected a number, or a type and a number such as a100:8, got "
-                f"{text!r}"
-            )
-        gpus = cls(match[2])
-        gpus.type = match[1] or ""
-        return gpus
-
-
-def _natural(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _minutes(text: str) -> int:
-    """Reads sbatch's times: 90, 90:00, 24:00:00, 2-0, 2-00:00, 2-00:00:00."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            "expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
-            f"days-hours:minutes or days-hours:minutes:seconds, got {text!r}"
-        )
-    days, *rest = match.groups()
-    numbers = [int(part) for part in rest if part is not None]
-    if days is not None or len(numbers) == 3:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    else:
-        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
-    total = int(days or 0) * 1440 + hours * 60 + minutes + math.ceil(seconds / 60)
-    if total < 1:
-        raise argparse.ArgumentTypeError(f"expected at least a minute, got {text!r}")
-    return total
-
-
-def _memory(text: str) -> str:
-    if not re.fullmatch(r"\d+[KMGT]?B?", text, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"expected a size such as 64G, got {text!r}")
-    return text
-
-
-def _variable(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*=.*", text):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    return text
-
-
-def is_option(word: str) -> bool:
-    """Returns whether a word is an option, and not a value such as '--data x'."""
-    return re.match(r"--[\w-]+(=|$)", word) is not None
-
-
-def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Reads words of which those that the parser does not know are sbatch's own.
-
-    Args:
-        parser:
-            The parser, with the options of `add_options`.
-        words:
-            Its words. The last one of two with the same name counts.
-
-    Raises:
-        ValueError: If one of sbatch's is the study's to choose, or nearly an option
-            that there is.
-    """
-    options, rest = parser.parse_known_args(_spelled_out(words))
-    known = [name[2:] for name in parser._option_string_actions]
-    passed: list[str] = []
-    for word in rest:
-        if is_option(word):
-            name = word[2:].partition("=")[0]
-            near = difflib.get_close_matches(
-                name, [*known, *_ALL_STAGES, *_FIRST, *_CHOSEN], n=1, cutoff=0.85
-            )
-            if near and near[0] != name:
-                raise ValueError(f"There is no --{name}. Did you mean --{near[0]}?")
-            if name in _CHOSEN:
-                raise ValueError(f"--{name} of sbatch is the study's to choose.")
-            passed.append(word)
-        elif passed and "=" not in passed[-1]:
-            passed[-1] += f"={word}"
-        else:
-            raise ValueError(f"{word!r} stands behind no option; COMMAND, behind --.")
-    cut = (word[2:].partition("=") for word in passed)
-    options.sbatch = {name: value if equals else True for name, equals, value in cut}
-    return options
-
-
-def _spelled_out(words: Sequence[str]) -> Iterator[str]:
-    """Yields words with `--sbatch reservation=night` as `--reservation=night`."""
-    inside = False
-    for word in words:
-        if is_option(word):
-            inside = word.partition("=")[0] == "--sbatch"
-            word = word.removeprefix("--sbatch=") if inside else word
-        if word == "--sbatch":
-            continue
-        word = f"--{word}" if inside else word
-        if is_option(word) and " " in word:  # which argparse takes for a value
-            name, _, value = word.partition("=")
-            yield from (name, value)
-        else:
-            yield word
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that may also stand in a site's YAML file."""
-    group = parser.add_argument_group(
-        "the cluster (also from --config)",
-        "All other options are sbatch's own: --partition gpu --account me --exclusive; "
-        "--sbatch NAME=VALUE says the same.",
-    )
-    group.add_argument(
-        "--cluster",
-        choices=["slurm", "local", "debug"],
-        default="slurm",
-        help="slurm; local: this machine, --parallel tasks at a time; debug: this "
-        "process, one task after the other (default: slurm)",
-    )
-    numbers = {
-        "nodes": ("nodes per task (default: 1)", _count, 1),
-        "gpus-per-node": (
-            "GPUs per node and task, each with a process of its own; with a type: "
-            "a100:8 (default: 0)",
-            Gpus.read,
-            Gpus(0),
-        ),
-        "tasks-per-node": (
-            "processes per node, which the command gets as its devices (default: one "
-            "per GPU, one without GPUs)",
-            _count,
-            None,
-        ),
-        "cpus-per-gpu": (
-            "CPUs per GPU; sbatch gets it as --cpus-per-task, since every GPU has its "
-            "process",
-            _count,
-            None,
-        ),
-        "cpus-per-task": ("CPUs per process", _count, None),
-        "parallel": ("tasks that run at the same time (default: all)", _count, None),
-        "max-requeues": (
-            "how often a job may be requeued before its task counts as failed "
-            "(default: 20)",
-            _natural,
-            20,
-        ),
-        "signal-delay": (
-            "seconds between the warning of a time limit and the limit; a save and a "
-            "batch must fit in (default: 120)",
-            _count,
-            120,
-        ),
-    }
-    for name, (text, type_, default) in numbers.items():
-        group.add_argument(
-            f"--{name}", type=type_, default=default, metavar="N", help=text
-        )
-    for name, text, limit in (
-        ("time", "limit of a job in sbatch's words; a task that needs longer is "
-         "requeued (default: 24:00:00)", "24:00:00"),
-        ("evaluation-time", "limit of an evaluation (default: as --time)", None),
-    ):  # fmt: skip
-        group.add_argument(
-            f"--{name}", type=_minutes, default=limit, metavar="TIME", help=text
-        )
-    group.add_argument(
-        "--mem", type=_memory, metavar="SIZE", help="memory per node, such as 64G"
-    )
-    group.add_argument(
-        "--cpu-partition",
-        metavar="NAME",
-        help="partition of the report, which needs no GPU (default: as --partition)",
-    )
-    group.add_argument(
-        "--setup",
-        nargs="+",
-        default=[],
-        metavar="LINE",
-        help="lines of shell before the command, such as 'module load cuda'; if they "
-        "activate a Python, pass --python python",
-    )
-    group.add_argument(
-        "--env",
-        nargs="+",
-        type=_variable,
-        default=[],
-        metavar="NAME=VALUE",
-        help="environment of the jobs; values are taken as they are, those with "
-        "$VARIABLES belong into a line of --setup: 'export NAME=$VALUE'",
-    )
-    group.add_argument(
-        "--python",
-        metavar="COMMAND",
-        help="what starts Python in a job, such as 'apptainer exec --nv "
-        "/shared/image.sif python'; jobs start in the study, so paths are absolute "
-        "(default: the Python of this command)",
-    )
-
-
-def machine(options: argparse.Namespace) -> Machine:
-    """Returns what a training job gets.
-
-    Raises:
-        ValueError: If the options contradict each other.
-    """
-    if options.cpus_per_gpu and options.cpus_per_task:
-        raise ValueError("Pass --cpus-per-gpu or --cpus-per-task, not both.")
-    shortest = min(options.time, options.evaluation_time or options.time)
-    if options.cluster == "slurm" and options.signal_delay >= 60 * shortest:
-        raise ValueError(
-            f"A job of {shortest} minute(s) is warned --signal-delay seconds before "
-            f"its end, got {options.signal_delay}: it would do nothing but start."
-        )
-    devices = options.tasks_per_node or options.gpus_per_node or 1
-    if options.gpus_per_node and devices != options.gpus_per_node:
-        raise ValueError(
-            f"Every GPU has a process of its own: leave --tasks-per-node out, or make "
-            f"it {options.gpus_per_node} as --gpus-per-node, got {devices}."
-        )
-    if options.cluster != "slurm" and options.nodes > 1:
-        raise ValueError(f"--cluster {options.cluster} has one node.")
-    if options.cluster == "debug" and devices > 1:
-        raise ValueError("--cluster debug has one process.")
-    return Machine(options.nodes, devices)
+_YEAR = 365 * 24 * 60  # minutes
 
 
 def parameters(
@@ -288,82 +30,72 @@ def parameters(
 ) -> dict[str, Any]:
     """Returns what sbatch gets for the jobs of a stage, in submitit's words.
 
-    Args:
-        study:
-            The study.
-        options:
-            Those of `add_options`.
-        stage:
-            `train`, `run`, `evaluate` or `report`.
-        num_tasks:
-            Number of tasks, which `--parallel` may lie above.
+    A stage is `train`, `run`, `evaluate` or `report`.
     """
-    training = stage in ("train", "run")
-    devices = machine(options).devices
-    passed = {
-        name: value
-        for name, value in options.sbatch.items()
-        if training
-        or (name in _ALL_STAGES if stage == "report" else name not in _FIRST)
-    }
-    found: dict[str, Any] = {
+    nodes, devices = machine(options) if stage in ("train", "run") else (1, 1)
+    cpus, mem = options.cpus_per_gpu or options.cpus_per_task, options.mem
+    limit, delay = options.time, options.signal_delay
+    passed = dict(options.sbatch)
+    if stage in ("evaluate", "report"):
+        passed = {name: value for name, value in passed.items() if name not in FIRST}
+    if stage == "evaluate":
+        limit, mem = options.evaluation_time or limit, _share(options)
+    if stage == "report":
+        cpus, mem, limit = None, None, 30
+        delay = 60  # it has nothing to save
+        passed = {name: value for name, value in passed.items() if name in ALL_STAGES}
+        if options.cpu_partition:
+            passed.pop("constraint", None)
+            passed["partition"] = options.cpu_partition
+    if "mail-user" in passed:
+        passed.setdefault("mail-type", "END,FAIL,REQUEUE")
+    gpus = _gpus(options, stage)
+    found = {
         "job_name": f"{study.path.name}-{stage}",
-        "time": options.time,
-        "nodes": options.nodes if training else 1,
-        "ntasks_per_node": devices if training else 1,
-        "cpus_per_task": options.cpus_per_gpu or options.cpus_per_task,
-        "mem": options.mem if training else _share(options.mem, devices),
-        "signal_delay_s": options.signal_delay,
+        "nodes": nodes,
+        "ntasks_per_node": devices,
+        "gpus_per_node": f"{options.gpus_per_node.type}{gpus}" if gpus else None,
+        "cpus_per_task": cpus,
+        "mem": mem,
+        "signal_delay_s": delay,
         "array_parallelism": options.parallel or num_tasks,
         "stderr_to_stdout": True,
         "setup": _setup(study, options, stage),
         # A rank that fails ends the others, which would wait for it for ever.
         "srun_args": ["--kill-on-bad-exit=1"],
+        # What submitit counts by; sbatch gets its own words.
+        "time": _YEAR,
+        "additional_parameters": {"requeue": True, "time": limit, **passed},
     }
-    if number := _gpus(options, stage):
-        found["gpus_per_node"] = f"{options.gpus_per_node.type}{number}"
-    if stage == "evaluate":
-        found["time"] = options.evaluation_time or options.time
-    if stage == "report":
-        found |= {"time": 30, "cpus_per_task": None, "mem": None}
-        found["signal_delay_s"] = 60  # it has nothing to save
-        if options.cpu_partition:
-            passed.pop("constraint", None)
-            passed["partition"] = options.cpu_partition
-    if "mail-user" in passed:
-        passed.setdefault("mail-type", _MAIL)
     found = {name: value for name, value in found.items() if value is not None}
-    found["additional_parameters"] = {"requeue": True, **passed}
-    # None: submitit's own key is refused by clusters that track keys.
-    return found | {"wckey": None}
+    return found | {"wckey": None}  # clusters that track keys refuse submitit's own
 
 
 def _gpus(options: argparse.Namespace, stage: str) -> int:
     """Returns how many GPUs the jobs of a stage get per node."""
-    if not options.gpus_per_node or stage == "report":
-        return 0
-    return int(options.gpus_per_node) if stage in ("train", "run") else 1
+    all_of_them = int(options.gpus_per_node)
+    return {"report": 0, "evaluate": min(1, all_of_them)}.get(stage, all_of_them)
 
 
-def _share(mem: str | None, devices: int) -> str | None:
+def _share(options: argparse.Namespace) -> str | None:
     """Returns the part of a node's memory that a single process gets."""
-    if mem is None or re.fullmatch(r"0+\D*", mem):
-        return None  # 0 is all of the node: the cluster's default does for one
-    number, unit = re.fullmatch(r"(\d+)(\D*)", mem).groups()  # type: ignore[union-attr]
-    factor = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
-    megabytes = int(number) * factor[unit.upper().removesuffix("B")] / devices
-    return f"{math.ceil(megabytes)}M"
+    mem: str | None = options.mem
+    size = re.fullmatch(r"(\d+)([KMGT]?)B?", mem or "", re.IGNORECASE)
+    if size is None:
+        return mem  # which sbatch refuses
+    factor = {"K": 1 / 1024, "G": 1024, "T": 1024**2}.get(size[2].upper(), 1)
+    share = math.ceil(int(size[1]) * factor / machine(options).devices)
+    return f"{share}M" if share else None  # 0 is all of the node
 
 
-def variables(options: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Returns the environment of `--env`, cut at the equals signs."""
-    return [variable.partition("=") for variable in options.env]
+def variables(options: argparse.Namespace) -> dict[str, str]:
+    """Returns the environment of `--env`."""
+    return dict(variable.split("=", 1) for variable in options.env)
 
 
 def _setup(study: Study, options: argparse.Namespace, stage: str) -> list[str]:
-    lines = [
-        f"export {name}={shlex.quote(value)}" for name, _, value in variables(options)
-    ]
+    env = variables(options)
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
     lines += options.setup
     if stage != "report" and (options.cpus_per_gpu or options.cpus_per_task):
         # srun of Slurm 22.05 to 23.02 does not take it from sbatch.
@@ -377,9 +109,8 @@ def snapshot_lines(study: Study) -> list[str]:
     `python -m` looks where it stands first, then in PYTHONPATH, then among the
     installed packages. The task goes back to where the user stood.
     """
-    code, slurm = shlex.quote(str(study.code)), shlex.quote(str(study.code / "slurm"))
-    path = f"{code}:{slurm}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [f"export PYTHONPATH={path}", f"cd {code}"]
+    code = shlex.quote(str(study.code))
+    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", f"cd {code}"]
 
 
 class StudyExecutor(SlurmExecutor):
@@ -419,18 +150,15 @@ def executor(
 
 def work(study: Study, options: argparse.Namespace, task: TaskSpec, stage: str) -> Task:
     """Returns what a job runs."""
-    return Task(
-        str(study.path),
-        task.name,
-        stage,
-        options.max_requeues,
-        options.signal_delay,
-        _gpus(options, stage),
-    )
+    bounds = options.max_requeues, options.signal_delay
+    return Task(str(study.path), task.name, stage, *bounds, _gpus(options, stage))
 
 
 def check_slurm(options: argparse.Namespace) -> None:
-    """Raises a ValueError if there is no SLURM here, or no such partition."""
+    """Raises a ValueError if there is no SLURM here, or no such partition.
+
+    Sbatch would say so of the report's only when the other jobs are sent.
+    """
     for program in ("sbatch", "srun", "squeue"):
         if shutil.which(program) is None:
             raise ValueError(
@@ -446,8 +174,8 @@ def check_slurm(options: argparse.Namespace) -> None:
             f"--cluster local. sinfo says: {asked.stderr.strip()}"
         )
     known = sorted(set(asked.stdout.split()))
-    for asked_for in (options.sbatch.get("partition"), options.cpu_partition):
-        for name in str(asked_for or "").split(","):
+    for partitions in (options.sbatch.get("partition"), options.cpu_partition):
+        for name in str(partitions or "").split(","):
             if name and name not in known:
                 raise ValueError(
                     f"There is no partition {name!r}. There are: {', '.join(known)}."

@@ -14,12 +14,12 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from study import ROOT, TaskSpec, label
+from slurm.options import Machine
+from slurm.study import ROOT, TaskSpec
 
 PROGRAM = "lightly-mim"
 
@@ -33,80 +33,8 @@ OWNED = {
     "num_nodes": "it follows from --nodes",
 }
 
-# Files of `benchmarks/` that write no runs.
-NO_STUDY = (
-    *("common.py", "gpu_check.py", "simmim_space.py", "simmim_tables.py"),
-    "throughput.py",
-)
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What a training job gets, as its command has to know it.
-
-    Attributes:
-        nodes:
-            Number of nodes.
-        devices:
-            Number of processes per node, each with one GPU or none.
-    """
-
-    nodes: int
-    devices: int
-
-
-class Command:
-    """A command that a study may run.
-
-    Attributes:
-        name:
-            Short name, for jobs and directories.
-        words:
-            The command's words, its program first.
-    """
-
-    name: str
-    words: list[str]
-
-    def check(self, words: Sequence[str], machine: Machine) -> None:
-        """Tries the words after the program and raises a ValueError if wrong."""
-        raise NotImplementedError
-
-    def option(self, key: str) -> str | None:
-        """Returns the option of a key such as `batch_size`; None if there is none."""
-        raise NotImplementedError
-
-    def keys(self) -> list[str]:
-        """Returns the keys that may be swept, as far as they are known beforehand."""
-        return []
-
-    def given(self) -> set[str]:
-        """Returns the keys that the words have options of."""
-        raise NotImplementedError
-
-    def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
-        """Returns what the jobs run, by stage, for words that passed `check`.
-
-        `{out}` stands for the task's directory.
-        """
-        raise NotImplementedError
-
-    def _owned(self, machine: Machine) -> list[str]:
-        values = {
-            "out": ["{out}"],
-            "devices": [str(machine.devices)],
-            "num_nodes": [str(machine.nodes)],
-            "resume": [],
-        }
-        return [
-            word
-            for key, value in values.items()
-            if (option := self.option(key)) is not None
-            for word in (option, *value)
-        ]
-
-
-class Script(Command):
+class Script:
     """A script of `benchmarks/`.
 
     It exposes its parser as `parser()`, and as `plan(name, arguments)` how it builds
@@ -117,14 +45,17 @@ class Script(Command):
 
     def __init__(self, words: Sequence[str]) -> None:
         path = Path(words[0])
-        self.words = list(words)
         self.name = path.stem
         self._program = f"benchmarks/{path.name}"
         self._script = _load_script(path)
-        self._parser = _parser(self._script, self._program)
+        self._parser: argparse.ArgumentParser = self._script.parser()
+        self._parser.error = self._refuse
         self._actions = self._parser._option_string_actions
-        self.words[1:] = [self._spell(word) for word in self.words[1:]]
+        self.words = [words[0], *map(self._spell, words[1:])]
         self._tried: set[str] = set()
+
+    def _refuse(self, message: str) -> NoReturn:
+        raise ValueError(f"{self._program}: {message}")
 
     def _spell(self, word: str) -> str:
         """Returns a word with the option as the script spells it: --batch-size."""
@@ -133,15 +64,17 @@ class Script(Command):
         return f"{known}{equals}{value}" if known else word
 
     def check(self, words: Sequence[str], machine: Machine) -> None:
-        """Parses the words after the script, and tries to build what they ask for."""
+        """Tries the words after the script, down to building its methods.
+
+        Raises:
+            ValueError: If the script refuses them.
+        """
         from lightly_mim.words import respell
 
         try:
             self._check(words, machine)
         except ValueError as error:
-            options = {
-                action.dest: name for name, action in reversed(self._actions.items())
-            }
+            options = {a.dest: name for name, a in reversed(self._actions.items())}
             raise ValueError(respell(str(error), options)) from error
 
     def _check(self, words: Sequence[str], machine: Machine) -> None:
@@ -168,25 +101,34 @@ class Script(Command):
                 self._tried.add(tried)
 
     def option(self, key: str) -> str | None:
-        """Returns the option of a key."""
-        names = (
-            f"--{each}" for each in (key, key.replace("_", "-"), key.replace("-", "_"))
-        )
-        return next((name for name in names if name in self._actions), None)
+        """Returns the option of a key such as `batch_size`; None if there is none."""
+        spellings = (key, key.replace("_", "-"), key.replace("-", "_"))
+        return next((f"--{s}" for s in spellings if f"--{s}" in self._actions), None)
 
-    def keys(self) -> list[str]:
-        """Returns the keys that may be swept."""
-        return sorted(
-            name[2:]
-            for name in self._actions
-            if name.startswith("--")
-            and not self.is_flag(name)
-            and name[2:].replace("-", "_") not in OWNED
-        )
+    def swept(self, key: str) -> str:
+        """Returns the option that a key of a sweep gives a value to.
 
-    def is_flag(self, option: str) -> bool:
-        """Returns whether an option takes no value."""
-        return self._actions[option].nargs == 0
+        Raises:
+            ValueError: If there is none, or if it takes no value.
+        """
+        option = self.option(key)
+        if option is None:
+            known = sorted(
+                name[2:]
+                for name, action in self._actions.items()
+                if name.startswith("--")
+                and action.nargs != 0
+                and name[2:].replace("-", "_") not in OWNED
+            )
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{Path(self.words[0]).name} does not take the sweep key {key!r}.{hint}"
+                f" It takes: {', '.join(known)}."
+            )
+        if self._actions[option].nargs == 0:
+            raise ValueError(f"{option} takes no value, so it cannot be swept.")
+        return option
 
     def given(self) -> set[str]:
         """Returns the keys that the words have options of."""
@@ -199,21 +141,21 @@ class Script(Command):
         }
 
     def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
-        """Returns one stage, or two if the script can be cut in two with `--stage`."""
-        full = [self._program, *words, *self._owned(machine)]
+        """Returns what the jobs run, by stage, for words that passed `check`.
+
+        `{out}` stands for the task's directory. There are two stages if the script can
+        be cut in two with `--stage`.
+        """
+        full = [self._program, *words, *_owned(self, machine)]
         if "--stage" not in self._actions:
             return {"run": full}
         return {stage: [*full, "--stage", stage] for stage in ("train", "evaluate")}
 
 
-class Program(Command):
-    """A command of `lightly-mim`.
+class Program:
+    """A command of `lightly-mim`, with the methods of a `Script`.
 
-    Args:
-        words:
-            The words, `lightly-mim` first.
-        evaluation:
-            Words of `lightly-mim evaluate` for the encoders that `pretrain` trains.
+    `evaluation` are words of `lightly-mim evaluate`, for what `pretrain` trains.
     """
 
     def __init__(self, words: Sequence[str], evaluation: Sequence[str] = ()) -> None:
@@ -238,7 +180,7 @@ class Program(Command):
                 f"{PROGRAM} {self.name} runs in one process, got {machine.nodes} "
                 f"node(s) with {machine.devices} each."
             )
-        full = [*words, *self._owned(machine)]
+        full = [*words, *_owned(self, machine)]
         method = check([word.replace("{out}", "run") for word in full])
         if self._evaluation:
             encoder = None if method is None else method.encoder
@@ -249,6 +191,10 @@ class Program(Command):
         key = key.replace("-", "_")
         return f"--{key}" if key not in OWNED or key in self._parameters else None
 
+    def swept(self, key: str) -> str:
+        """Returns the option that a key of a sweep gives a value to."""
+        return f"--{key.replace('-', '_')}"
+
     def given(self) -> set[str]:
         """Returns the keys that the words have options of."""
         options = [word.partition("=")[0] for word in self.words]
@@ -256,7 +202,7 @@ class Program(Command):
 
     def stages(self, words: Sequence[str], machine: Machine) -> dict[str, list[str]]:
         """Returns `train`, and `evaluate` if an evaluation was asked for; or `run`."""
-        full = [PROGRAM, *words, *self._owned(machine)]
+        full = [PROGRAM, *words, *_owned(self, machine)]
         if self.name != "pretrain":
             return {"run": [*full, "--overwrite"]}
         return {"train": full} | self.evaluation(full)
@@ -277,14 +223,26 @@ class Program(Command):
         return {"evaluate": [PROGRAM, "evaluate", *where, *seed, *self._evaluation]}
 
 
-def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
-    """Returns the command that some words name.
+Command = Script | Program
 
-    Args:
-        words:
-            What stood behind `--`.
-        evaluation:
-            Words of `lightly-mim evaluate`, for `lightly-mim pretrain`.
+
+def _owned(command: Command, machine: Machine) -> list[str]:
+    """Returns the words that the study adds."""
+    values = {
+        "out": ["{out}"],
+        "devices": [str(machine.devices)],
+        "num_nodes": [str(machine.nodes)],
+        "resume": [],
+    }
+    words = []
+    for key, value in values.items():
+        if option := command.option(key):
+            words += [option, *value]
+    return words
+
+
+def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
+    """Returns the command that the words behind `--` name.
 
     Raises:
         ValueError: If there is no such command, or if it has options that belong to
@@ -294,29 +252,11 @@ def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
         raise ValueError(
             "Say what to run behind --, for example: -- benchmarks/solar_cells.py"
         )
-    scripts = sorted(
-        file.name
-        for file in (ROOT / "benchmarks").glob("*.py")
-        if file.name not in NO_STUDY
-    )
-    path = Path(words[0])
-    if path.name in NO_STUDY:
-        raise ValueError(
-            f"{path.name} trains nothing that a study could collect. Scripts that do: "
-            f"{', '.join(scripts)}."
-        )
-    if path.name == PROGRAM:
-        command: Command = Program([PROGRAM, *words[1:]], evaluation)
-    elif path.is_file() and path.resolve().parent == ROOT / "benchmarks":
-        command = Script(words)
-    elif (ROOT / words[0]).is_file() and path.parts[:-1] == ("benchmarks",):
-        command = Script([str(ROOT / words[0]), *words[1:]])
+    command: Command
+    if Path(words[0]).name == PROGRAM:
+        command = Program([PROGRAM, *words[1:]], evaluation)
     else:
-        raise ValueError(
-            f"There is no command {words[0]!r}. There are {PROGRAM} with pretrain, "
-            f"evaluate or evaluate-dense, and the scripts of {ROOT / 'benchmarks'}: "
-            f"{', '.join(scripts)}."
-        )
+        command = Script([str(_find_script(words[0])), *words[1:]])
     if evaluation and command.name != "pretrain":
         raise ValueError(f"--evaluate goes with {PROGRAM} pretrain alone.")
     for key in OWNED:
@@ -325,6 +265,25 @@ def read(words: Sequence[str], evaluation: Sequence[str] = ()) -> Command:
                 f"Leave --{key.replace('_', '-')} to the study: {OWNED[key]}."
             )
     return command
+
+
+def _find_script(word: str) -> Path:
+    """Returns the script that a word names, from here or from the clone."""
+    folder = ROOT / "benchmarks"
+    scripts = [f for f in sorted(folder.glob("*.py")) if "\ndef plan(" in f.read_text()]
+    for path in (Path(word).resolve(), ROOT / word):
+        if path in scripts:
+            return path
+    listed = ", ".join(file.name for file in scripts)
+    if (folder / Path(word).name).is_file():
+        raise ValueError(
+            f"{Path(word).name} trains nothing that a study could collect. Scripts "
+            f"that do: {listed}."
+        )
+    raise ValueError(
+        f"There is no command {word!r}. There are {PROGRAM} with pretrain, evaluate or "
+        f"evaluate-dense, and the scripts of {folder}: {listed}."
+    )
 
 
 def _load_script(path: Path) -> ModuleType:
@@ -336,23 +295,7 @@ def _load_script(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("parser", "plan"):
-        if not hasattr(module, name):
-            raise ValueError(
-                f"{path} is not a script that a study can run: it has no {name}()."
-            )
     return module
-
-
-def _parser(script: ModuleType, name: str) -> argparse.ArgumentParser:
-    """Returns a script's own parser, which raises a ValueError instead of exiting."""
-    parser: argparse.ArgumentParser = script.parser()
-
-    def error(message: str) -> NoReturn:
-        raise ValueError(f"{name}: {message}")
-
-    parser.error = error  # type: ignore[method-assign]
-    return parser
 
 
 def read_sweep(words: Sequence[str]) -> dict[str, list[str]]:
@@ -391,20 +334,12 @@ def tasks(
 ) -> list[TaskSpec]:
     """Returns a task for each combination of the swept values.
 
-    Args:
-        command:
-            The command.
-        sweep:
-            Values by key. None for a single task.
-        machine:
-            What a training job gets.
-
     Raises:
         ValueError: If the command does not take a key, a value or a combination.
     """
     for key in sweep:
+        option = _option(command, key)
         if key.replace("-", "_") in command.given():
-            option = _sweep_option(command, key)
             raise ValueError(f"{option} is in the command and in --sweep: say it once.")
     return [
         make_task(command, number, dict(zip(sweep, values, strict=True)), machine)
@@ -415,24 +350,14 @@ def tasks(
 def make_task(
     command: Command, number: int, own: Mapping[str, str], machine: Machine
 ) -> TaskSpec:
-    """Returns a task that runs a command with values of its own.
-
-    Args:
-        command:
-            The command.
-        number:
-            What the task's name begins with.
-        own:
-            The values by key. They win over the command's own.
-        machine:
-            What a training job gets.
+    """Returns a task that runs a command with values of its own, which win.
 
     Raises:
         ValueError: If the command does not take a key, a value or the combination.
     """
     words = command.words[1:]
     for key, value in own.items():
-        option = _sweep_option(command, key)
+        option = _option(command, key)
         dash = value.startswith("-")  # a separate word would be an option
         swept = [f"{option}={value}"] if dash else [option, value]
         # At the end, where it wins over a --config; but --method stands before
@@ -443,7 +368,8 @@ def make_task(
     try:
         command.check(words, machine)
     except ValueError as error:
-        having = f" with {label(own)}" if own else ""
+        values = ", ".join(f"{key}={value}" for key, value in own.items())
+        having = f" with {values}" if own else ""
         raise ValueError(
             f"{Path(command.words[0]).name}{having} refuses its words. {error}"
         ) from error
@@ -452,19 +378,7 @@ def make_task(
     return TaskSpec(name, dict(own), command.stages(words, machine))
 
 
-def _sweep_option(command: Command, key: str) -> str:
-    plain = key.replace("-", "_")
-    if plain in OWNED:
+def _option(command: Command, key: str) -> str:
+    if (plain := key.replace("-", "_")) in OWNED:
         raise ValueError(f"{key!r} cannot be swept: {OWNED[plain]}.")
-    option = command.option(key)
-    if option is None:
-        known = command.keys()
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{Path(command.words[0]).name} does not take the sweep key {key!r}.{hint} "
-            f"It takes: {', '.join(known)}."
-        )
-    if isinstance(command, Script) and command.is_flag(option):
-        raise ValueError(f"{option} takes no value, so it cannot be swept.")
-    return option
+    return command.swept(key)

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from cluster import machine, variables, work
-from report import write_report
-from study import Study, TaskSpec
 
-INTERRUPTED = 130  # exit code, as a shell's
+from lightly_mim.interrupts import INTERRUPTED
+from slurm.cluster import variables, work
+from slurm.options import machine
+from slurm.report import write_report
+from slurm.study import Study, TaskSpec, now
+
 _YEAR = 365 * 24 * 60  # minutes; a laptop has no time limit
 _GRACE = 5  # seconds in which jobs end after Ctrl-C
-
-
-@dataclass
-class _Slot:
-    """One of the `--parallel` places, with the GPUs that are its own."""
-
-    gpus: list[int]
-    job: submitit.Job[Any] | None = None
-    running: tuple[TaskSpec, str] | None = None
-    rest: list[tuple[TaskSpec, str]] | None = None  # stages that follow
 
 
 def run_local(
@@ -50,14 +42,20 @@ def run_local(
     _check_gpus(parallel * per_task)
     if options.setup:
         print("--setup is for SLURM: its lines are not run.")
-    slots = [
-        _Slot(list(range(number * per_task, (number + 1) * per_task)))
-        for number in range(parallel)
-    ]
-    waiting = [(task, study.open_stages(task)) for task in pending]
-    study.submissions.append(
-        {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), "cluster": "local", "jobs": {}}
-    )
+    study.submissions.append({"date": now(), "cluster": "local", "jobs": {}})
+    jobs: dict[int, submitit.Job[Any]] = {}  # those that run, by place
+
+    def work_off(place: int, waiting: Iterator[TaskSpec]) -> Iterator[None]:
+        gpus = list(range(place * per_task, (place + 1) * per_task))
+        for task in waiting:
+            for stage in study.open_stages(task):
+                jobs[place] = _start(study, options, task, stage, gpus)
+                while not jobs[place].done():
+                    yield
+                print(_ended(study, task, stage, jobs.pop(place)), flush=True)
+                if stage in study.open_stages(task):
+                    break  # it failed, and the next one would read what it wrote
+
     # `kill` ends the jobs, too, which would run on unseen.
     # So does Ctrl-C, which jobs of a script that a shell started behind & would ignore.
     before = {
@@ -65,26 +63,13 @@ def run_local(
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        while waiting or any(slot.job for slot in slots):
-            for slot in slots:
-                if slot.job is not None and slot.job.done():
-                    print(_ended(study, slot), flush=True)
-                    slot.job = None
-                if slot.job is not None:
-                    continue
-                if not slot.rest and waiting:
-                    task, stages = waiting.pop(0)
-                    slot.rest = [(task, stage) for stage in stages]
-                if slot.rest:
-                    task, stage = slot.rest.pop(0)
-                    if study.open_stages(task)[0] != stage:
-                        slot.rest = None  # the stage before it failed
-                        continue
-                    slot.job = _start(study, options, task, stage, slot.gpus)
-                    slot.running = (task, stage)
+        waiting = iter(pending)
+        places = [work_off(place, waiting) for place in range(parallel)]
+        # Each `next` lets a place look whether its job has ended.
+        while places := [place for place in places if next(place, True) is None]:
             time.sleep(0.2)
     except BaseException as error:
-        _stop([slot.job for slot in slots if slot.job is not None])
+        _stop(list(jobs.values()))
         if not isinstance(error, KeyboardInterrupt):  # a state.json that is damaged
             raise
         print(f"\nInterrupted. Go on with: {study.resume_command()}")
@@ -98,15 +83,13 @@ def run_local(
     return int(any(study.open_stages(task) for task in study.tasks))
 
 
-def _ended(study: Study, slot: _Slot) -> str:
-    """Says how the job of a slot has ended."""
-    assert slot.running is not None and slot.job is not None
-    task, stage = slot.running
+def _ended(study: Study, task: TaskSpec, stage: str, job: submitit.Job[Any]) -> str:
+    """Says how a job has ended."""
     if stage not in study.open_stages(task):
         return f"{task.name}, {stage}: done"
     state = study.state(task)
     jobs = {attempt["job"] for attempt in state.get("attempts", [])}
-    own = str(slot.job.job_id) in jobs  # or the reason is that of a job before
+    own = str(job.job_id) in jobs  # or the reason is that of a job before
     error = (state.get("error") if own else None) or {}
     reason = error.get("line", "its process ended without a word")
     return f"{task.name}, {stage}: failed, {reason}"
@@ -157,10 +140,9 @@ def _snapshot(study: Study, options: argparse.Namespace) -> Iterator[None]:
     Not through submitit's `setup`: its shell would stand between Ctrl-C and the job.
     """
     before, cwd = dict(os.environ), Path.cwd()
-    paths = [str(study.code), str(study.code / "slurm")]
-    paths += [path] if (path := os.environ.get("PYTHONPATH")) else []
+    paths = filter(None, [str(study.code), os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    os.environ |= {name: value for name, _, value in variables(options)}
+    os.environ |= variables(options)
     os.chdir(study.code)
     try:
         yield
@@ -173,13 +155,12 @@ def _snapshot(study: Study, options: argparse.Namespace) -> Iterator[None]:
 def _stop(jobs: Sequence[submitit.Job[Any]]) -> None:
     """Ends jobs and waits for their end, so that nothing runs on unseen."""
     deadline = time.monotonic() + _GRACE
-    asked = False
-    while not all(job.done() for job in jobs):
+    while running := [job for job in jobs if not job.done()]:
         # A terminal's Ctrl-C has reached them, too; a second one would disturb their
         # orderly end.
-        if time.monotonic() > deadline and not asked:
-            asked = True
-            for job in jobs:
+        if time.monotonic() > deadline:
+            deadline = math.inf
+            for job in running:
                 job.cancel()
         time.sleep(0.1)
 
@@ -196,14 +177,10 @@ def run_debug(
     """
     for task in pending:
         for stage in study.open_stages(task):
-            _in_place(work(study, options, task, stage))
+            os.environ["SUBMITIT_DEBUG_JOB_ID"] = "debug"
+            try:
+                work(study, options, task, stage)()
+            finally:
+                del os.environ["SUBMITIT_DEBUG_JOB_ID"]
     print(write_report(study))
     return 0
-
-
-def _in_place(function: Callable[[], None]) -> None:
-    os.environ["SUBMITIT_DEBUG_JOB_ID"] = "debug"
-    try:
-        function()
-    finally:
-        del os.environ["SUBMITIT_DEBUG_JOB_ID"]

@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,11 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from status import ENDED, Row, queue, rows
-from study import Study, files
+if not __package__:  # started as a file, Python looks in slurm/ and not in the clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from lightly_mim import files
+from slurm.status import ENDED, PROGRESS, UNFINISHED, Row, queue, rows
+from slurm.study import Study, named_if_damaged
 
 _CELL_KEYS = {"model", "protocol", "top1"}
-_WITH_REASON = ("failed", "interrupted", "lost")  # states
 
 
 def write_report(study: Study) -> str:
@@ -34,10 +38,10 @@ def write_report(study: Study) -> str:
     found, lines = [], []
     for row in rows(study, queue()):
         try:
-            lines += list(_lines(study, row))
+            lines += _lines(study, row)
         except ValueError as error:
             row = replace(row, state="damaged", detail=str(error), damaged=True)
-            lines += list(_lines(study, row))
+            lines += _lines(study, row)
         found.append(row)
     with (
         files.atomic_write(study.path / "study.csv") as temporary,
@@ -58,29 +62,20 @@ def write_report(study: Study) -> str:
     return f"{said}."
 
 
-def _lines(study: Study, row: Row) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a task: one per number that it measured, or one without."""
-    attempts = _attempts(study, row)
+def _lines(study: Study, row: Row) -> list[dict[str, Any]]:
+    """Returns the lines of a task: one per number that it measured, or one without."""
+    last = row.attempts[-1] if row.attempts else {"host": "", "gpus": []}
     own = {"task": row.task.name, "state": row.state, **row.task.sweep}
-    numbers = list(_numbers(study.run(row.task))) if row.state == "done" else []
     about = {
         "requeues": row.requeues,
-        "error": row.detail if row.damaged or row.state in _WITH_REASON else "",
-        "host": attempts[-1]["host"] if attempts else "",
-        "gpus": json.dumps(attempts[-1]["gpus"] if attempts else []),
+        "error": row.detail if row.damaged or row.state in UNFINISHED else "",
+        "host": last["host"],
+        "gpus": json.dumps(last["gpus"]),
         "commit": study.origin["commit"],
         "modified": study.origin["modified"],
     }
-    for line in numbers or [row.progress]:
-        yield own | line | about
-
-
-def _attempts(study: Study, row: Row) -> list[dict[str, Any]]:
-    try:
-        attempts: list[dict[str, Any]] = study.state(row.task).get("attempts", [])
-    except ValueError:  # which the row says
-        return []
-    return attempts
+    numbers = list(_numbers(study.run(row.task))) if row.state == "done" else []
+    return [own | line | about for line in numbers or [row.progress]]
 
 
 def _numbers(run: Path) -> Iterator[dict[str, Any]]:
@@ -102,7 +97,8 @@ def _numbers(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def _summary(path: Path) -> list[dict[str, Any]]:
-    try:
+    remedy = "Run the task's command again, with its --out and --resume."
+    with named_if_damaged(path, remedy):
         files.check_regular(path)
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
@@ -113,11 +109,6 @@ def _summary(path: Path) -> list[dict[str, Any]]:
             if None in line or None in line.values():
                 raise ValueError("a line of it is cut")
             float(line.get("top1") or 0)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Run the task's command again, with its --out "
-            "and --resume, which writes it anew."
-        ) from error
     return lines
 
 
@@ -133,7 +124,7 @@ def _page(study: Study, found: Sequence[Row], lines: Sequence[dict[str, Any]]) -
     ]
     keys = [key for key in study.swept() if key not in ("seed", "seeds")]
     parts += _results(lines, keys)
-    parts += ["## Tasks", _tasks(study, found)]
+    parts += ["## Tasks", _tasks(found)]
     if failed:
         reasons = [f"- `{r.task.name}`: {r.state}. {r.detail}".rstrip() for r in failed]
         parts += ["## Not finished", "\n".join(reasons)]
@@ -172,24 +163,23 @@ def _results(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
     return ["## Results", table, note]
 
 
-def _tasks(study: Study, found: Sequence[Row]) -> str:
+def _tasks(found: Sequence[Row]) -> str:
     from lightly_mim.reporting.study import markdown_table
 
     body = []
     for row in found:
-        attempts = _attempts(study, row)
-        seconds = sum((a["ended"] or a["started"]) - a["started"] for a in attempts)
+        spans = [(a["started"], a["ended"] or a["started"]) for a in row.attempts]
         body.append(
             [
                 row.task.name,
                 row.state,
-                *(row.progress.get(name, "") for name in ("epoch", "loss", "images/s")),
+                *(row.progress.get(name, "") for name in PROGRESS),
                 str(row.requeues),
-                f"{seconds / 60:.1f}",
-                ", ".join(dict.fromkeys(a["host"] for a in attempts)),
+                f"{sum(ended - started for started, ended in spans) / 60:.1f}",
+                ", ".join(dict.fromkeys(a["host"] for a in row.attempts)),
             ]
         )
-    head = ["task", "state", "epoch", "loss", "images/s", "requeues", "minutes", "host"]
+    head = ["task", "state", *PROGRESS, "requeues", "minutes", "host"]
     return markdown_table(head, body).rstrip()
 
 

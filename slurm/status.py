@@ -15,17 +15,23 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file, Python looks in slurm/ and not in the clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from study import (
+
+from lightly_mim import files
+from slurm.study import (
     DONE,
     FAILED,
     INTERRUPTED,
@@ -33,79 +39,50 @@ from study import (
     RUNNING,
     Study,
     TaskSpec,
-    files,
+    named_if_damaged,
     run_directories,
 )
+
+Queue = Mapping[str, tuple[str, str]]  # state and reason in SLURM's queue, by job
 
 _COLOURS = {
     **{"done": "green", "running": "cyan"},
     **dict.fromkeys(("failed", "lost", "held", "damaged"), "red"),
 }
-ENDED = ("done", "failed", "interrupted", "lost", "damaged", "not begun")
+UNFINISHED = ("failed", "interrupted", "lost")
+ENDED = ("done", *UNFINISHED, "damaged", "not begun")
+PROGRESS = ("epoch", "loss", "images/s")
 _LOG_END = 2**16  # bytes in which the last line of a log is
 
 
 @dataclass(frozen=True)
 class Row:
-    """How far a task is.
-
-    Attributes:
-        task:
-            The task.
-        state:
-            `queued`, `held` (in the queue until somebody releases it), `starting`,
-            `running`, `requeued`, `trained`, `done`, `failed`, `interrupted` (by
-            Ctrl-C), `lost` (its job ended without a word), `damaged` (its state.json
-            cannot be read) or `not begun`.
-        stage:
-            The stage that it is at.
-        detail:
-            What the queue waits for, the reason of a failure, or which file is damaged
-            and what to do.
-        requeues:
-            How often its jobs were started again.
-        progress:
-            Epoch, loss and images per second, as text, where there are any.
-        damaged:
-            Whether a file of the task is damaged.
-    """
+    """How far a task is."""
 
     task: TaskSpec
+    # queued, held (until somebody releases it), starting, running, requeued, trained,
+    # done, failed, interrupted (by Ctrl-C), lost (its job ended without a word),
+    # damaged (its state.json cannot be read) or not begun.
     state: str
-    stage: str
-    detail: str
-    requeues: int
-    progress: dict[str, str]
-    damaged: bool = False
+    stage: str  # that it is at
+    detail: str  # what the queue waits for, why it failed, or what is damaged
+    requeues: int  # how often its jobs were started again
+    progress: dict[str, str]  # PROGRESS as text, where there are any
+    attempts: list[dict[str, Any]]  # those that its state.json has
+    damaged: bool = False  # whether a file of it is
 
 
-def queue() -> dict[str, tuple[str, str]] | None:
-    """Returns state and reason of this user's jobs in SLURM's queue, by job.
-
-    Returns:
-        None where SLURM cannot be asked.
-    """
-    words = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
-    answer = _ask(words)
+def queue() -> Queue | None:
+    """Returns SLURM's queue of this user; None where SLURM cannot be asked."""
+    answer = _ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r")
     if answer is None:
         return None
     lines = [line.split("|") for line in answer.splitlines()]
     return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
 
 
-def held_jobs(
-    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
-) -> list[str]:
-    """Returns the jobs of a task that wait until somebody releases them.
-
-    Args:
-        study:
-            The study.
-        task:
-            The task.
-        queued:
-            What `queue` returned.
-    """
+def held_jobs(study: Study, task: TaskSpec, queued: Queue) -> list[str]:
+    """Returns the jobs of a task that wait until somebody releases them."""
     jobs = [study.job(task, stage) for stage in study.open_stages(task)]
     return [job for job in jobs if job and job in queued and _is_held(*queued[job])]
 
@@ -125,7 +102,7 @@ def release_command(jobs: Sequence[str]) -> list[str]:
     return ["scontrol", "release", ",".join(jobs)]
 
 
-def _ask(words: Sequence[str]) -> str | None:
+def _ask(*words: str) -> str | None:
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, check=True, timeout=60
@@ -135,47 +112,35 @@ def _ask(words: Sequence[str]) -> str | None:
     return done.stdout
 
 
-def rows(study: Study, queued: Mapping[str, tuple[str, str]] | None) -> list[Row]:
-    """Returns how far each task is.
-
-    Args:
-        study:
-            The study.
-        queued:
-            What `queue` returned.
-    """
+def rows(study: Study, queued: Queue | None) -> list[Row]:
+    """Returns how far each task is, as `queue` and its own files tell."""
     return [_row(study, task, queued) for task in study.tasks]
 
 
-def _row(
-    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]] | None
-) -> Row:
+def _row(study: Study, task: TaskSpec, queued: Queue | None) -> Row:
     try:
         open_stages = study.open_stages(task)
     except ValueError as error:
-        return Row(task, "damaged", "", str(error), 0, {}, damaged=True)
-    stage = open_stages[0] if open_stages else list(task.stages)[-1]
-    state, detail = _state(study, task, stage, bool(open_stages), queued)
-    attempts = [study.attempts(task, name) for name in task.stages]
-    requeues = sum(max(0, len(found) - 1) for found in attempts)
+        return Row(task, "damaged", "", str(error), 0, {}, [], damaged=True)
+    stage = [*open_stages, list(task.stages)[-1]][0]
+    state, detail = "done", ""
+    if open_stages:
+        state, detail = _state(study, task, stage, queued)
+    of_stages = [study.attempts(task, name) for name in task.stages]
+    requeues = sum(max(0, len(found) - 1) for found in of_stages)
+    attempts = study.state(task).get("attempts", [])
     try:
-        shown = progress(study.run(task))
+        shown, damage = progress(study.run(task)), ""
     except ValueError as error:
-        detail = f"{detail}. {error}" if detail else str(error)
-        return Row(task, state, stage, detail, requeues, {}, damaged=True)
-    return Row(task, state, stage, detail, requeues, shown)
+        shown, damage = {}, str(error)
+    detail = ". ".join(filter(None, [detail, damage]))
+    return Row(task, state, stage, detail, requeues, shown, attempts, bool(damage))
 
 
 def _state(
-    study: Study,
-    task: TaskSpec,
-    stage: str,
-    is_open: bool,
-    queued: Mapping[str, tuple[str, str]] | None,
+    study: Study, task: TaskSpec, stage: str, queued: Queue | None
 ) -> tuple[str, str]:
-    """Returns the state of a task and its detail."""
-    if not is_open:
-        return "done", ""
+    """Returns the state of a task at an open stage, and its detail."""
     recorded = study.state(task)
     status: str | None = recorded.get("status")
     job = study.job(task, stage)
@@ -205,14 +170,13 @@ def _state(
         return ("running" if status == RUNNING else reached), told
     if cluster == "slurm" and job is not None:
         return "lost", _why_gone(study, job)
+    ended = f"its process ended without a word. {_last_line(study, job)}"
     if status == RUNNING and attempts:
-        if _is_alive(attempts[-1]["host"], attempts[-1]["pid"]):
-            return "running", ""
-        return "lost", f"its process ended without a word. {_last_line(study, job)}"
+        alive = _is_alive(attempts[-1]["host"], attempts[-1]["pid"])
+        return ("running", "") if alive else ("lost", ended)
     if job is not None and status != DONE:
-        alive = _is_alive(platform.node(), int(job)) if job.isdecimal() else False
-        lost = f"its process ended without a word. {_last_line(study, job)}"
-        return ("starting", "") if alive else ("lost", lost)
+        alive = job.isdecimal() and _is_alive(platform.node(), int(job))
+        return ("starting", "") if alive else ("lost", ended)
     return (reached, "") if recorded else ("not begun", "")
 
 
@@ -223,13 +187,11 @@ def _error(recorded: Mapping[str, Any]) -> str:
 
 def _why_gone(study: Study, job: str) -> str:
     """Says what SLURM remembers of a job that has left the queue without a word."""
-    asked = (
-        ["sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode"],
-        ["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T %r"],
-    )
-    answers = [answer.strip() for words in asked if (answer := _ask(words))]
-    said = next((answer for answer in answers if answer), "")
-    slurm = f"SLURM says {said.splitlines()[-1]}" if said else "SLURM has forgotten it"
+    said = _ask("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode")
+    if not (said and said.strip()):
+        said = _ask("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T %r")
+    last = (said or "").strip().splitlines()[-1:]
+    slurm = f"SLURM says {last[0]}" if last else "SLURM has forgotten it"
     return f"job {job} ended without a word; {slurm}. {_last_line(study, job)}".strip()
 
 
@@ -279,9 +241,7 @@ def is_running_here(study: Study, task: TaskSpec) -> bool:
     return not command.exists() or b"submitit" in command.read_bytes()
 
 
-def is_busy(
-    study: Study, task: TaskSpec, queued: Mapping[str, tuple[str, str]]
-) -> bool:
+def is_busy(study: Study, task: TaskSpec, queued: Queue) -> bool:
     """Returns whether a task runs or is in the queue."""
     # Processes of this machine outlive a submit.py that is killed.
     return is_running_here(study, task) or any(
@@ -290,11 +250,7 @@ def is_busy(
 
 
 def progress(run: Path) -> dict[str, str]:
-    """Reads epoch, loss and images per second of the run that was written last.
-
-    Args:
-        run:
-            A task's directory.
+    """Reads `PROGRESS` of the run in a task's directory that was written last.
 
     Raises:
         ValueError: If its metrics.csv or config.yaml is damaged.
@@ -305,24 +261,18 @@ def progress(run: Path) -> dict[str, str]:
         return {}
     newest = max(logs, key=lambda log: log.stat().st_mtime)
     config = newest.parent / "config.yaml"
-    file, remedy = newest, "Delete it: the run goes on, and writes the rest of it."
-    try:
+    shown = {}
+    with named_if_damaged(newest, "Delete it: the run goes on, and writes its rest."):
         last = _last_values(newest)
-        shown = {}
         if "epoch" in last:
             shown["epoch"] = f"{int(last['epoch']) + 1}"
-        loss = last.get("train_loss_step") or last.get("train_loss")
-        if loss:
+        if loss := last.get("train_loss_step") or last.get("train_loss"):
             shown["loss"] = f"{float(loss):.4f}"
         if "images_per_second" in last:
             shown["images/s"] = f"{float(last['images_per_second']):.0f}"
-        file = config
-        remedy = "Restore it: without it, the run can neither go on nor be evaluated."
+    with named_if_damaged(config, "Restore it: the run cannot go on without it."):
         if "epoch" in shown:
             shown["epoch"] += f"/{_epochs(config)}"
-    except (OSError, ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is damaged: {reason}. {remedy}") from error
     return shown
 
 
@@ -355,24 +305,23 @@ def _epochs(config: Path) -> Any:
 
 def table(study: Study, found: Sequence[Row]) -> Table:
     """Returns the table for a terminal."""
-    counts: dict[str, int] = {}
-    for row in found:
-        counts[row.state] = counts.get(row.state, 0) + 1
+    counts = Counter(row.state for row in found)
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
     title = Text(f"{study.path.name}: {summary}")
     made = Table(title=title, title_justify="left", box=None)
-    for name in ("task", "state", "stage", "epoch", "loss", "images/s", "requeued", ""):
-        right = name in ("epoch", "loss", "images/s", "requeued")
+    for name in ("task", "state", "stage", *PROGRESS, "requeued", ""):
         made.add_column(
-            name, justify="right" if right else "left", overflow="fold",
+            name,
+            justify="right" if name in (*PROGRESS, "requeued") else "left",
+            overflow="fold",
             no_wrap=name not in ("task", ""),
-        )  # fmt: skip
+        )
     for row in found:
         made.add_row(
             Text(row.task.name),
             Text(row.state, style=_COLOURS.get(row.state, "")),
             row.stage,
-            *(row.progress.get(name, "") for name in ("epoch", "loss", "images/s")),
+            *(row.progress.get(name, "") for name in PROGRESS),
             str(row.requeues or ""),
             Text(row.detail),
         )
@@ -389,16 +338,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="status.py", description="Show how far a study is.", allow_abbrev=False
     )
     parser.add_argument("study", type=Path, metavar="STUDY")
-    parser.add_argument(
-        "--watch", action="store_true", help="again and again, until all has ended"
-    )
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=10,
-        metavar="SECONDS",
-        help="between two looks with --watch (default: 10)",
-    )
+    text = "again and again, until all has ended"
+    parser.add_argument("--watch", action="store_true", help=text)
+    text = "between two looks with --watch (default: 10)"
+    parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help=text)
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
@@ -416,11 +359,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130)
     study, listed = found
-    if any(row.state in ("failed", "interrupted", "lost") for row in listed):
+    states = {row.state for row in listed}
+    if states & set(UNFINISHED):
         text = f"\nGo on with what has not ended: {study.resume_command()}"
         console.print(text, soft_wrap=True)
         parser.exit(1)
-    if any(row.state == "held" for row in listed):
+    if "held" in states:
         release = f"{study.resume_command()} --release"
         console.print(f"\nRelease all that SLURM holds: {release}", soft_wrap=True)
     if any(row.damaged for row in listed):

@@ -12,9 +12,9 @@ report.html           all runs on one page, whose figures are in figures/, too
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -22,32 +22,19 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+import yaml
+
+from lightly_mim import files
 
 ROOT = Path(__file__).resolve().parents[1]  # the clone, or the snapshot of it
 CODE = ("lightly_mim", "benchmarks", "slurm")
 STATE_FILE = "state.json"
-
-
-def _lightly_mim_files() -> ModuleType:
-    """Returns `lightly_mim.files`, which imports nothing, without the package.
-
-    The package imports PyTorch, and status.py starts without it.
-    """
-    file = ROOT / "lightly_mim" / "files.py"
-    spec = importlib.util.spec_from_file_location("lightly_mim_files", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-files = _lightly_mim_files()
 
 # Statuses of state.json. A task without one has not begun.
 RUNNING, REQUEUED, DONE, FAILED = "running", "requeued", "done", "failed"
@@ -56,59 +43,29 @@ INTERRUPTED = "interrupted"  # by Ctrl-C
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of a study.
+    """One task of a study."""
 
-    Attributes:
-        name:
-            Name of its directory, `NN-key=value-...`.
-        sweep:
-            The swept values that are its own.
-        stages:
-            The words that are run, by stage, in order: `train` and `evaluate`, or `run`
-            where there is one stage.
-    """
-
-    name: str
-    sweep: dict[str, str]
+    name: str  # of its directory, NN-key=value-...
+    sweep: dict[str, str]  # the swept values that are its own
+    # The words that are run, in order: by `train` and `evaluate`, or by `run` where
+    # there is one stage.
     stages: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study directory.
+    """A study directory, and what its study.json holds."""
 
-    Attributes:
-        path:
-            The directory, absolute.
-        command:
-            The words that every task shares.
-        tasks:
-            The tasks.
-        cwd:
-            Where the user stood: relative paths in the command count from there.
-        cluster:
-            Options of the cluster.
-        origin:
-            Commit, versions, host and date of the submission.
-        submissions:
-            One entry per submission: when, on what cluster, and the job of each task
-            and stage.
-        evaluation:
-            The words of `--evaluate`.
-        sealed:
-            Whether study.json has a checksum. A study that an earlier version made runs
-            that version's code, which does not know it.
-    """
-
-    path: Path
-    command: list[str]
+    path: Path  # absolute
+    command: list[str]  # the words that every task shares
     tasks: list[TaskSpec]
-    cwd: str
-    cluster: dict[str, Any]
-    origin: dict[str, Any]
+    cwd: str  # where the user stood: relative paths in the command count from there
+    cluster: dict[str, Any]  # its options, and the processes of a task
+    origin: dict[str, Any]  # commit, versions, host and date of the submission
+    # Of each: when, on what cluster, and the job of each task and stage.
     submissions: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: list[str] = field(default_factory=list)
-    sealed: bool = True
+    evaluation: list[str] = field(default_factory=list)  # the words of --evaluate
+    sealed: bool = True  # with a checksum, which an earlier version does not know
 
     @classmethod
     def load(cls, path: Path | str) -> Study:
@@ -127,24 +84,38 @@ class Study:
                 f"{path} is not a study (a directory with a study.json that "
                 f"slurm/submit.py made): {error}"
             ) from error
-        try:
+        with named_if_damaged(file, _STUDY_REMEDY):
             tasks = [TaskSpec(**task) for task in stored.pop("tasks")]
             study = cls(path=path, tasks=tasks, sealed=sealed, **stored)
-            _check(study)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is damaged: {error!r}. {_STUDY_REMEDY}"
-            ) from error
+            study._check()
         return study
+
+    def _check(self) -> None:
+        """Raises a ValueError if a study does not hold what it is known to hold."""
+        lists = [self.command, self.submissions, self.evaluation]
+        dicts = [self.cluster, self.origin, *self.submissions]
+        dicts += [d for task in self.tasks for d in (task.stages, task.sweep)]
+        if not (
+            isinstance(self.cwd, str)
+            and all(isinstance(each, list) for each in lists)
+            and all(isinstance(each, dict) for each in dicts)
+        ):
+            raise ValueError("a part of it is of another kind")
+        if not self.tasks or not all(task.stages for task in self.tasks):
+            raise ValueError("it has no tasks, or one without stages")
+        for task in self.tasks:
+            if Path(task.name).name != task.name:
+                raise ValueError(f"{task.name!r} is no name of a task")
+        if not all(each.keys() >= {"cluster", "jobs"} for each in self.submissions):
+            raise ValueError("a submission has no jobs")
 
     def save(self) -> None:
         """Writes study.json."""
         stored = asdict(self)
         del stored["path"], stored["sealed"]
-        if self.sealed:
-            stored = files.sealed(stored)
-        with files.atomic_write(self.path / "study.json") as temporary:
-            temporary.write_text(json.dumps(stored, indent=2) + "\n")
+        _write(
+            self.path / "study.json", files.sealed(stored) if self.sealed else stored
+        )
 
     @property
     def code(self) -> Path:
@@ -163,6 +134,11 @@ class Study:
     def run(self, task: TaskSpec) -> Path:
         """Returns the directory that a task's command writes to."""
         return self.path / "tasks" / task.name / "run"
+
+    def words(self, task: TaskSpec, stage: str) -> list[str]:
+        """Returns the words that a stage of a task runs."""
+        out = str(self.run(task))
+        return [word.replace("{out}", out) for word in task.stages[stage]]
 
     def state(self, task: TaskSpec) -> dict[str, Any]:
         """Returns what the task's jobs wrote of it; empty if none has begun.
@@ -190,8 +166,7 @@ class Study:
         """Replaces entries of the task's state.json. For rank 0 of its job alone."""
         state: dict[str, Any] = {"stage": None, "status": None, "done": []}
         state |= {"error": None, "attempts": []} | self.state(task) | changes
-        with files.atomic_write(self._state_file(task)) as temporary:
-            temporary.write_text(json.dumps(files.sealed(state), indent=2) + "\n")
+        _write(self._state_file(task), files.sealed(state))
 
     def _state_file(self, task: TaskSpec) -> Path:
         return self.path / "tasks" / task.name / STATE_FILE
@@ -227,35 +202,30 @@ _STUDY_REMEDY = (
 )
 _STATE_REMEDY = "Delete it: the task's directory tells how far it came."
 _ATTEMPT = {"stage", "job", "host", "pid", "started", "ended", "gpus"}
-_SUBMISSION = {"cluster", "jobs"}
 
 
-def _check(study: Study) -> None:
-    """Raises a ValueError if a study does not hold what it is known to hold."""
-    kinds = {"command": list, "cwd": str, "cluster": dict, "origin": dict,
-             "submissions": list, "evaluation": list}  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(getattr(study, name), kind):
-            raise ValueError(f"{name} is no {kind.__name__}")
-    if not study.tasks:
-        raise ValueError("it has no tasks")
-    for task in study.tasks:
-        if Path(task.name).name != task.name:
-            raise ValueError(f"{task.name!r} is no name of a task")
-        if not (isinstance(task.stages, dict) and task.stages):
-            raise ValueError(f"{task.name} has no stages")
-        if not isinstance(task.sweep, dict):
-            raise ValueError(f"{task.name} has no sweep")
-    for each in study.submissions:
-        if not each.keys() >= _SUBMISSION:
-            raise ValueError("a submission has no jobs")
+@contextmanager
+def named_if_damaged(file: Path, remedy: str) -> Iterator[None]:
+    """Raises a ValueError that names a file and what to do if it cannot be read."""
+    try:
+        yield
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError),
+        *(csv.Error, yaml.YAMLError),
+    ) as error:
+        reason = " ".join(f"{error}".split())
+        raise ValueError(f"{file} is damaged: {reason}. {remedy}") from error
+
+
+def _write(path: Path, stored: dict[str, Any]) -> None:
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(stored, indent=2) + "\n")
 
 
 def run_directories(run: Path) -> Iterator[Path]:
-    """Yields the run directories (`lightly_mim.runs`) that a task's command made.
+    """Yields the run directories that a task's command made.
 
-    `lightly-mim pretrain` writes one, a benchmark script one per method and seed within
-    its folder.
+    `lightly-mim pretrain` makes one, a script one per method and seed in its folder.
     """
     for config in sorted([*run.glob("config.yaml"), *run.glob("*/config.yaml")]):
         yield config.parent
@@ -283,29 +253,35 @@ def alone(study: Study) -> Iterator[None]:
 
 
 def snapshot(destination: Path) -> None:
-    """Copies the code that jobs run: what git tracks, as it stands, and new files.
-
-    Args:
-        destination:
-            The directory to make.
-    """
+    """Copies the code that jobs run: what git tracks, as it stands, and new files."""
     for name in _source_files():
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
 
 
+def mend_snapshot(study: Study) -> None:
+    """Makes a package of the modules of a study that an earlier version has made.
+
+    They import each other by bare names.
+    """
+    package = study.code / "slurm"
+    if package.is_dir() and not (package / "__init__.py").exists():
+        (package / "__init__.py").write_text("import sys\n\nsys.path[:0] = __path__\n")
+
+
 def _source_files() -> list[str]:
     words = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
     listed = _git(*words, *CODE)
-    if listed is not None:
-        names = [name for name in listed.split("\0") if name]
-        return [name for name in names if (ROOT / name).is_file()]  # not the deleted
-    files = [file for folder in CODE for file in (ROOT / folder).rglob("*")]
+    found = (
+        [file for folder in CODE for file in (ROOT / folder).rglob("*")]
+        if listed is None
+        else [ROOT / name for name in listed.split("\0") if name]
+    )
     return [
         str(file.relative_to(ROOT))
-        for file in files
-        if file.is_file() and "__pycache__" not in file.parts
+        for file in found
+        if file.is_file() and "__pycache__" not in file.parts  # git lists the deleted
     ]
 
 
@@ -317,8 +293,13 @@ def origin() -> dict[str, Any]:
         "modified": bool(status) if status is not None else None,
         "versions": versions(),
         "host": platform.node(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """Returns the date and the time as studies have it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")
 
 
 def versions() -> dict[str, str]:
@@ -337,8 +318,3 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout
-
-
-def label(values: Mapping[str, str]) -> str:
-    """Returns swept values as `key=value, key=value`."""
-    return ", ".join(f"{key}={value}" for key, value in values.items())

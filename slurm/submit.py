@@ -12,10 +12,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file, Python looks in slurm/ and not in the clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
     from lightly_mim import interrupts
@@ -28,59 +31,36 @@ except ModuleNotFoundError:
         "submit.py needs the packages of this project: start it by the Python of its "
         ".venv, or install them with: pip install '.[benchmarks,slurm]'"
     )
-from changes import ask_queue, change_study
-from cluster import (
-    add_options,
-    cancel,
-    check_slurm,
-    executor,
-    is_option,
-    machine,
-    outside_of_jobs,
-    parse,
-    release,
-    work,
-)
-from commands import read, read_sweep, tasks
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sites import read_config
-from status import held_jobs, is_busy, queue, release_command
-from study import Study, TaskSpec, alone, files, origin, snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from task import Report
+
+from lightly_mim import files
+from slurm.changes import ask_queue, change_study
+from slurm.cluster import (
+    StudyExecutor,
+    cancel,
+    check_slurm,
+    executor,
+    outside_of_jobs,
+    release,
+    work,
+)
+from slurm.commands import read, read_sweep, tasks
+from slurm.local import run_debug, run_local
+from slurm.options import Machine, add_options, cut, machine, names, parse, read_config
+from slurm.status import held_jobs, is_busy, queue, release_command
+from slurm.study import Study, TaskSpec, alone, mend_snapshot, now, origin, snapshot
+from slurm.task import Report
 
 EPILOG = """\
-examples:
-  # what would be sent; needs no SLURM and writes nothing
+example, which needs no SLURM and writes nothing; more are in slurm/README.md:
   python slurm/submit.py --dry-run --partition gpu --gpus-per-node 8 \\
       --sweep method=SimMIM,MAE seed=0,1,2 -- benchmarks/imagenette.py --epochs 800
 
-  # the same study on this machine, two tasks at a time
-  python slurm/submit.py --cluster local --parallel 2 \\
-      --sweep method=SimMIM,MAE seed=0,1,2 -- benchmarks/solar_cells.py --quick
-
-  # images of your own; the evaluation follows as a job of its own
-  python slurm/submit.py --config site.yaml --sweep seed=0,1,2 \\
-      --evaluate "--data photos --layers 8 11 --baselines random pixels" \\
-      -- lightly-mim pretrain --data photos --method SimMIM \\
-      --method.encoder vit_small_patch16_224 --epochs 100
-
-  # once more what failed, and nothing else
-  python slurm/submit.py --resume studies/2026-11-22-imagenette
-
-  # without task 3, and with other values for task 4
-  python slurm/submit.py --resume studies/2026-11-22-imagenette \\
-      --drop 03 --change 04 batch_size=256
-
 Look at it with: python slurm/status.py STUDY
 """
-
-
-def _path(text: str) -> Path:
-    path: Path = files.expanded(text)
-    return path
 
 
 def parser() -> tuple[argparse.ArgumentParser, set[str]]:
@@ -93,105 +73,52 @@ def parser() -> tuple[argparse.ArgumentParser, set[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    study = made.add_argument_group("the study")
-    study.add_argument(
-        "--sweep",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE,...",
-        help="a task for each combination of these values of the command's options",
+    group = made.add_argument_group("the study")
+
+    def add(name: str, text: str, **more: Any) -> None:
+        group.add_argument(f"--{name}", help=text, **more)
+
+    several: dict[str, Any] = {"nargs": "+", "default": []}
+    text = "a task for each combination of these values of the command's options"
+    add("sweep", text, **several, action="extend", metavar="KEY=VALUE,...")
+    text = "options of lightly-mim evaluate, for what lightly-mim pretrain trains"
+    add("evaluate", text, type=shlex.split, default=[], metavar="WORDS")
+    text = "new directory for everything (default: studies/DATE-COMMAND)"
+    add("study", text, type=files.expanded, metavar="DIR")
+    text = (
+        "send the tasks of a study that are not finished and not in the queue, with "
+        "its own command, code and cluster options; those given here replace them"
     )
-    study.add_argument(
-        "--evaluate",
-        type=shlex.split,
-        default=[],
-        metavar="WORDS",
-        help="options of lightly-mim evaluate, for the encoders that lightly-mim "
-        "pretrain trains (without: no evaluation; benchmark scripts have their own); "
-        "with --resume, for those that are not evaluated yet",
-    )
-    study.add_argument(
-        "--study",
-        type=_path,
-        metavar="DIR",
-        help="new directory for everything (default: studies/DATE-COMMAND)",
-    )
-    study.add_argument(
-        "--resume",
-        type=Path,
-        metavar="STUDY",
-        help="send the tasks of a study that are not finished and not in the queue, "
-        "with its own command, code and cluster options; those given here replace them",
-    )
-    study.add_argument(
-        "--drop",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TASK",
-        help="with --resume: take tasks (their names or numbers) out of the study; "
-        "their directories stay",
-    )
-    study.add_argument(
-        "--change",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("TASK", "KEY=VALUE"),
-        help="with --resume: put a task with other values in the place of one that is "
-        "not finished; it begins anew, in a directory of its own",
-    )
-    study.add_argument(
-        "--release",
-        action="store_true",
-        help="with --resume: release the study's jobs that SLURM holds in the queue",
-    )
-    study.add_argument(
-        "--config",
-        type=_path,
-        metavar="FILE",
-        help="YAML file with options of the cluster; the command line wins",
-    )
-    study.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the sbatch scripts and the tasks; write and send nothing",
-    )
-    own = {option.removeprefix("--") for option in made._option_string_actions}
+    add("resume", text, type=Path, metavar="STUDY")
+    text = "with --resume: take tasks (names or numbers) out; their directories stay"
+    add("drop", text, **several, action="extend", metavar="TASK")
+    text = "with --resume: begin a task that is not finished anew, with other values"
+    add("change", text, **several, action="append", metavar=("TASK", "KEY=VALUE"))
+    text = "with --resume: release the study's jobs that SLURM holds in the queue"
+    add("release", text, action="store_true")
+    text = "YAML file with options of the cluster; the command line wins"
+    add("config", text, type=files.expanded, metavar="FILE")
+    text = "print the sbatch scripts and the tasks; write and send nothing"
+    add("dry-run", text, action="store_true")
+    own = {*names(made), "help"}
     add_options(made)
     return made, own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script. Exits with 2 and one message if something is wrong.
-
-    Args:
-        argv:
-            The words after the script's name. None for those of the process.
-    """
+    """Runs the script. Exits with 2 and one message if something is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
-    own, command = spell(words[:cut]), words[cut + 1 :]
+    cut_at = words.index("--") if "--" in words else len(words)
     made, study = parser()
     interrupts.raise_again()
     try:
-        _main(made, study, own, command)
+        _main(made, study, words[:cut_at], words[cut_at + 1 :])
     except (ValueError, OSError, FailedSubmissionError, FailedJobError) as error:
         made.exit(2, f"submit.py: error: {error}\n")
     except KeyboardInterrupt:
         made.exit(interrupts.INTERRUPTED, "\nsubmit.py: interrupted.\n")
     finally:
         interrupts.end_at_once()
-
-
-def spell(words: Sequence[str]) -> list[str]:
-    """Returns words in which an option such as --gpus_per_node has hyphens."""
-    parts = [word.partition("=") for word in words]
-    return [
-        f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else word
-        for word, (name, equals, value) in zip(words, parts, strict=True)
-    ]
 
 
 def _main(
@@ -205,7 +132,12 @@ def _main(
         if vars(first)[name] and not first.resume:
             raise ValueError(f"--{name} goes with --resume STUDY.")
     config = read_config(first.config, study_options) if first.config else []
-    if first.resume:
+    new = not first.resume
+    if new:
+        options = _applicable(parse(made, [*config, *own]))
+        site = [w for name, said in cut(own) if name not in study_options for w in said]
+        study = _plan(options, command, [*config, *site])
+    else:
         if command or first.sweep or first.study:
             raise ValueError(
                 "--resume takes command and sweep from the study: leave out --sweep, "
@@ -215,11 +147,6 @@ def _main(
         stored = [str(word) for word in study.cluster["words"]]
         options = _applicable(parse(made, [*stored, *config, *own]))
         _check_same_machine(study, options)
-    else:
-        options = _applicable(parse(made, [*config, *own]))
-        words = [*config, *_site_words(own, study_options)]
-        study = _plan(options, command, words)
-    new = not first.resume
     if options.dry_run:
         if not new:
             change_study(study, options)
@@ -234,24 +161,24 @@ def _main(
         study = Study.load(study.path)
         if not new and change_study(study, options):
             study.save()
-        if options.cluster != "slurm":
-            sys.exit(_run_here(study, options))
-        _send(study, options, new)
-
-
-def _send(study: Study, options: argparse.Namespace, new: bool) -> None:
-    """Sends what is left of a study to SLURM."""
-    pending = _pending(study, True, options.release)
-    if not pending:
-        print(f"Every task of {study.path} is finished or in the queue.")
-        return
-    try:
-        _submit(study, options, pending)
-    except BaseException:
-        if new:  # nothing was submitted: leave nothing behind
-            shutil.rmtree(study.path)
-        raise
-    print(_watch(study))
+        mend_snapshot(study)
+        in_slurm = options.cluster == "slurm"
+        pending = _pending(study, in_slurm, options.release)
+        if not pending:
+            where = "in the queue" if in_slurm else "running"
+            print(f"Every task of {study.path} is finished or {where}.")
+        elif not in_slurm:
+            print(f"The study: {study.path}\n{_watch(study)}", flush=True)
+            run = run_local if options.cluster == "local" else run_debug
+            sys.exit(run(study, options, pending))
+        else:
+            try:
+                _submit(study, options, pending)
+            except BaseException:
+                if new:  # nothing was submitted: leave nothing behind
+                    shutil.rmtree(study.path)
+                raise
+            print(f"The study: {study.path}\n{_watch(study)}")
 
 
 def _applicable(options: argparse.Namespace) -> argparse.Namespace:
@@ -272,31 +199,6 @@ def _applicable(options: argparse.Namespace) -> argparse.Namespace:
 def _watch(study: Study) -> str:
     words = ["python", "slurm/status.py", str(study.path), "--watch"]
     return f"Watch it with: {shlex.join(words)}"
-
-
-def _run_here(study: Study, options: argparse.Namespace) -> int:
-    """Runs what is left of a study on this machine, and returns the exit code."""
-    from local import run_debug, run_local
-
-    pending = _pending(study, False, options.release)
-    if not pending:
-        print(f"Every task of {study.path} is finished or running.")
-        return 0
-    print(f"The study: {study.path}\n{_watch(study)}", flush=True)
-    run = run_local if options.cluster == "local" else run_debug
-    return run(study, options, pending)
-
-
-def _site_words(own: Sequence[str], study: set[str]) -> list[str]:
-    """Returns the words of the command line that are the cluster's."""
-    kept: list[str] = []
-    keep = False
-    for word in own:
-        if is_option(word):
-            keep = word[2:].partition("=")[0] not in study
-        if keep:
-            kept.append(word)
-    return kept
 
 
 def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> Study:
@@ -326,11 +228,11 @@ def _plan(options: argparse.Namespace, words: list[str], cluster: list[str]) -> 
 def _check_same_machine(study: Study, options: argparse.Namespace) -> None:
     """Refuses another number of processes: the study's tasks have theirs by now."""
     got = machine(options)
-    had = (study.cluster["nodes"], study.cluster["devices"])
-    if (got.nodes, got.devices) != had:
+    had = Machine(study.cluster["nodes"], study.cluster["devices"])
+    if got != had:
         raise ValueError(
-            f"The study's tasks have {had[0]} node(s) with {had[1]} process(es) each, "
-            f"which cannot change half-way; got {got.nodes} and {got.devices}."
+            f"The study's tasks have {had.nodes} node(s) with {had.devices} process(es)"
+            f" each, which cannot change half-way; got {got.nodes} and {got.devices}."
         )
 
 
@@ -377,100 +279,77 @@ def _pending(study: Study, in_slurm: bool, release_held: bool) -> list[TaskSpec]
     return pending
 
 
-def waves(study: Study, pending: Sequence[TaskSpec]) -> list[list[list[Any]]]:
-    """Returns the arrays to send: chains of stages, each a list of (task, stage).
-
-    The elements of a chain's second array wait for those of its first one, so both have
-    the same tasks in the same order.
-
-    Args:
-        study:
-            The study.
-        pending:
-            Tasks with open stages.
-    """
+def waves(study: Study, pending: Sequence[TaskSpec]) -> list[list[TaskSpec]]:
+    """Returns tasks with open stages, those with the same ones together."""
     chains: dict[tuple[str, ...], list[TaskSpec]] = {}
     for task in pending:
         chains.setdefault(tuple(study.open_stages(task)), []).append(task)
-    return [
-        [[(task, stage) for task in members] for stage in stages]
-        for stages, members in chains.items()
-    ]
+    return list(chains.values())
+
+
+# Takes a stage, its executor and its tasks, and returns the number of their job.
+Send = Callable[[str, StudyExecutor, Sequence[TaskSpec]], str]
+
+
+def _send(
+    study: Study, options: argparse.Namespace, pending: Sequence[TaskSpec], send: Send
+) -> None:
+    """Sends arrays, whose elements wait for those of the array before, and the report.
+
+    An element whose turn cannot come any more, as the one before it failed, leaves the
+    queue instead of staying in it for ever.
+    """
+    jobs = set()
+    for members in waves(study, pending):
+        kind = "aftercorr" if len(members) > 1 else "afterok"
+        before = ""
+        for stage in study.open_stages(members[0]):
+            array = executor(study, options, stage, len(members))
+            if before:
+                more = array.parameters["additional_parameters"]
+                array.update_parameters(
+                    dependency=f"{kind}:{before}",
+                    additional_parameters=more | {"kill-on-invalid-dep": "yes"},
+                )
+            before = send(stage, array, members)
+            jobs.add(before)
+    report = executor(study, options, "report", 1)
+    report.update_parameters(dependency=f"afterany:{':'.join(sorted(jobs))}")
+    send("report", report, [])
 
 
 def _submit(
     study: Study, options: argparse.Namespace, pending: Sequence[TaskSpec]
 ) -> None:
-    """Sends the arrays, each waiting for the one before it, and the report."""
-    jobs: dict[str, dict[str, str]] = {}
+    """Submits what is left of a study; all of it, or nothing."""
+    submission: dict[str, Any] = {"date": now(), "cluster": "slurm", "jobs": {}}
     sent: list[submitit.Job[Any]] = []
+
+    def send(stage: str, array: StudyExecutor, members: Sequence[TaskSpec]) -> str:
+        functions = [work(study, options, task, stage) for task in members]
+        found = array.submit_array(functions or [Report(str(study.path))])
+        sent.extend(found)
+        for task, job in zip(members, found, strict=False):
+            submission["jobs"].setdefault(task.name, {})[stage] = str(job.job_id)
+        name = str(found[0].job_id).partition("_")[0]
+        count = f"{len(members)} task(s), " if members else ""
+        print(f"{stage}: {count}job {name}")
+        return name
+
     try:
         with outside_of_jobs():
-            for chain in waves(study, pending):
-                before: Sequence[submitit.Job[Any]] = []
-                for members in chain:
-                    stage = members[0][1]
-                    array = executor(study, options, stage, len(members))
-                    if before:
-                        wait_for(array, before[0].job_id, len(before))
-                    functions = [work(study, options, *member) for member in members]
-                    before = array.submit_array(functions)
-                    sent += before
-                    for (task, _), job in zip(members, before, strict=True):
-                        jobs.setdefault(task.name, {})[stage] = str(job.job_id)
-                    name, count = before[0].job_id.partition("_")[0], len(members)
-                    print(f"{stage}: {count} task(s), job {name}")
-            report = executor(study, options, "report", 1)
-            ids = sorted({str(job.job_id).partition("_")[0] for job in sent})
-            report.update_parameters(dependency=f"afterany:{':'.join(ids)}")
-            sent.append(report.submit(Report(str(study.path))))
-            print(f"report: job {sent[-1].job_id}")
+            _send(study, options, pending, send)
     except BaseException:
         cancel(sent)
         raise
-    study.submissions.append(
-        {
-            "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-            "cluster": "slurm",
-            "jobs": jobs,
-            "report": str(sent[-1].job_id),
-        }
-    )
+    study.submissions.append(submission | {"report": str(sent[-1].job_id)})
     study.save()
-    print(f"The study: {study.path}")
 
 
-def wait_for(array: Any, job: str, num_tasks: int) -> None:
-    """Makes each element of an array wait for the same one of the array before it.
-
-    An element whose turn cannot come any more, as the one before it failed, leaves the
-    queue instead of staying in it for ever.
-    """
-    kind = "aftercorr" if num_tasks > 1 else "afterok"
-    more = {**array.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
-    array.update_parameters(
-        dependency=f"{kind}:{job.partition('_')[0]}",
-        additional_parameters=more,
-    )
-
-
-def _show_scripts(
-    study: Study, options: argparse.Namespace, pending: Sequence[TaskSpec]
-) -> None:
-    """Prints the sbatch scripts."""
-    for number, chain in enumerate(waves(study, pending)):
-        for position, members in enumerate(chain):
-            stage = members[0][1]
-            array = executor(study, options, stage, len(members))
-            if position:
-                job = f"<job of {chain[position - 1][0][1]}>"
-                wait_for(array, job, len(members))
-            print(f"### {stage}{f', chain {number + 1}' if number else ''}\n")
-            print(array.script(len(members)))
-    report = executor(study, options, "report", 1)
-    report.update_parameters(dependency="afterany:<all jobs above>")
-    print("### report\n")
-    print(report.script(1))
+def _show_script(stage: str, array: StudyExecutor, members: Sequence[TaskSpec]) -> str:
+    """Prints an sbatch script."""
+    print(f"### {stage}\n\n{array.script(len(members))}")
+    return f"<job of {stage}>"
 
 
 def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
@@ -478,21 +357,21 @@ def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
     pending = [task for task in study.tasks if study.open_stages(task)]
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if options.cluster == "slurm":
-        _show_scripts(study, options, pending)
+        _send(study, options, pending, _show_script)
     table = Table(title=f"{len(pending)} task(s)", title_justify="left", box=None)
     keys = study.swept()
     for name in ("array index", *keys, "directory"):
         table.add_column(name, overflow="fold")
-    for chain in waves(study, pending):
-        for index, (task, _) in enumerate(chain[0]):
+    for members in waves(study, pending):
+        for index, task in enumerate(members):
             values = [task.sweep.get(key, "") for key in keys]
             where = study.run(task).relative_to(study.path)
             table.add_row(*map(Text, (str(index), *values, str(where))))
     console.print(table)
-    for stage, words in (pending or study.tasks)[0].stages.items():
-        out = str(study.run((pending or study.tasks)[0]))
-        shown = [word.replace("{out}", out) for word in words]
-        print(f"\n{stage} of the first task:\n  {shlex.join(shown)}")
+    first = (pending or study.tasks)[0]
+    for stage in first.stages:
+        words = shlex.join(study.words(first, stage))
+        print(f"\n{stage} of the first task:\n  {words}")
     what = (
         f"The study would be {study.path}."
         if new

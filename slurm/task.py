@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,7 +29,7 @@ from submitit.helpers import (
 )
 
 if TYPE_CHECKING:
-    from study import Study, TaskSpec
+    from slurm.study import Study, TaskSpec
 
 # Seconds between two looks for an attempt that has taken this one's place: the node may
 # be lost to SLURM, which starts the job elsewhere, while its processes go on.
@@ -42,29 +41,14 @@ REQUEUE_PAUSE = 5  # seconds between two attempts to reach a controller that res
 
 @dataclass
 class Task(Checkpointable):
-    """A stage of a task, as submitit sends it.
+    """A stage of a task, as submitit sends it."""
 
-    Attributes:
-        study:
-            The study directory.
-        name:
-            Name of the task.
-        stage:
-            One of its stages.
-        max_requeues:
-            How often its job may be requeued.
-        patience:
-            Seconds in which a requeue has to succeed.
-        gpus:
-            Number of GPUs per node that the job asks for.
-    """
-
-    study: str
-    name: str
+    study: str  # the directory
+    name: str  # of the task
     stage: str
-    max_requeues: int
-    patience: int
-    gpus: int = 0
+    max_requeues: int  # how often its job may be requeued
+    patience: int  # seconds in which a requeue has to succeed
+    gpus: int = 0  # per node, that the job asks for
 
     def __call__(self) -> None:
         """Runs the stage, or what is left of it.
@@ -74,10 +58,11 @@ class Task(Checkpointable):
         """
         env = submitit.JobEnvironment()
         if env.cluster == "local" and env.num_tasks > 1:
-            _export_ranks()  # before Lightning is imported, which looks for its rank
-        from study import DONE, FAILED, INTERRUPTED, RUNNING, run_directories
-
+            # Before Lightning is imported, which looks for its rank.
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            os.environ["NODE_RANK"] = "0"
         from lightly_mim.runs import RunDirectory
+        from slurm.study import DONE, FAILED, INTERRUPTED, RUNNING, run_directories
 
         study, task = self._load()
         os.chdir(study.cwd)
@@ -86,41 +71,35 @@ class Task(Checkpointable):
         if self.stage not in open_stages:  # requeued after its end
             print(f"{task.name}: {self.stage} is done already.", flush=True)
             return
-        if open_stages[0] != self.stage:
-            self._skip(study, task, open_stages[0], main)
+        if (before := open_stages[0]) != self.stage:
+            line = f"{self.stage} was not begun: {before} has no finished marker."
+            print(f"{task.name}: {line}", flush=True)
+            if main and not study.state(task).get("error"):
+                self._fail(RuntimeError(line), stage=before)
             return
         if main:
-            attempt = self._attempt(env)
-            attempts = [*study.state(task).get("attempts", []), attempt]
-            study.update_state(
-                task,
-                stage=self.stage,
-                status=RUNNING,
-                error=None,
-                attempts=attempts,
-            )
+            attempts = [*study.state(task).get("attempts", []), _attempt(env, self)]
+            begun = {"stage": self.stage, "status": RUNNING, "error": None}
+            study.update_state(task, **begun, attempts=attempts)
             if self._requeues() > self.max_requeues:
-                self._give_up()
-                raise RuntimeError(self._bound())
+                raise self._given_up()
         self._fence(study, task)
         try:
             self._run(study, task, env)
+            runs = list(run_directories(study.run(task)))
+            unfinished = [str(run) for run in runs if not RunDirectory(run).finished]
+            if main and (unfinished or (self.stage == "train" and not runs)):
+                where = ", ".join(unfinished) or study.run(task)
+                raise RuntimeError(
+                    f"The command ended without the finished marker in {where}."
+                )
         except Exception as error:
             if main and study.state(task)["status"] != FAILED:
                 interrupted = isinstance(error, CommandInterrupted)
-                self._fail(error, status=INTERRUPTED if interrupted else None)
+                self._fail(error, status=INTERRUPTED if interrupted else FAILED)
             raise
-        if not main:
-            return
-        runs = list(run_directories(study.run(task)))
-        unfinished = [str(run) for run in runs if not RunDirectory(run).finished]
-        if unfinished or (self.stage == "train" and not runs):
-            where = ", ".join(unfinished) or study.run(task)
-            message = f"The command ended without the finished marker in {where}."
-            self._fail(RuntimeError(message))
-            raise RuntimeError(message)
-        done = [*study.state(task)["done"], self.stage]
-        self._end(DONE, done=done)
+        if main:
+            self._end(DONE, done=[*study.state(task)["done"], self.stage])
 
     def checkpoint(  # type: ignore[override]  # submitit takes None
         self,
@@ -129,16 +108,16 @@ class Task(Checkpointable):
 
         Submitit calls it before it requeues the job; None keeps it from doing so.
         """
-        from study import REQUEUED
+        from slurm.study import REQUEUED
 
         if self._requeues() >= self.max_requeues:
-            self._give_up()
+            self._given_up()
             return None
         self._end(REQUEUED)
         return DelayedSubmission(self)
 
     def _load(self) -> tuple[Study, TaskSpec]:
-        from study import Study
+        from slurm.study import Study
 
         study = Study.load(self.study)
         return study, next(task for task in study.tasks if task.name == self.name)
@@ -147,8 +126,7 @@ class Task(Checkpointable):
 
     def _run(self, study: Study, task: TaskSpec, env: submitit.JobEnvironment) -> None:
         """Runs the command and, if it is preempted, has its job requeued."""
-        out = str(study.run(task))
-        words = [word.replace("{out}", out) for word in task.stages[self.stage]]
+        words = study.words(task, self.stage)
         print(f"{task.name}, {self.stage}: {shlex.join(words)}", flush=True)
         self._check_gpus(task)
         if "SUBMITIT_DEBUG_JOB_ID" in os.environ:  # nobody requeues, Ctrl-C ends it
@@ -205,38 +183,7 @@ class Task(Checkpointable):
                     ) from error
                 time.sleep(REQUEUE_PAUSE)
 
-    def _skip(self, study: Study, task: TaskSpec, before: str, main: bool) -> None:
-        """Records why a stage cannot begin."""
-        line = f"{self.stage} was not begun: {before} has no finished marker."
-        print(f"{task.name}: {line}", flush=True)
-        if main and not study.state(task).get("error"):
-            self._fail(RuntimeError(line), stage=before)
-
     # What is recorded. Rank 0 only.
-
-    def _attempt(self, env: submitit.JobEnvironment) -> dict[str, Any]:
-        import torch
-        from study import versions
-
-        gpus = [
-            torch.cuda.get_device_name(number)
-            for number in range(torch.cuda.device_count())
-        ]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return {
-            "stage": self.stage,
-            "job": env.job_id,
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "host": platform.node(),
-            "nodes": list(env.hostnames),
-            "pid": os.getpid(),
-            "gpus": gpus,
-            "cuda_visible_devices": visible,
-            "versions": versions(),
-            "started": time.time(),
-            "ended": None,
-            "outcome": None,
-        }
 
     def _requeues(self) -> int:
         """Returns how often the job was requeued, by SLURM or by itself."""
@@ -253,31 +200,20 @@ class Task(Checkpointable):
         study.update_state(task, status=status, attempts=attempts, **changes)
 
     def _fail(
-        self,
-        error: BaseException,
-        stage: str | None = None,
-        status: str | None = None,
+        self, error: Exception, stage: str | None = None, status: str = "failed"
     ) -> None:
-        from study import FAILED
-
         lines = traceback.format_exception(error)
-        self._end(
-            status or FAILED,
-            error={
-                "stage": stage or self.stage,
-                "line": traceback.format_exception_only(error)[-1].strip(),
-                "traceback": "".join(lines),
-            },
-        )
+        record = {"stage": stage or self.stage, "line": lines[-1].strip()}
+        self._end(status, error=record | {"traceback": "".join(lines)})
 
-    def _bound(self) -> str:
-        return (
+    def _given_up(self) -> RuntimeError:
+        """Records, and returns, that the job was requeued too often."""
+        error = RuntimeError(
             f"The job was requeued {self.max_requeues} times and not once more "
             "(--max-requeues)."
         )
-
-    def _give_up(self) -> None:
-        self._fail(RuntimeError(self._bound()))
+        self._fail(error)
+        return error
 
     def _fence(self, study: Study, task: TaskSpec) -> None:
         """Ends this process when another attempt at the stage has begun."""
@@ -304,11 +240,30 @@ class Task(Checkpointable):
         threading.Thread(target=watch, daemon=True).start()
 
 
-class CommandError(RuntimeError):
-    """The command ended with an exit code and without an exception."""
+def _attempt(env: submitit.JobEnvironment, work: Task) -> dict[str, Any]:
+    """Returns what is known of an attempt that begins."""
+    import torch
+
+    from slurm.study import versions
+
+    count = torch.cuda.device_count()
+    return {
+        "stage": work.stage,
+        "job": env.job_id,
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "host": platform.node(),
+        "nodes": list(env.hostnames),
+        "pid": os.getpid(),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(count)],
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "versions": versions(),
+        "started": time.time(),
+        "ended": None,
+        "outcome": None,
+    }
 
 
-class CommandInterrupted(CommandError):
+class CommandInterrupted(RuntimeError):
     """Somebody pressed Ctrl-C."""
 
 
@@ -322,22 +277,16 @@ def _call(words: list[str], study: Study) -> None:
     from lightly_mim.training.signals import Preempted
 
     argv, path = sys.argv, list(sys.path)
-    run: Callable[[], Any]
-    if words[0] == "lightly-mim":
-        from lightly_mim.cli import main
-
-        def run() -> None:
-            main(words[1:])
-    else:
-        script = study.code / words[0]
-        sys.path.insert(0, str(script.parent))
-
-        def run() -> None:
-            runpy.run_path(str(script), run_name="__main__")
-
     sys.argv = words
     try:
-        run()
+        if words[0] == "lightly-mim":
+            from lightly_mim.cli import main
+
+            main(words[1:])
+        else:
+            script = study.code / words[0]
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
     except (Preempted, TakenOverError):  # no failures: the run goes on elsewhere
         raise
     except SystemExit as error:
@@ -350,32 +299,21 @@ def _call(words: list[str], study: Study) -> None:
         if error.code == 130:
             raise CommandInterrupted(f"{name} was interrupted") from error
         ended = f"ended with exit code {error.code}; its log says why"
-        raise CommandError(f"{name} {ended}") from error
+        raise RuntimeError(f"{name} {ended}") from error
     finally:
         sys.argv = argv
         sys.path[:] = path
 
 
-def _export_ranks() -> None:
-    """Tells Lightning of the processes that submitit's local executor started."""
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    os.environ["NODE_RANK"] = "0"
-
-
 @dataclass
 class Report:
-    """The report of a study, as submitit sends it.
-
-    Attributes:
-        study:
-            The study directory.
-    """
+    """The report of a study directory, as submitit sends it."""
 
     study: str
 
     def __call__(self) -> None:
         """Writes what a study found, see `report.write_report`."""
-        from report import write_report
-        from study import Study
+        from slurm.report import write_report
+        from slurm.study import Study
 
         print(write_report(Study.load(self.study)))

@@ -221,7 +221,7 @@ OF_THE_TASK = {"images/s", "requeues", "host", "gpus", "commit", "modified", "er
 
 def submit(words: list[str]) -> None:
     """Does what slurm/submit.py does."""
-    import submit as script
+    from slurm import submit as script
 
     try:
         script.main(words)
@@ -257,11 +257,11 @@ def descendants(parent: int) -> list[int]:
 def kill_study(photos: Path, root: Path, kills: int) -> int:
     """Returns whether a study that was killed ends otherwise."""
     rng = random.Random(14)
-    sys.path.insert(0, str(Path(__file__).parents[2] / "slurm"))
-    import status
-    import study as studies
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from slurm import report, status
+    from slurm import study as studies
 
-    importlib.import_module("submit")  # what each child would import
+    importlib.import_module("slurm.submit")  # what each child would import
     new = shlex.split(TRAIN.format(photos=photos))
     start, log = time.perf_counter(), root / "log.txt"
     whole, path = root / "whole", root / "killed"
@@ -309,9 +309,7 @@ def kill_study(photos: Path, root: Path, kills: int) -> int:
         study = studies.Study.load(path)
         if not any(study.open_stages(task) for task in study.tasks):
             break
-    finish(
-        fork(lambda: print(importlib.import_module("report").write_report(study)), log)
-    )
+    finish(fork(lambda: print(report.write_report(study)), log))
     same = of_study(path) == expected
     attempts = sum(len(study.state(task)["attempts"]) for task in study.tasks)
     print(f"{kills} kills: {dict(counts)}, {attempts} attempts, the same: {same}")

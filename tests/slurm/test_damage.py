@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import random
@@ -13,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import slurm.report
+import slurm.study
+from lightly_mim import files
 
 from .test_status import FAILED, attempt, status, study, write_run
 
@@ -30,7 +33,6 @@ def two_tasks(status: Any, study: Any) -> Any:
         study.update_state(task, attempts=[attempt("train", "7_0")], **state)
     write_run(study, study.tasks[0], METRICS)
     run = study.run(study.tasks[0]) / "SimMIM-seed0"
-    files = importlib.import_module("study").files
     (run / "config.yaml").write_text(files.sealed_text(CONFIG))
     return study
 
@@ -89,7 +91,6 @@ def test_files_of_a_task(
     damage: Callable[[Path, random.Random], None],
     tmp_path: Path,
 ) -> None:
-    report = importlib.import_module("report")
     _, whole, _ = shown(status, two_tasks, capsys)
     for seed in range(8 if damage in (cut, flip, noise) else 1):
         copy = tmp_path / f"{seed}"
@@ -111,7 +112,7 @@ def test_files_of_a_task(
             assert out.split("\n")[1:4] == whole.split("\n")[1:4]
         else:  # a number is another, or there is none yet
             assert "00-seed=0" in out
-        said = report.write_report(damaged)
+        said = slurm.report.write_report(damaged)
         assert "01-seed=1`: failed. ValueError: no" in said
 
 
@@ -202,12 +203,14 @@ def test_log_and_lock(
         path.write_text("x" * 100)
         damage(path, random.Random(0))
     assert "ended without a word" in status.rows(two_tasks, {})[0].detail
-    alone = importlib.import_module("study").alone
     if lock.is_file():
-        with alone(two_tasks):
+        with slurm.study.alone(two_tasks):
             pass
     else:
-        with pytest.raises(ValueError, match=r"\.lock is no file"), alone(two_tasks):
+        with (
+            pytest.raises(ValueError, match=r"\.lock is no file"),
+            slurm.study.alone(two_tasks),
+        ):
             pass
     assert two_tasks.state(task)["status"] == "running"
 
@@ -232,7 +235,6 @@ def test_report__numbers_of_a_task(
     name: str,
     damage: Callable[[Path, random.Random], None],
 ) -> None:
-    module, report = importlib.import_module("study"), importlib.import_module("report")
     task = two_tasks.tasks[0]
     two_tasks.update_state(task, status="done", done=["train", "evaluate"])
     path = two_tasks.run(task) / name
@@ -240,12 +242,12 @@ def test_report__numbers_of_a_task(
     for seed in range(6 if damage in (cut, flip, noise) else 1):
         path.unlink(missing_ok=True)
         if name == "results.json":
-            path.write_text(json.dumps(module.files.sealed({"rows": [row]})))
+            path.write_text(json.dumps(files.sealed({"rows": [row]})))
         else:
             path.write_text("model,protocol,top1\nx,knn,0.5\n")
-        assert "50.0 (1)" in report.write_report(two_tasks)
+        assert "50.0 (1)" in slurm.report.write_report(two_tasks)
         damage(path, random.Random(seed))
-        said = report.write_report(two_tasks)
+        said = slurm.report.write_report(two_tasks)
         assert "01-seed=1`: failed. ValueError: no" in said
         if "## Damaged" in said or "`: damaged" in said:
             assert f"{path} is damaged" in said

@@ -219,8 +219,7 @@ class StudyRun:
                 patch.setenv(name, value)
             patch.chdir(self.place)
             patch.syspath_prepend(str(self.place))
-            patch.syspath_prepend(str(ROOT / "slurm"))
-            importlib.import_module(script).main(options)
+            importlib.import_module(f"slurm.{script}").main(options)
 
     def status(self) -> str:
         """Returns what `status.py` shows of a study with a failed task."""

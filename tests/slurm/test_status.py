@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import os
 import platform
 import subprocess
@@ -12,20 +11,23 @@ from typing import Any
 
 import pytest
 
-SLURM = Path(__file__).parents[2] / "slurm"
+import slurm.report
+import slurm.status
+import slurm.study
+
+ROOT = Path(__file__).parents[2]
 ENDED_PID = 2**22 + 1  # larger than any process number
 
 
 @pytest.fixture
 def status(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SLURM)
     monkeypatch.setenv("PATH", "")  # no SLURM
-    return importlib.import_module("status")
+    return slurm.status
 
 
 @pytest.fixture
 def study(status: ModuleType, tmp_path: Path) -> Any:
-    module = importlib.import_module("study")
+    module = slurm.study
     tasks = [
         module.TaskSpec(
             f"0{seed}-seed={seed}", {"seed": str(seed)}, {"train": [], "evaluate": []}
@@ -146,8 +148,8 @@ def test_state__failed_before_and_sent_again(status: ModuleType, study: Any) -> 
     study.submissions.append(
         {"date": "", "cluster": "slurm", "jobs": {task.name: {"train": "9"}}}
     )
-    for slurm, state in (("PENDING", "queued"), ("RUNNING", "starting")):
-        assert status.rows(study, {"9": (slurm, "")})[0].state == state
+    for queued, state in (("PENDING", "queued"), ("RUNNING", "starting")):
+        assert status.rows(study, {"9": (queued, "")})[0].state == state
 
 
 def test_state__lost_shows_the_log(status: ModuleType, study: Any) -> None:
@@ -206,8 +208,8 @@ def test_main(
 
 
 def test_starts_without_torch(study: Any) -> None:
-    code = "import sys, status; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=SLURM, check=False)
+    code = "import sys, slurm.status; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
     assert done.returncode == 0
 
 
@@ -215,7 +217,6 @@ def test_starts_without_torch(study: Any) -> None:
 
 
 def test_report(status: ModuleType, study: Any) -> None:
-    report = importlib.import_module("report")
     top1 = [0.75, 0.8]
     for task, value in zip(study.tasks, top1, strict=True):
         done = ["train", "evaluate"]
@@ -227,7 +228,7 @@ def test_report(status: ModuleType, study: Any) -> None:
             f"method,seed,model,protocol,top1\nMAE,0,pretrained,knn,{value}\n"
             "MAE,0,raw pixels,knn,0.5\n"
         )
-    said = report.write_report(study)
+    said = slurm.report.write_report(study)
     assert "| MAE | pretrained | 77.5 ± 3.5 (2) |" in said
     assert "| MAE | raw pixels | 50.0 ± 0.0 (2) |" in said
     assert "Not finished" not in said
@@ -241,13 +242,12 @@ def test_report(status: ModuleType, study: Any) -> None:
 
 
 def test_report__page_of_all_runs(status: ModuleType, study: Any) -> None:
-    report = importlib.import_module("report")
     for task, lr in zip(study.tasks, (0.1, 0.01), strict=True):
         run = study.run(task) / "MAE-seed0"
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(f"recipe: {{lr: {lr}}}\n")
         (run / "metrics.csv").write_text(f"epoch,step,train_loss\n0,1,{lr}\n")
-    said = report.write_report(study)
+    said = slurm.report.write_report(study)
     assert said.endswith(f"; open {study.path / 'report.html'} with a browser.")
     page = (study.path / "report.html").read_text()
     for task in study.tasks:
@@ -257,9 +257,8 @@ def test_report__page_of_all_runs(status: ModuleType, study: Any) -> None:
 
 
 def test_report__lists_what_failed(status: ModuleType, study: Any) -> None:
-    report = importlib.import_module("report")
     study.update_state(study.tasks[0], attempts=[attempt("train", "7_0")], **FAILED)
-    said = report.write_report(study)
+    said = slurm.report.write_report(study)
     assert "- `00-seed=0`: failed. ValueError: no" in said
     assert study.resume_command() in (study.path / "study.md").read_text()
     with (study.path / "study.csv").open(newline="") as file:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
@@ -13,6 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import slurm.cluster
+import slurm.report
+import slurm.status
+import slurm.study
+import slurm.submit
 
 from ..conftest import TINY_VIT
 from .cluster import Cluster
@@ -27,18 +32,11 @@ PRETRAIN = (
 )
 
 
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    """Imports a module of slurm/, which stands on the path as for its scripts."""
-    monkeypatch.syspath_prepend(ROOT / "slurm")
-    return importlib.import_module(name)
-
-
 @pytest.fixture
 def submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load(monkeypatch, "submit")
     monkeypatch.setattr(sys, "path", list(sys.path))  # submit adds folders
     monkeypatch.chdir(tmp_path)
-    return module
+    return slurm.submit
 
 
 def scripts(output: str) -> dict[str, str]:
@@ -80,7 +78,7 @@ def test_dry_run(
         "#SBATCH --gpus-per-node=4\n",
         "#SBATCH --cpus-per-task=8\n",
         "#SBATCH --mem=400G\n",
-        f"#SBATCH --time={24 * 60 + 12 * 60 + 31}\n",
+        "#SBATCH --time=1-12:30:10\n",
         "#SBATCH --exclude=n1,n2\n",
         "#SBATCH --nodelist=n3\n",
         "#SBATCH --comment='a b'\n",
@@ -104,7 +102,7 @@ def test_dry_run(
         "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=1\n",
     ):
         assert line in found["evaluate"]
-    assert "--dependency='afterany:<all jobs above>'" in found["report"]
+    assert "--dependency='afterany:<job of evaluate>:<job of train>'" in found["report"]
     assert "--array" not in found["report"] and "gpus" not in found["report"]
     assert "SRUN_CPUS" not in found["report"]
     for number, (method, seed) in enumerate(
@@ -215,8 +213,9 @@ def test_dry_run__evaluation_has_the_seed_of_its_run(
     output = capsys.readouterr().out
     assert "--overwrite --seed 7 --data x\n" in output
     assert "#SBATCH" not in output  # there is no sbatch to send it to
-    submit.main(shlex.split(f"{words.format(' --seed 1')} {PRETRAIN}"))
-    assert "--overwrite --data x --seed 1\n" in capsys.readouterr().out
+    words = words.replace("--data x", "--data=x").format(" --seed 1")
+    submit.main(shlex.split(f"{words} {PRETRAIN}"))
+    assert "--overwrite --data=x --seed 1\n" in capsys.readouterr().out
 
 
 def test_resume__with_another_evaluation(
@@ -224,7 +223,7 @@ def test_resume__with_another_evaluation(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+    monkeypatch.setattr(submit, "run_local", lambda *_: 0)
 
     def send(words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -259,7 +258,7 @@ def test_resume__drops_and_changes_tasks(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(submit, "_run_here", lambda *_: 0)
+    monkeypatch.setattr(submit, "run_local", lambda *_: 0)
 
     def send(words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -303,7 +302,7 @@ def test_resume__drops_and_changes_tasks(
     )
     assert evaluate[-6:] == ["--seed", "8", "--data", "x", "--protocols", "knn"]
     assert submit.Study.load("s").swept() == ["batch_size", "seed", "lr"]
-    page = load(monkeypatch, "report").write_report(submit.Study.load("s"))
+    page = slurm.report.write_report(submit.Study.load("s"))
     assert "2 task(s), 1 done" in page
 
 
@@ -484,13 +483,6 @@ class Writes(Callback):
 # What is refused.
 
 
-def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("")
-    commands = importlib.import_module("commands")
-    with pytest.raises(ValueError, match=r"own\.py is not a script .* no parser\(\)"):
-        commands.Script([str(tmp_path / "own.py")])
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -559,9 +551,7 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--sweep out=a,b {SOLAR}", "'out' cannot be swept"),
         (f"--sweep num-nodes=1,2 {SOLAR}", "'num-nodes' cannot be swept"),
         (f"--sweep seed=0,1 {SOLAR} --seeds 1", "say it once"),
-        (f"--time 10 --signal-delay 600 {SOLAR}", "it would do nothing but start"),
         (f"--gpus-per-node a100: {SOLAR}", "a type and a number such as a100:8"),
-        (f"--gpus-per-node :2 {SOLAR}", "a type and a number such as a100:8"),
         (f"--sbatch 'x y' {SOLAR}", "'--x y' stands behind no option"),
         (f"--sbatch array=0-3 {SOLAR}", "--array of sbatch is the study's to choose"),
         (f"--gpus-per-task 1 {SOLAR}", "--gpus-per-task of sbatch is the study's"),
@@ -570,8 +560,6 @@ def test_refused__script_without_a_parser(submit: ModuleType, tmp_path: Path) ->
         (f"--nice=1 2 {SOLAR}", "'2' stands behind no option"),
         (f"--gpus-per-node 2 --tasks-per-node 3 {SOLAR}", "process of its own"),
         (f"--cluster local --nodes 2 {SOLAR}", "has one node"),
-        (f"--time 1:2:3:4 {SOLAR}", "minutes:seconds"),
-        (f"--mem lots {SOLAR}", "a size such as 64G"),
         (f"--config none.yaml {SOLAR}", "cannot be read"),
         (f"--partitions x {SOLAR}", "no --partitions. Did you mean --partition?"),
         (f"--study . {SOLAR}", "is there already"),
@@ -616,24 +604,6 @@ def test_refused__no_slurm(
 # Options.
 
 
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [
-        ("90", 90),
-        ("90:00", 90),
-        ("0:30", 1),
-        ("24:00:00", 1440),
-        ("1:00:01", 61),
-        ("2-0", 2880),
-        ("2-1:30", 2970),
-        ("1-0:0:1", 1441),
-    ],
-)
-def test_time(submit: ModuleType, text: str, minutes: int) -> None:
-    options = submit.parser()[0].parse_args(["--time", text])
-    assert options.time == minutes
-
-
 def test_config__command_line_wins(
     submit: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -645,7 +615,7 @@ def test_config__command_line_wins(
     submit.main(shlex.split(f"--dry-run --config site.yaml --partition cpu {SOLAR}"))
     script = scripts(capsys.readouterr().out)["train"]
     assert "--partition=cpu\n" in script and "--account=me\n" in script
-    assert "--time=120\n" in script and "--gpus-per-node=2\n" in script
+    assert "--time=2:00:00\n" in script and "--gpus-per-node=2\n" in script
     assert "--exclusive\n" in script and "--reservation=night\n" in script
     assert "export A=1\nexport B='x y'\nmodule load a\nmodule load b\n" in script
 
@@ -655,22 +625,22 @@ def test_config__values_are_taken_as_they_are_written(
 ) -> None:
     (tmp_path / "site.yaml").write_text(
         "account: 0123\ntime: 1:30:00\nqos: 1e3\ncomment: 2026-11-25\n"
-        "exclude: 'no'\nnodelist: 0x1F\nmail-user: 1_000\n"
-        "env: {X: 010, Y: 1.50, Z: 'yes', W: 12:30}\nsetup: [007]\n"
+        "exclude: no\nnodelist: 0x1F\nmail-user: 1_000\nspread-job:\nnice: true\n"
+        "env: {X: 010, Y: 1.50, Z: yes, W: 12:30, off: }\nsetup: [007, true]\n"
         "sbatch: {exclusive: , licenses: 08, reservation: 1_0}\n"
     )
     submit.main(shlex.split(f"--dry-run --config site.yaml {SOLAR}"))
     script = scripts(capsys.readouterr().out)["train"]
     for name, value in {
-        **{"account": "0123", "time": "90", "qos": "1e3", "comment": "2026-11-25"},
-        **{"exclude": "no", "nodelist": "0x1F", "mail-user": "1_000"},
+        **{"account": "0123", "time": "1:30:00", "qos": "1e3", "exclude": "no"},
+        **{"comment": "2026-11-25", "nodelist": "0x1F", "mail-user": "1_000"},
         **{"licenses": "08", "reservation": "1_0"},
     }.items():
         assert f"#SBATCH --{name}={value}\n" in script
-    assert "#SBATCH --exclusive\n" in script
-    assert (
-        "\nexport X=010\nexport Y=1.50\nexport Z=yes\nexport W=12:30\n007\n" in script
-    )
+    for name in ("exclusive", "spread-job", "nice"):
+        assert f"#SBATCH --{name}\n" in script
+    env = "X=010\nexport Y=1.50\nexport Z=yes\nexport W=12:30\nexport off=''\n"
+    assert f"\nexport {env}007\ntrue\n" in script
 
 
 def test_paths__of_the_home_directory(
@@ -703,12 +673,6 @@ def test_paths__of_the_home_directory(
     [
         ("partitoin: gpu", "There is no --partitoin. Did you mean --partition?"),
         ("sweep: x=1", "'sweep', which is an option of a study"),
-        ("exclude: no", "exclude: YAML reads the truth value False here: put quotes"),
-        ("env: {X: on}", "the truth value True"),
-        ("env: {y: 1, off: 2}", "the truth value False"),
-        ("sbatch: {exclusive: false}", "the truth value False"),
-        ("partition: ~", "YAML reads nothing here"),
-        ("account:", "YAML reads nothing here"),
         ("setup: [export A: b]", "YAML reads a dict here"),
         ("[1, 2]", "no mapping"),
         ("a: [", "cannot be read"),
@@ -736,8 +700,7 @@ def test_config__refused(
 def test_snapshot__has_new_files_and_no_caches(
     submit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    study = load(monkeypatch, "study")
-    study.snapshot(tmp_path / "code")
+    slurm.study.snapshot(tmp_path / "code")
     names = {str(f.relative_to(tmp_path / "code")) for f in tmp_path.rglob("*.*")}
     assert {"lightly_mim/pretraining/entry.py", "benchmarks/common.py"} <= names
     assert {"slurm/task.py", "lightly_mim/methods/simmim.py"} <= names
@@ -749,20 +712,20 @@ def test_snapshot__has_new_files_and_no_caches(
 def test_snapshot__is_what_jobs_import(
     submit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cluster = load(monkeypatch, "cluster")
-    study = load(monkeypatch, "study").Study(tmp_path, [], [], "", {}, {})
+    study = slurm.study.Study(tmp_path, [], [], "", {}, {})
     for name in ("lightly_mim", "benchmarks", "slurm"):
         (study.code / name).mkdir(parents=True)
     (study.code / "lightly_mim" / "__init__.py").touch()
-    (study.code / "slurm" / "task.py").touch()
+    for name in ("__init__", "task"):
+        (study.code / "slurm" / f"{name}.py").touch()
     (tmp_path / "find.py").write_text(
         "import importlib.util as u\n"
-        "print(*(u.find_spec(name).origin for name in ('lightly_mim', 'task')))\n"
+        "print(*(u.find_spec(name).origin for name in ('lightly_mim', 'slurm.task')))\n"
     )
     # As submitit starts it: `python -m` puts the working directory first of all.
     lines = [
         f"cd {shlex.quote(str(ROOT))}",
-        *cluster.snapshot_lines(study),
+        *slurm.cluster.snapshot_lines(study),
         f"cp {shlex.quote(str(tmp_path))}/find.py .",
         f"{shlex.quote(sys.executable)} -m find",
     ]
@@ -773,6 +736,23 @@ def test_snapshot__is_what_jobs_import(
         f"{study.code}/lightly_mim/__init__.py",
         f"{study.code}/slurm/task.py",
     ]
+
+
+def test_snapshot__of_an_earlier_version(tmp_path: Path) -> None:
+    study = slurm.study.Study(tmp_path, [], [], "", {}, {})
+    (study.code / "slurm").mkdir(parents=True)
+    (study.code / "slurm" / "task.py").write_text("import study\n")
+    (study.code / "slurm" / "study.py").write_text("print(__name__, __file__)\n")
+    slurm.study.mend_snapshot(study)
+    lines = [*slurm.cluster.snapshot_lines(study), "%s -m slurm.task"]
+    done = subprocess.run(
+        "\n".join(lines) % shlex.quote(sys.executable),
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"study {study.code}/slurm/study.py\n"
 
 
 # A whole study, on this machine.
@@ -907,17 +887,28 @@ def test_slurm__unknown_partition(
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--constraint none-such", "Invalid feature"),
+        ("--mem lots", "Invalid --mem"),
+        ("--time 1:2:3:4", "Invalid --time"),
+        ("--bananas 3", "unrecognized option '--bananas=3'"),
+    ],
+)
 def test_slurm__what_sbatch_refuses_leaves_nothing(
     submit: ModuleType,
     on_cluster: Cluster,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
+    words: str,
+    message: str,
 ) -> None:
     before = set(on_cluster.jobs())  # by number: those of earlier tests still end
     with pytest.raises(SystemExit) as exit_:
-        submit.main(shlex.split(f"--constraint none-such --study s {SWEEP} {SOLAR}"))
+        submit.main(shlex.split(f"{words} --study s {SWEEP} {SOLAR}"))
     assert exit_.value.code == 2
-    assert "Invalid feature" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert set(on_cluster.jobs()) == before and not list(tmp_path.iterdir())
 
 
@@ -958,8 +949,7 @@ def test_slurm__array_evaluation_report_and_rerun(
     assert "6 task(s), 5 done" in page
     assert f"`{victim.name}`: lost. job {job} ended without a word" in page
     assert study.resume_command() in page
-    status = load(monkeypatch, "status")
-    rows = status.rows(study, status.queue())
+    rows = slurm.status.rows(study, slurm.status.queue())
     assert [row.state for row in rows].count("done") == 5
     assert rows[4].state == "lost"
     evaluation = jobs[victim.name]["evaluate"]

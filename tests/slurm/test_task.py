@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 from submitit.core.utils import UncompletedJobError
 
-SLURM = Path(__file__).parents[2] / "slurm"
+import slurm.study
+import slurm.task
 
 FINISH = """
 import pathlib, sys
@@ -26,18 +26,16 @@ run.mkdir(parents=True, exist_ok=True)
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SLURM)
     monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "5")
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(Path.cwd())
-    return importlib.import_module("task")
+    return slurm.task
 
 
 def make_study(tmp_path: Path, script: str) -> Any:
-    module = importlib.import_module("study")
     words = ["benchmarks/x.py", "--out", "{out}"]
-    spec = module.TaskSpec("00", {}, {"train": words, "evaluate": words})
-    study = module.Study(tmp_path / "s", words, [spec], str(tmp_path), {}, {})
+    spec = slurm.study.TaskSpec("00", {}, {"train": words, "evaluate": words})
+    study = slurm.study.Study(tmp_path / "s", words, [spec], str(tmp_path), {}, {})
     (study.code / "benchmarks").mkdir(parents=True)
     (study.code / "benchmarks" / "x.py").write_text(script)
     study.save()
