@@ -12,12 +12,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jsonargparse import auto_parser
 
 import slurm.cluster
 import slurm.report
 import slurm.status
 import slurm.study
 import slurm.submit
+from lightly_mim.cli import COMMANDS
+from lightly_mim.shorthand import spell_out
 
 from ..conftest import TINY_VIT
 from .cluster import Cluster
@@ -429,11 +432,6 @@ def test_dry_run__swept_words_win(
     output = capsys.readouterr().out
     words = "--config c.yaml --epochs 2 --method.img_size 64 --weight_decay=-0.0 --out"
     assert words in output
-    from jsonargparse import auto_parser
-
-    from lightly_mim.cli import COMMANDS
-    from lightly_mim.shorthand import spell_out
-
     line = next(line for line in output.splitlines() if words in line)
     parser = auto_parser(COMMANDS, as_positional=False)
     read = parser.parse_args(spell_out(shlex.split(line)[1:], COMMANDS)).pretrain
@@ -489,7 +487,7 @@ class Writes(Callback):
         ("", "Say what to run behind --"),
         ("-- benchmarks/nothing.py", "There is no command 'benchmarks/nothing.py'"),
         ("-- rm -rf x", "There is no command 'rm'"),
-        ("-- benchmarks/common.py", "trains nothing that a study could collect"),
+        ("-- benchmarks/defaults.py", "trains nothing that a study could collect"),
         ("-- benchmarks/throughput.py mae", "trains nothing"),
         ("-- lightly-mim train", "has the commands pretrain, evaluate"),
         (f"{SOLAR} --epoch 3", "unrecognized arguments: --epoch 3"),
@@ -514,7 +512,7 @@ class Writes(Callback):
         (f"{SOLAR} --encoder vit_smal_patch16_224", "Did you mean vit_small"),
         (f"--sweep img-size=64,65 {SOLAR}", "with img-size=65 refuses its words"),
         ("-- benchmarks/imagenette.py --recipe best", "no recipe 'best'"),
-        ("-- benchmarks/simmim_space.py", "trains nothing"),
+        ("-- benchmarks/gpu_check.py", "trains nothing"),
         (f"--sweep row=mea {STUDY}", "with row=mea refuses its words. There is no row"),
         (f"--sweep row=mae {STUDY} --axis loss", "--row: not allowed with"),
         (f"{STUDY} --axis region --img-size 56", "mask_patch_size 16 x 16"),
@@ -702,7 +700,7 @@ def test_snapshot__has_new_files_and_no_caches(
 ) -> None:
     slurm.study.snapshot(tmp_path / "code")
     names = {str(f.relative_to(tmp_path / "code")) for f in tmp_path.rglob("*.*")}
-    assert {"lightly_mim/pretraining/entry.py", "benchmarks/common.py"} <= names
+    assert {"lightly_mim/pretraining/entry.py", "benchmarks/studies/study.py"} <= names
     assert {"slurm/task.py", "lightly_mim/methods/simmim.py"} <= names
     assert not any(".git" in name or "__pycache__" in name for name in names)
     for name in ("lightly_mim/cli.py", "slurm/study.py"):
