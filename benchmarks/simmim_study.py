@@ -38,7 +38,7 @@ from lightly_mim import MAE
 from lightly_mim.data import open_data
 from lightly_mim.files import atomic_write
 from lightly_mim.reporting.study import PRETRAINED, PROTOCOLS, duration
-from lightly_mim.words import meant
+from lightly_mim.spelling import meant
 
 IMAGENETTE = "imagenette"
 

@@ -52,8 +52,8 @@ from lightly_mim.report import report
 from lightly_mim.reporting.page import REPORT
 from lightly_mim.settings import check_batch
 from lightly_mim.shorthand import spell_out
+from lightly_mim.spelling import as_options, shorten, spelled_warnings
 from lightly_mim.training.signals import Preempted
-from lightly_mim.words import as_options, shorten, spelled_warnings
 
 
 def settle(

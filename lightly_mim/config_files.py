@@ -21,7 +21,7 @@ from jsonargparse import get_loader
 from lightly_mim.checkpoints.hub import is_hub_name
 from lightly_mim.config import Recorded, check_named, own_class, read_yaml
 from lightly_mim.files import expanded, is_file
-from lightly_mim.words import import_own, meant, public_classes
+from lightly_mim.spelling import import_own, meant, public_classes
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None), Path)
 _PART = ("class_path", "init_args", "dict_kwargs")

@@ -21,7 +21,7 @@ import lightly_mim.methods
 from lightly_mim.config_files import ConfigFile
 from lightly_mim.files import is_file
 from lightly_mim.methods.base import refuse_replaced
-from lightly_mim.words import spell_method
+from lightly_mim.spelling import spell_method
 
 # Commands whose first words stand for their first arguments: predict MODEL IMAGES.
 _IN_ORDER = ("predict", "embed", "show", "report")

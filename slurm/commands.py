@@ -69,7 +69,7 @@ class Script:
         Raises:
             ValueError: If the script refuses them.
         """
-        from lightly_mim.words import respell
+        from lightly_mim.spelling import respell
 
         try:
             self._check(words, machine)

@@ -17,8 +17,8 @@ import lightly_mim
 from lightly_mim import __main__, cli
 from lightly_mim.cli import main
 from lightly_mim.shorthand import spell_out
+from lightly_mim.spelling import as_options
 from lightly_mim.training.signals import Preempted
-from lightly_mim.words import as_options
 
 VIT = [
     *("--method", "SimMIM", "--method.encoder", "vit_tiny_patch16_224"),

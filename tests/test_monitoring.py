@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from lightly_mim.data import ImageDataset, open_data, seed_from
 from lightly_mim.data.decode import decode_unchecked
 from lightly_mim.evaluation import Linear, extract_features
-from lightly_mim.evaluation.rank import rank_me
+from lightly_mim.evaluation.label_free_measures import rank_me
 from lightly_mim.methods import SimMIM
 from lightly_mim.monitoring import FeatureWatch, OnlineProbe
 from lightly_mim.monitoring.watch import Look, alignment_scores, is_worse, knn_scores

@@ -33,7 +33,7 @@ from lightly_mim.methods import SimMIM
 from lightly_mim.monitoring import FeatureWatch, OnlineProbe
 from lightly_mim.optim import NonFiniteLossError, learning_rate_factor
 from lightly_mim.pretraining import Pretraining, check_pretraining, pretrain
-from lightly_mim.words import as_options
+from lightly_mim.spelling import as_options
 
 from .conftest import SHORT_RUN, TINY_VIT
 from .test_pretraining import build, few_batches, no_validation, rows_of, run, trainer

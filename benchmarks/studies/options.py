@@ -19,8 +19,8 @@ from lightly_mim.losses import Loss
 from lightly_mim.masking import Masking
 from lightly_mim.methods import MaskedImageModel
 from lightly_mim.pretraining import pretrain
+from lightly_mim.spelling import public_classes
 from lightly_mim.targets import Target
-from lightly_mim.words import public_classes
 
 METHODS: dict[str, type[MaskedImageModel]] = {
     name: method

@@ -15,7 +15,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightly_mim import interrupts
 from lightly_mim.files import print_any_name
 from lightly_mim.optim import NonFiniteLossError
-from lightly_mim.words import respell
+from lightly_mim.spelling import respell
 
 Main = Callable[[argparse.Namespace, str], None]
 

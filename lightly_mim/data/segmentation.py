@@ -29,7 +29,7 @@ from lightly_mim.data.listing import find_images
 from lightly_mim.data.notes import printable, some
 from lightly_mim.data.opening import BrokenImageError, or_skip, read_regular
 from lightly_mim.data.seeding import seed_from
-from lightly_mim.data.splits import find_splits
+from lightly_mim.data.split_folders import find_splits
 from lightly_mim.transforms import EvalTransform
 
 IGNORED = -1  # what a pixel without a class becomes

@@ -26,7 +26,7 @@ from lightly_mim.data.folder import ImageDataset, OnError
 from lightly_mim.data.items import Item, as_item
 from lightly_mim.data.named import NAMED_DATA, Split, open_named
 from lightly_mim.data.notes import printable, say
-from lightly_mim.data.splits import (
+from lightly_mim.data.split_folders import (
     check_no_splits_below,
     find_splits,
     find_val,

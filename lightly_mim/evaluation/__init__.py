@@ -1,12 +1,7 @@
 """Evaluates an encoder on labelled images; takes any encoder, knows no method."""
 
+from lightly_mim.evaluation.base import FeatureProtocol, ImageProtocol, Outcome
 from lightly_mim.evaluation.cache import cached_features
-from lightly_mim.evaluation.classifier import (
-    Classifier,
-    Predictions,
-    load_classifier,
-    predict,
-)
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.dense.protocols import DenseKNN, DenseLinear
 from lightly_mim.evaluation.dense.results import DenseResult, DenseResults
@@ -24,7 +19,19 @@ from lightly_mim.evaluation.foreign_encoders import (
     AnyEncoder,
     RawPixels,
 )
+from lightly_mim.evaluation.label_free_measures import (
+    alpha_req,
+    label_free,
+    rank_me,
+    uniformity,
+)
 from lightly_mim.evaluation.loading import at_random, describe_encoder, load_encoder
+from lightly_mim.evaluation.prediction import (
+    Classifier,
+    Predictions,
+    load_classifier,
+    predict,
+)
 from lightly_mim.evaluation.probes.attentive import (
     Attentive,
     AttentiveProbes,
@@ -43,9 +50,7 @@ from lightly_mim.evaluation.probes.logistic import (
     fit_logistic_path,
 )
 from lightly_mim.evaluation.probes.low_label import LowLabel
-from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol, Outcome
 from lightly_mim.evaluation.protocols import PROTOCOLS
-from lightly_mim.evaluation.rank import alpha_req, label_free, rank_me, uniformity
 from lightly_mim.evaluation.results import PIXELS, RANDOM, Result, Results
 from lightly_mim.evaluation.scores import wilson_interval
 from lightly_mim.evaluation.show import show

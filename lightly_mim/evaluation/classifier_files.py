@@ -26,9 +26,9 @@ from lightly_mim.arguments import (
 from lightly_mim.checkpoints import encoder_spec, hash_tensors
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.encoders import Pool
+from lightly_mim.evaluation.base import Outcome
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
-from lightly_mim.evaluation.protocol import Outcome
 from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import atomic_write, check_regular
 

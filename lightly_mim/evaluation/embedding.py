@@ -16,7 +16,6 @@ from lightly_mim.arguments import NonEmpty, PositiveInt, Share, Workers, checked
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.encoders import Encoder, Pool
-from lightly_mim.evaluation.classifier import open_images, refuse_file
 from lightly_mim.evaluation.feature_files import key_name
 from lightly_mim.evaluation.features import (
     EncoderFeatures,
@@ -25,6 +24,7 @@ from lightly_mim.evaluation.features import (
     Precision,
 )
 from lightly_mim.evaluation.loading import load_encoder
+from lightly_mim.evaluation.prediction import open_images, refuse_file
 from lightly_mim.evaluation.provenance import choose_device
 from lightly_mim.files import atomic_write
 from lightly_mim.transforms import EvalTransform

@@ -26,6 +26,7 @@ from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.folder import OnError
 from lightly_mim.data.sources import Data
 from lightly_mim.encoders import Encoder, MaskedEncoder, Pool, resize_encoder
+from lightly_mim.evaluation.base import FeatureProtocol, ImageProtocol
 from lightly_mim.evaluation.classifier_files import CLASSIFIERS, save_classifier
 from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Precision
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder, RawPixels
@@ -43,7 +44,6 @@ from lightly_mim.evaluation.loading import (
     origin_notes,
 )
 from lightly_mim.evaluation.processes import World
-from lightly_mim.evaluation.protocol import FeatureProtocol, ImageProtocol
 from lightly_mim.evaluation.protocols import (
     LABEL_FREE,
     PROTOCOLS,
@@ -171,7 +171,7 @@ def evaluate(
             protocols.
         label_free:
             Measure the training images' features without labels as well, see
-            `lightly_mim.evaluation.rank`.
+            `lightly_mim.evaluation.label_free_measures`.
         out:
             Directory that `results.json` and `report.html` are written to, and the
             classifiers of "linear", "logistic" and "finetune", see `predict`.

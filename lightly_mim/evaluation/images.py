@@ -31,11 +31,11 @@ from lightly_mim.data.opening import BrokenImageError
 from lightly_mim.data.overlap import overlap_notes
 from lightly_mim.data.sources import Data, is_image, spread_out
 from lightly_mim.encoders.statistics import imagenet_statistics
+from lightly_mim.evaluation.base import LabelledImages
 from lightly_mim.evaluation.broken import Part, find_readable
 from lightly_mim.evaluation.features import check_labels
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.evaluation.processes import World
-from lightly_mim.evaluation.protocol import LabelledImages
 from lightly_mim.evaluation.provenance import describe_data
 from lightly_mim.evaluation.splits import hold_out
 from lightly_mim.transforms import EvalTransform

@@ -115,7 +115,7 @@ class Results:
             `results.json` these stand beside `rows`.
         measures:
             Label-free measures of the training images' features, one dictionary per
-            model, layer and pooling, see `lightly_mim.evaluation.rank.label_free`.
+            model, layer and pooling, see `lightly_mim.evaluation.label_free`.
             Empty if they were not asked for.
     """
 

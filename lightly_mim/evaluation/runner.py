@@ -14,15 +14,15 @@ from lightly_mim.data import seed_from
 from lightly_mim.data.notes import printable, some
 from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
+from lightly_mim.evaluation.base import ChecksLabels, Outcome
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Features
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
 from lightly_mim.evaluation.images import EvaluationImages, class_names, read_labels
+from lightly_mim.evaluation.label_free_measures import label_free as measure_features
 from lightly_mim.evaluation.processes import World
-from lightly_mim.evaluation.protocol import ChecksLabels, Outcome
 from lightly_mim.evaluation.protocols import LABEL_FREE
 from lightly_mim.evaluation.provenance import probe_device
-from lightly_mim.evaluation.rank import label_free as measure_features
 from lightly_mim.evaluation.results import Result
 from lightly_mim.evaluation.resume import Kept, Task
 from lightly_mim.evaluation.scores import score

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, Subset
 
 from lightly_mim.data import seed_from
 from lightly_mim.encoders.base import AnyPool
+from lightly_mim.evaluation.base import FeatureProtocol
 from lightly_mim.evaluation.features import EncoderFeatures
 from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.evaluation.probes.linear import Linear
-from lightly_mim.evaluation.protocol import FeatureProtocol
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.monitoring.images import (
     FixedImages,

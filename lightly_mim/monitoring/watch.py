@@ -25,9 +25,9 @@ from torch.utils.data import Dataset, Subset
 
 from lightly_mim.data import ImageDataset, keyed_random_state, spread_out
 from lightly_mim.evaluation.features import EncoderFeatures
+from lightly_mim.evaluation.label_free_measures import rank_me, uniformity
 from lightly_mim.evaluation.probes.knn import knn_predict_grid
 from lightly_mim.evaluation.probes.standardize import Standardizer
-from lightly_mim.evaluation.rank import rank_me, uniformity
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.monitoring.images import (
     FixedImages,
@@ -72,7 +72,7 @@ class FeatureWatch(Callback):
 
     Looks at the mean patch token of the last layer before the first step, every few
     epochs and at the end, and logs `rankme` and `uniformity`, see
-    `lightly_mim.evaluation.rank`, and one measure of single images:
+    `lightly_mim.evaluation.label_free_measures`, and one measure of single images:
 
     - `knn_top1`, if the images have labels of two classes or more, and two images per
       class on average: the share of images whose class the other ones tell (kNN by

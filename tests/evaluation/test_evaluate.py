@@ -36,10 +36,10 @@ from lightly_mim.evaluation import (
     evaluate,
     runner,
 )
+from lightly_mim.evaluation.base import FeatureProtocol, Outcome
+from lightly_mim.evaluation.label_free_measures import label_free
 from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.evaluation.probes.low_label import LowLabel
-from lightly_mim.evaluation.protocol import FeatureProtocol, Outcome
-from lightly_mim.evaluation.rank import label_free
 from lightly_mim.evaluation.resume import Kept
 from lightly_mim.evaluation.supervised.finetune import FineTune
 from lightly_mim.evaluation.supervised.linear_mae import LinearMAE

@@ -4,7 +4,7 @@ import json
 import math
 from typing import NamedTuple
 
-from lightly_mim.evaluation.protocol import merit
+from lightly_mim.evaluation.base import merit
 from lightly_mim.evaluation.results import to_text
 
 

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightly_mim.evaluation.protocol import rank_classes
+from lightly_mim.evaluation.base import rank_classes
 from lightly_mim.evaluation.scores import score, wilson_interval
 
 

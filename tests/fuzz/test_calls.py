@@ -49,7 +49,7 @@ from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.pretraining import entry
 from lightly_mim.report import report
-from lightly_mim.words import public_classes
+from lightly_mim.spelling import public_classes
 
 from ..conftest import SHORT_RUN, TINY_VIT
 

@@ -22,18 +22,14 @@ from torch.utils.data import Dataset
 from lightly_mim.data import KeyedLoader, seed_from
 from lightly_mim.data.segmentation import IGNORED, SegmentationDataset
 from lightly_mim.evaluation.cache import cached_features
+from lightly_mim.evaluation.dense.iou import class_iou, count_pixels, miou_interval
 from lightly_mim.evaluation.dense.protocols import (
     DenseProtocol,
     PatchBank,
     Predictor,
     patch_labels,
 )
-from lightly_mim.evaluation.dense.results import (
-    DenseResult,
-    class_iou,
-    count_pixels,
-    miou_interval,
-)
+from lightly_mim.evaluation.dense.results import DenseResult
 from lightly_mim.evaluation.feature_files import FeatureStore
 from lightly_mim.evaluation.features import (
     TOKENS,

@@ -48,6 +48,13 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.data.seeding import seed_from
+from lightly_mim.evaluation.base import (
+    Outcome,
+    best_key,
+    describe_choices,
+    hyperparameters,
+    rank_classes,
+)
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.probes.linear import (
     MAX_NUMBERS,
@@ -56,13 +63,6 @@ from lightly_mim.evaluation.probes.linear import (
     tally,
 )
 from lightly_mim.evaluation.probes.standardize import Standardizer, check_label_range
-from lightly_mim.evaluation.protocol import (
-    Outcome,
-    best_key,
-    describe_choices,
-    hyperparameters,
-    rank_classes,
-)
 from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 Kind = Literal["single", "efficient"]

@@ -24,9 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightly_mim.arguments import NonEmpty, PositiveFloat, PositiveInt, checked
-from lightly_mim.evaluation.features import Features
-from lightly_mim.evaluation.probes.standardize import check_label_range
-from lightly_mim.evaluation.protocol import (
+from lightly_mim.evaluation.base import (
     NUM_RANKS,
     Outcome,
     best_key,
@@ -34,6 +32,8 @@ from lightly_mim.evaluation.protocol import (
     hyperparameters,
     rank_classes,
 )
+from lightly_mim.evaluation.features import Features
+from lightly_mim.evaluation.probes.standardize import check_label_range
 
 # The published values of k, and smaller ones for small training sets.
 KS = (1, 5, 10, 20, 50, 100, 200)

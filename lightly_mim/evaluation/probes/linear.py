@@ -42,9 +42,7 @@ from lightly_mim.arguments import (
     Seed,
     checked,
 )
-from lightly_mim.evaluation.features import Features, Key
-from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
-from lightly_mim.evaluation.protocol import (
+from lightly_mim.evaluation.base import (
     Choice,
     Outcome,
     best_key,
@@ -53,6 +51,8 @@ from lightly_mim.evaluation.protocol import (
     merit,
     rank_classes,
 )
+from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
 from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 # Numbers that are held at a time, a quarter of a gigabyte in float32.

@@ -39,6 +39,7 @@ from lightly_mim.arguments import (
     Seed,
     checked,
 )
+from lightly_mim.evaluation.base import Outcome, best_key, merit
 from lightly_mim.evaluation.features import Features
 from lightly_mim.evaluation.probes.linear import (
     MAX_NUMBERS,
@@ -46,7 +47,6 @@ from lightly_mim.evaluation.probes.linear import (
     score_linear,
 )
 from lightly_mim.evaluation.probes.standardize import Standardizer, check_fit
-from lightly_mim.evaluation.protocol import Outcome, best_key, merit
 from lightly_mim.evaluation.splits import assign_folds, check_folds
 
 # [0]'s range up to 30, in steps of half a decade where [0] has a quarter. On the

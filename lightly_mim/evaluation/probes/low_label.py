@@ -34,15 +34,15 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.data.seeding import seed_from
-from lightly_mim.evaluation.features import Features, Key
-from lightly_mim.evaluation.probes.logistic import Logistic, choose_logistic
-from lightly_mim.evaluation.probes.standardize import Standardizer
-from lightly_mim.evaluation.protocol import (
+from lightly_mim.evaluation.base import (
     Outcome,
     best_key,
     describe_choices,
     rank_classes,
 )
+from lightly_mim.evaluation.features import Features, Key
+from lightly_mim.evaluation.probes.logistic import Logistic, choose_logistic
+from lightly_mim.evaluation.probes.standardize import Standardizer
 from lightly_mim.evaluation.splits import check_counts, draw_per_class
 
 

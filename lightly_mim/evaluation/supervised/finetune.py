@@ -31,7 +31,7 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
+from lightly_mim.evaluation.base import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised.augmentation import (
     FineTuneTransform,
     check_rand_augment,

@@ -31,8 +31,8 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
+from lightly_mim.evaluation.base import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.features import EncoderFeatures
-from lightly_mim.evaluation.protocol import LabelledImages, Outcome, rank_classes
 from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
     Classification,

@@ -17,15 +17,11 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightly_mim.encoders import masked_encoder
 from lightly_mim.evaluation import DenseKNN, DenseLinear, evaluate_dense
+from lightly_mim.evaluation.dense.iou import class_iou, count_pixels, miou_interval
 from lightly_mim.evaluation.dense.protocols import (
     DenseProtocol,
     PatchBank,
     patch_labels,
-)
-from lightly_mim.evaluation.dense.results import (
-    class_iou,
-    count_pixels,
-    miou_interval,
 )
 from lightly_mim.evaluation.dense.runner import grid_of
 from lightly_mim.files import sealed

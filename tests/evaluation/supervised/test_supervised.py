@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation.protocol import ImageProtocol, LabelledImages
+from lightly_mim.evaluation.base import ImageProtocol, LabelledImages
 from lightly_mim.evaluation.supervised import supervised
 from lightly_mim.evaluation.supervised.finetune import FineTune
 from lightly_mim.evaluation.supervised.linear_mae import LinearMAE

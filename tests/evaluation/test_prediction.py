@@ -31,8 +31,8 @@ from lightly_mim.evaluation import (
     predict,
     show,
 )
+from lightly_mim.evaluation.base import FeatureProtocol
 from lightly_mim.evaluation.classifier_files import _METADATA_KEY, save_classifier
-from lightly_mim.evaluation.protocol import FeatureProtocol
 from lightly_mim.evaluation.supervised.finetune import FineTuned
 from lightly_mim.files import sealed
 from lightly_mim.transforms import EvalTransform

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightly_mim.evaluation import Features
 from lightly_mim.evaluation.features import Key
-from lightly_mim.evaluation.rank import (
+from lightly_mim.evaluation.label_free_measures import (
     alpha_req,
     label_free,
     rank_me,
