@@ -5,9 +5,8 @@ The papers [0] and [1] are those of `evaluate_dense`.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -43,7 +42,6 @@ class DenseProtocol(Protocol):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def predictors(
         self, bank: PatchBank, num_classes: int, *, seed: int = 0
     ) -> list[tuple[dict[str, float], Predictor]]:
@@ -57,19 +55,12 @@ class DenseProtocol(Protocol):
         *,
         seed: int = 0,
     ) -> Predictor:
-        """Returns the predictor of the chosen setting.
-
-        By default that of a grid of one: `k` is chosen from the field `ks`.
-        """
-        grid = {f"{name}s": [value] for name, value in chosen.items()}
-        one: DenseProtocol = replace(self, **grid)  # type: ignore[type-var]
-        ((_, predictor),) = one.predictors(bank, num_classes, seed=seed)
-        return predictor
+        """Returns the predictor of the chosen setting."""
 
 
 @checked
 @dataclass(frozen=True)
-class DenseKNN(DenseProtocol):
+class DenseKNN:
     """kNN on patch tokens: every patch takes the vote of the nearest training patches.
 
     Attributes:
@@ -120,10 +111,23 @@ class DenseKNN(DenseProtocol):
             for j, temperature in enumerate(self.temperatures)
         ]
 
+    def predictor(
+        self,
+        bank: PatchBank,
+        num_classes: int,
+        chosen: Mapping[str, float],
+        *,
+        seed: int = 0,
+    ) -> Predictor:
+        """See `DenseProtocol`."""
+        one = DenseKNN([int(chosen["k"])], [chosen["temperature"]], self.chunk_size)
+        ((_, predictor),) = one.predictors(bank, num_classes)
+        return predictor
+
 
 @checked
 @dataclass(frozen=True)
-class DenseLinear(DenseProtocol):
+class DenseLinear:
     """A linear classifier on patch tokens, its logits upsampled bilinearly, as in [1].
 
     Attributes:
@@ -168,6 +172,19 @@ class DenseLinear(DenseProtocol):
 
         probes = zip(self.learning_rates, weights, biases, strict=True)
         return [({"learning_rate": rate}, predictor(w, b)) for rate, w, b in probes]
+
+    def predictor(
+        self,
+        bank: PatchBank,
+        num_classes: int,
+        chosen: Mapping[str, float],
+        *,
+        seed: int = 0,
+    ) -> Predictor:
+        """See `DenseProtocol`."""
+        one = DenseLinear([chosen["learning_rate"]], self.epochs, self.batch_size)
+        ((_, predictor),) = one.predictors(bank, num_classes, seed=seed)
+        return predictor
 
 
 DENSE_PROTOCOLS: dict[str, type[Any]] = {
