@@ -173,6 +173,8 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     ours: list[str] = []
     passed: dict[str, str | bool] = {}
     for name, (first, *rest) in _spelled_out(words):
+        if first == "--evaluate" and rest:  # its value may look like an option
+            first, *rest = [f"{first}={rest[0]}", *rest[1:]]
         if name in known or first == "-h":
             ours += [first, *rest]
             continue
@@ -207,7 +209,7 @@ def read_config(path: Path, refused: Collection[str]) -> list[str]:
     """Reads a site's YAML file, `--config site.yaml`, as words of the command line.
 
     Values are taken as they are written: 0123 is no 83, `no` is no truth value. One
-    that is empty or `true` makes an option without a value.
+    that is empty, null or `true` makes an option without a value.
 
     Raises:
         ValueError: If it cannot be read, or has an option that is `refused`.
@@ -239,5 +241,6 @@ def read_config(path: Path, refused: Collection[str]) -> list[str]:
                     f"--config {path}, {key}: YAML reads a {type(text).__name__} here, "
                     f"{text}: put quotes around the text."
                 )
-        words += [f"--{option}", *(texts if value not in ("", "true") else [])]
+        alone = isinstance(value, str) and value.lower() in ("", "~", "null", "true")
+        words += [f"--{option}", *([] if alone else texts)]
     return words

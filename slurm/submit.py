@@ -158,7 +158,7 @@ def _main(
         _create(study)
     with alone(study):
         # As it is now: another submit.py may have added its jobs a moment ago.
-        study = Study.load(study.path)
+        before, study = Study.load(study.path), Study.load(study.path)
         if not new and change_study(study, options):
             study.save()
         mend_snapshot(study)
@@ -174,9 +174,11 @@ def _main(
         else:
             try:
                 _submit(study, options, pending)
-            except BaseException:
-                if new:  # nothing was submitted: leave nothing behind
+            except BaseException:  # nothing was submitted: leave nothing behind
+                if new:
                     shutil.rmtree(study.path)
+                else:
+                    before.save()
                 raise
             print(f"The study: {study.path}\n{_watch(study)}")
 
@@ -356,7 +358,7 @@ def _show(study: Study, options: argparse.Namespace, new: bool) -> None:
     """Prints the scripts, if there are any, and the tasks."""
     pending = [task for task in study.tasks if study.open_stages(task)]
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    if options.cluster == "slurm":
+    if options.cluster == "slurm" and pending:
         _send(study, options, pending, _show_script)
     table = Table(title=f"{len(pending)} task(s)", title_justify="left", box=None)
     keys = study.swept()

@@ -191,6 +191,53 @@ def test_pretrain__cut_as_it_writes_a_row(
         assert rows(out) == expected
 
 
+class OwnAxis(Callback):
+    """Logs `step`, by which Lightning lets a user choose the axis of metrics."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.log("step", float(trainer.current_epoch))
+
+
+def test_pretrain__goes_on_with_an_axis_of_ones_own(
+    photos: Path, tmp_path: Path
+) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(InterruptedError):
+        run(tmp_path, photos, callbacks=[OwnAxis(), Interrupt(1, 1)])
+    assert torch.load(last)["metrics_row"]["step"] == 0
+    run(
+        tmp_path,
+        photos,
+        callbacks=[OwnAxis()],
+        resume=True,
+        allow_changes=["callbacks"],
+    )
+    epochs = [row["step"] for row in rows_of(tmp_path) if row["train_loss"]]
+    assert epochs == ["0", "1", "2"]
+
+
+class SaveWithin(Callback):
+    """Saves within a window of accumulated gradients, where no row is due."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, out: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == (1, 0):
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "within.ckpt")
+
+
+def test_pretrain__checkpoint_within_a_window_has_no_row(
+    photos: Path, tmp_path: Path
+) -> None:
+    options = {
+        "log_every": 1,
+        "accumulate": 2,
+        "callbacks": [SaveWithin()],
+    }
+    run(tmp_path, photos, **options)
+    assert torch.load(tmp_path / "within.ckpt")["metrics_row"] is None
+
+
 @pytest.mark.parametrize(
     ("epoch", "batch", "save"),
     [(1, 0, False), (2, 0, False), (2, 3, False), (1, 2, True), (2, 1, True)],

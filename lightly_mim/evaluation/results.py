@@ -46,7 +46,8 @@ class Result:
             The chosen hyper-parameters, such as `k` and `temperature`.
         top1:
             Share of test images whose class is the most probable one. The mean over
-            `draws`, if there are any.
+            `draws`, if there are any. `top1_low` and `top1_high`, as the others' `_low`
+            and `_high`, are the ends of its 95 % interval, in [0, 1].
         top5:
             Share of test images whose class is among the five most probable. None with
             five classes or fewer, as its interval.

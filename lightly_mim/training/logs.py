@@ -181,14 +181,16 @@ class MetricsLogger(CSVLogger):
             return None
         # Nothing public tells the metrics of the moment from those of earlier ones.
         connector = trainer._logger_connector
-        if connector._first_loop_iter is not None and not connector.should_update_logs:
-            return None
+        if connector._first_loop_iter is not None:  # within an epoch
+            rows = trainer.fit_loop.epoch_loop._batches_that_stepped
+            if trainer.global_step != rows + 1 or not connector.should_update_logs:
+                return None
         row: dict[str, Any] = convert_tensors_to_scalars(connector.metrics["log"])
         if not row:
             return None
-        row.setdefault("epoch", trainer.current_epoch)
-        row.setdefault("step", trainer.global_step - 1)
-        return row
+        if "step" in row:  # by which a user's callback chooses the axis
+            return row | {"step": int(row["step"])}
+        return {"epoch": trainer.current_epoch, **row, "step": trainer.global_step - 1}
 
     @rank_zero_only
     def go_on(
@@ -210,6 +212,8 @@ class MetricsLogger(CSVLogger):
         if path.exists():
             header, rows = _read_rows(path, step)
             _write_rows(path, header, rows)
+        else:  # somebody has deleted it: the other loggers have the row
+            loggers = [self]
         if pending is None or any(
             int(row["step"]) == pending["step"] and all(map(row.get, pending))
             for row in rows

@@ -625,7 +625,7 @@ def test_config__values_are_taken_as_they_are_written(
         "account: 0123\ntime: 1:30:00\nqos: 1e3\ncomment: 2026-11-25\n"
         "exclude: no\nnodelist: 0x1F\nmail-user: 1_000\nspread-job:\nnice: true\n"
         "env: {X: 010, Y: 1.50, Z: yes, W: 12:30, off: }\nsetup: [007, true]\n"
-        "sbatch: {exclusive: , licenses: 08, reservation: 1_0}\n"
+        "sbatch: {exclusive: , hold: ~, licenses: 08, reservation: 1_0}\n"
     )
     submit.main(shlex.split(f"--dry-run --config site.yaml {SOLAR}"))
     script = scripts(capsys.readouterr().out)["train"]
@@ -635,7 +635,7 @@ def test_config__values_are_taken_as_they_are_written(
         **{"licenses": "08", "reservation": "1_0"},
     }.items():
         assert f"#SBATCH --{name}={value}\n" in script
-    for name in ("exclusive", "spread-job", "nice"):
+    for name in ("exclusive", "hold", "spread-job", "nice"):
         assert f"#SBATCH --{name}\n" in script
     env = "X=010\nexport Y=1.50\nexport Z=yes\nexport W=12:30\nexport off=''\n"
     assert f"\nexport {env}007\ntrue\n" in script
@@ -952,6 +952,13 @@ def test_slurm__array_evaluation_report_and_rerun(
     assert rows[4].state == "lost"
     evaluation = jobs[victim.name]["evaluate"]
     assert on_cluster.jobs()[evaluation] == "CANCELLED"
+
+    # What sbatch refuses changes nothing, so that it can be said again.
+    stored = (path / "study.json").read_text()
+    with pytest.raises(SystemExit):
+        words = ["--resume", str(path), "--change", victim.name[:2], "seed=7"]
+        submit.main([*words, "--mem", "lots"])
+    assert (path / "study.json").read_text() == stored
 
     submit.main(["--resume", str(path)])
     study = submit.Study.load(path)
