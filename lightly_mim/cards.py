@@ -107,7 +107,12 @@ def _results(run: RunDirectory) -> Iterator[str]:
     yield ""
     file = run.path / "results.json"
     try:
-        rows = read_sealed(file, "Evaluate again.")["rows"] if file.is_file() else []
+        stored = (
+            read_sealed(file, "Evaluate again.") if file.is_file() else {"rows": []}
+        )
+        rows = stored["rows"]
+        # Such as that test images are training images.
+        notes = [f"- {note}" for note in stored.get("notes", [])]
         lines = [
             f"| {row['model']} | {row['protocol']} {row['variant']} | "
             f"{100 * row['top1']:.1f} [{100 * row['top1_low']:.1f}, "
@@ -122,6 +127,8 @@ def _results(run: RunDirectory) -> Iterator[str]:
         yield "| Model | Protocol | Top-1 % [95 % interval] | Test images |"
         yield "|---|---|---|---|"
         yield from lines
+        yield ""
+        yield from notes
     else:
         why = (
             "results.json has no rows" if file.is_file() else "there is no results.json"

@@ -112,7 +112,9 @@ def _with_settings(
     command.__annotations__ = {name: hints[name] for name in words}
     command.__name__ = function.__name__
     told, loading = inspect.getdoc(function) or "", inspect.getdoc(load_encoder) or ""
-    settings = "".join(f"    {name}:\n        Settings of it.\n" for name in protocols)
+    settings = "".join(
+        f"    {name}:\n        Settings of {name}.\n" for name in protocols
+    )
     loading = loading[loading.index("    img_size:") : loading.index("\nReturns:")]
     start, end = told.index("    loading:"), told.index("\nReturns:")
     command.__doc__ = told[:start] + loading + settings + told[end:]

@@ -35,6 +35,12 @@ def spell_method(words: Sequence[str]) -> list[str]:
     """
     words = list(words)
     if "--method" not in words[:-1]:
+        lone = next((word for word in words if word.startswith(_METHOD)), None)
+        if lone is not None and "--config" not in words:
+            raise ValueError(
+                f"{lone} needs a method: --method and its name before it, such as "
+                "--method SimMIM."
+            )
         return words
     place = words.index("--method")
     early = [word for word in words[:place] if word.startswith(_METHOD)]
@@ -362,9 +368,10 @@ def respell(message: str, options: Mapping[str, str]) -> str:
     message = re.sub(rf"(?<![\w.(-])({names})=({value})", replace, message)
     return re.sub(
         rf"(?<=[Pp]ass )(?:{names})\b(?! of\b)|(?<=[Ll]eave )(?:{names})(?= out\b)"
-        rf"|\b(?!out\b)(?:{names})(?= to (?:go|replace))|\bresume(?= goes on\b)"
+        rf"|(?<![\w-])(?!out\b)(?:{names})(?= to (?:go|replace))"
+        rf"|(?<![\w-])resume(?= goes on\b)"
         rf"|(?<= or )(?:{names})(?=, not both)"
-        rf"|(?<=\bas )(?:out|val)\b|(?<=\bin )out\b",
+        rf"|(?<=\bas )(?:out|val)\b(?![/.]\w)|(?<=\bin )out\b(?![/.]\w)",
         lambda match: options.get(match[0], match[0]),
         message,
     )

@@ -138,6 +138,7 @@ MISTAKES = {
     f"{ENCODER} --method SimMIM":
         "--method stands before --method.encoder",
     "--epochs 1 --method.depth 3 --method MAE": "--method stands before --method.depth",
+    "--method.img_size 32": "--method.img_size needs a method: --method and its name",
     "--method SimMIM": "--method SimMIM needs an encoder: --method.encoder and",
     "--method CrossMAE --method.img_size 64": "--method CrossMAE needs an encoder",
     "--method DINOv3": "no method 'DINOv3'. There are: MAE, ",
@@ -224,6 +225,9 @@ def test_evaluate__mistakes(
         ("Begin data anew: pass resume to go on with the run in out.",
          "Begin data anew: pass --resume to go on with the run in --out."),
         ("It ran out to go on, as data in val", "It ran out to go on, as data in val"),
+        ("such as val/a.jpg in out/b", "such as val/a.jpg in out/b"),
+        ("pass --resume to go on with it, --overwrite to replace it",
+         "pass --resume to go on with it, --overwrite to replace it"),
         ("precision=None: pass Pretraining(..., batch_size=...)",
          "precision=None: pass Pretraining(..., batch_size=...)"),
         ("the batch_size is the epochs", "the batch_size is the epochs"),
@@ -262,8 +266,8 @@ def options(
         ("--resume --a 3", "--resume true --a 3"),
         ("--resume false --a 3", "--resume false --a 3"),
         ("--a 3 --resume", "--a 3 --resume true"),
-        ("--method.depths 2 2 6 2", "--method.depths [2,2,6,2]"),
-        ("--method.img-size 64 96 --a 1", "--method.img_size [64,96] --a 1"),
+        ("--linear.rates 2 2 6 2", "--linear.rates [2,2,6,2]"),
+        ("--linear.img-size 64 96 --a 1", "--linear.img_size [64,96] --a 1"),
         ("--names a,b c: d.e", '--names ["a,b","c:",d.e]'),
         ("--windows [1,2] [3,4]", "--windows [[1,2],[3,4]]"),
         (

@@ -405,7 +405,8 @@ def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         **{"model": "MAE", "protocol": "knn", "variant": "", "num_test": 50},
         **{"top1": 0.75, "top1_low": 0.625, "top1_high": 0.875},
     }
-    (run / "results.json").write_text(json.dumps({"rows": [row]}))
+    results = {"rows": [row], "notes": ["3 test images are training images."]}
+    (run / "results.json").write_text(json.dumps(results))
     out = tmp_path / "out"
     main(["convert", "--checkpoint", str(run), "--to", "timm", "--out", str(out)])
     last = capsys.readouterr().out.splitlines()[-1]
@@ -417,7 +418,7 @@ def test_card_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "Pretrained on `photos`",
         "- epochs: 7",
         "- began with the weights in: mae.pth",
-        "| 75.0 [62.5, 87.5] | 50 |",
+        "| 75.0 [62.5, 87.5] | 50 |\n\n- 3 test images are training images.",
         "mae.pth, and their licence holds",
         f'timm.create_model("local-dir:{out}"',
     ):

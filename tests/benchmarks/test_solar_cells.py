@@ -42,7 +42,8 @@ def test_main__quick(
     assert picture.exists()
     assert f"; open {out / 'report.html'} with a browser." in output
     assert output.endswith(
-        "Next, the real thing, in minutes:\n  python benchmarks/solar_cells.py\n"
+        "Next, the real thing, in minutes:\n"
+        "  python benchmarks/solar_cells.py --overwrite\n"
     )
     for label in ("SimMIM, pretrained", "random initialisation", "raw pixels"):
         assert any(line.strip().startswith(label) for line in output.splitlines())
@@ -160,7 +161,7 @@ def test_plan__another_encoder_without_the_options_of_the_default(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--quick", "  python benchmarks/solar_cells.py\n"),
+        ("--quick", "  python benchmarks/solar_cells.py --overwrite\n"),
         (
             "--out runs/demo --overwrite",
             "  python benchmarks/solar_cells.py --out runs/demo --seeds 0 1 2 "

@@ -65,7 +65,7 @@ class DenseKNN:
 
     Attributes:
         ks:
-            Numbers of neighbours to choose from. Default from [0]. Those that are
+            Numbers of neighbours to choose from. Default from CAPI. Those that are
             larger than the number of patches are left out.
         temperatures:
             Temperatures to choose from, see `knn_predict_grid`.
