@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import multiprocessing
 import os
 import signal
+import time
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
+from multiprocessing import connection
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from lightly_mim.arguments import (
     AnyDataset,
@@ -34,6 +38,12 @@ _MAX_WORKERS = 8
 
 # What SLURM, submitit and Lightning use to say that time is up.
 _SLURM_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+# A worker begins within milliseconds of its fork.
+_SECONDS_TO_BEGIN, _ATTEMPTS = 60, 3
+_begun: list[
+    int
+] = []  # pipes by which workers that are forked now tell that they begin
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have workers
 
@@ -231,7 +241,7 @@ class KeyedLoader(DataLoader[Any]):
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=collate,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin,
             # The loader draws a seed for its workers: not from the global state, where
             # a resumed run would have drawn one more.
             generator=torch.Generator(),
@@ -275,7 +285,7 @@ class KeyedLoader(DataLoader[Any]):
         # ignore it yet. This process gets its own a moment later.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SLURM_SIGNALS)
         try:
-            iterator = super()._get_iterator()
+            iterator = self._begin_workers()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # SIGTERM, which torch sends to a worker that does not end in time, is ignored.
@@ -283,6 +293,36 @@ class KeyedLoader(DataLoader[Any]):
             worker._popen.terminate = worker._popen.kill
             _running.add(iterator)
         return iterator
+
+    def _begin_workers(self) -> Any:
+        """Makes an iterator whose workers all have begun.
+
+        A fork while another thread holds a lock of Python's own leaves a child that
+        waits for it for ever, and the run with it: such workers are forked again.
+        """
+        context = self.multiprocessing_context or multiprocessing
+        tells = self.worker_init_fn is _begin and context.get_start_method() == "fork"
+        for _ in range(_ATTEMPTS):
+            reading, writing = os.pipe()
+            _begun.append(writing)
+            try:
+                iterator: Any = super()._get_iterator()
+                workers = getattr(iterator, "_workers", [])
+                if not tells or _all_begin(workers, reading):
+                    return iterator
+            finally:
+                _begun.remove(writing)
+                os.close(reading)
+                os.close(writing)
+            # No longer watched: torch raises an error in whatever runs when one dies.
+            signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+            for worker in workers:
+                worker.kill()
+        raise RuntimeError(
+            f"{len(workers)} processes that read images did not begin within "
+            f"{_SECONDS_TO_BEGIN} s, {_ATTEMPTS} times: pass num_workers=0, or fewer."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where the next batch comes from, and what it depends on."""
@@ -362,14 +402,29 @@ def default_num_workers(dataset: AnyDataset, world_size: PositiveInt = 1) -> int
     return max(1, min(share, _MAX_WORKERS))
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin(worker: int) -> None:
     """Leaves the signals that SLURM sends to all processes to the main one.
 
-    A forked worker inherits the main process' handlers, and would act on them too.
+    A forked worker inherits the main process' handlers, and would act on them too. It
+    tells its parent that it has begun; one that is not forked does not know where.
     """
     for number in _SLURM_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SLURM_SIGNALS)
+    for pipe in _begun:
+        os.write(pipe, b".")
+
+
+def _all_begin(workers: Sequence[Any], pipe: int) -> bool:
+    """Returns whether all forked workers begin in time, or have ended."""
+    missing, end = len(workers), time.monotonic() + _SECONDS_TO_BEGIN
+    while missing and all(worker.is_alive() for worker in workers):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        if connection.wait([pipe], min(left, 1)):
+            missing -= len(os.read(pipe, missing))
+    return True
 
 
 @atexit.register

@@ -279,6 +279,38 @@ class TestKeyedLoader:
         assert len(batches) == 32
         assert all(worker.is_alive() for worker in workers)
 
+    @pytest.mark.parametrize(
+        ("hanging", "said"), [("1", "15\n"), ("0 3", "15\n"), ("0 2 4", "")]
+    )
+    def test_workers_that_do_not_begin_are_forked_again(
+        self, hanging: str, said: str
+    ) -> None:
+        """A lock that another thread held at the fork would be waited for for ever."""
+        program = (
+            "import os, sys, time\n"
+            "import torch\n"
+            "from torch.utils.data import TensorDataset\n"
+            "from lightly_mim.data import loading\n"
+            "forks = []\n"
+            "def hang():\n"
+            "    time.sleep(600 if str(len(forks) - 1) in sys.argv[1:] else 0)\n"
+            "os.register_at_fork(before=lambda: forks.append(1), after_in_child=hang)\n"
+            "loading._SECONDS_TO_BEGIN = 2\n"
+            "pairs = TensorDataset(torch.arange(6), torch.zeros(6))\n"
+            "loader = loading.KeyedLoader(\n"
+            "    pairs, 2, training=False, num_workers=2, labels=False\n"
+            ")\n"
+            "print(sum(int(batch[0].sum()) for batch in loader))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, *hanging.split()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout == said, done.stderr
+        assert ("did not begin within 2 s, 3 times" in done.stderr) == (not said)
+
     def test_workers_end_with_the_program(self) -> None:
         # They ignore the SIGTERM with which multiprocessing would end them.
         program = (
