@@ -18,6 +18,7 @@ from multiprocessing import connection
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils import signal_handling
 
@@ -39,8 +40,9 @@ _MAX_WORKERS = 8
 # What SLURM, submitit and Lightning use to say that time is up.
 _SLURM_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-# A worker begins within milliseconds of its fork.
-_SECONDS_TO_BEGIN, _ATTEMPTS = 60, 3
+# In which forked workers have to begin, the first time and once more: it takes them
+# milliseconds, but on a machine that does much else.
+_SECONDS_TO_BEGIN = (10, 30, 60)
 _begun: list[
     int
 ] = []  # pipes by which workers that are forked now tell that they begin
@@ -298,17 +300,21 @@ class KeyedLoader(DataLoader[Any]):
         """Makes an iterator whose workers all have begun.
 
         A fork while another thread holds a lock of Python's own leaves a child that
-        waits for it for ever, and the run with it: such workers are forked again.
+        waits for it for ever, and the run with it: such workers are forked again. With
+        Lightning it happens right behind a collective, whose thread lets go of Python's
+        objects at that moment.
         """
+        if distributed.is_available() and distributed.is_initialized():
+            time.sleep(0.1)
         context = self.multiprocessing_context or multiprocessing
         tells = self.worker_init_fn is _begin and context.get_start_method() == "fork"
-        for _ in range(_ATTEMPTS):
+        for seconds in _SECONDS_TO_BEGIN:
             reading, writing = os.pipe()
             _begun.append(writing)
             try:
                 iterator: Any = super()._get_iterator()
                 workers = getattr(iterator, "_workers", [])
-                if not tells or _all_begin(workers, reading):
+                if not tells or _all_begin(workers, reading, seconds):
                     return iterator
             finally:
                 _begun.remove(writing)
@@ -320,8 +326,8 @@ class KeyedLoader(DataLoader[Any]):
             for worker in workers:
                 worker.kill()
         raise RuntimeError(
-            f"{len(workers)} processes that read images did not begin within "
-            f"{_SECONDS_TO_BEGIN} s, {_ATTEMPTS} times: pass num_workers=0, or fewer."
+            f"{len(workers)} processes that read images did not begin within {seconds} "
+            "s, nor before: pass num_workers=0, or fewer."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -415,9 +421,9 @@ def _begin(worker: int) -> None:
         os.write(pipe, b".")
 
 
-def _all_begin(workers: Sequence[Any], pipe: int) -> bool:
+def _all_begin(workers: Sequence[Any], pipe: int, seconds: float) -> bool:
     """Returns whether all forked workers begin in time, or have ended."""
-    missing, end = len(workers), time.monotonic() + _SECONDS_TO_BEGIN
+    missing, end = len(workers), time.monotonic() + seconds
     while missing and all(worker.is_alive() for worker in workers):
         left = end - time.monotonic()
         if left <= 0:
