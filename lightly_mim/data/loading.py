@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
@@ -325,9 +326,14 @@ class KeyedLoader(DataLoader[Any]):
             iterator._worker_pids_set = False
             for worker in workers:
                 worker.kill()
+            warnings.warn(
+                f"Processes that read images did not begin within {seconds} s: they "
+                "are ended, and begun once more.",
+                stacklevel=2,
+            )
         raise RuntimeError(
             f"{len(workers)} processes that read images did not begin within {seconds} "
-            "s, nor before: pass num_workers=0, or fewer."
+            f"s, nor before: pass num_workers=0, or fewer than {len(workers)}."
         )
 
     def state_dict(self) -> dict[str, Any]:
