@@ -87,7 +87,7 @@ def one_of(names: Collection[str]) -> Rule:
 
 # No size that PyTorch could use has more than 64 bits.
 PositiveInt = Annotated[int, Rule("of at least 1", lambda n: 1 <= n < 2**63)]
-NonNegativeInt = Annotated[int, Rule("of at least 0", lambda n: 0 <= n < 2**63)]
+NonNegativeInt = Annotated[int, Rule("of at least 0", lambda n: n >= 0)]
 Seed = Annotated[int, Rule("of 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)]
 AtLeastTwo = Annotated[int, Rule("of at least 2", lambda n: 2 <= n < 2**63)]
 # More would fill the memory of any machine.
