@@ -305,17 +305,22 @@ class KeyedLoader(DataLoader[Any]):
         Lightning it happens right behind a collective, whose thread lets go of Python's
         objects at that moment.
         """
+        context = self.multiprocessing_context or multiprocessing
+        if (
+            self.num_workers == 0
+            or self.worker_init_fn is not _begin
+            or context.get_start_method() != "fork"
+        ):
+            return super()._get_iterator()
         if distributed.is_available() and distributed.is_initialized():
             time.sleep(0.1)
-        context = self.multiprocessing_context or multiprocessing
-        tells = self.worker_init_fn is _begin and context.get_start_method() == "fork"
         for seconds in _SECONDS_TO_BEGIN:
             reading, writing = os.pipe()
             _begun.append(writing)
             try:
                 iterator: Any = super()._get_iterator()
-                workers = getattr(iterator, "_workers", [])
-                if not tells or _all_begin(workers, reading, seconds):
+                workers = iterator._workers
+                if _all_begin(workers, reading, seconds):
                     return iterator
             finally:
                 _begun.remove(writing)
