@@ -196,7 +196,7 @@ class MetricsLogger(CSVLogger):
     def go_on(
         self, step: int, pending: Mapping[str, Any] | None, loggers: list[Logger]
     ) -> None:
-        """Makes the file what it was when a run that goes on would have been cut.
+        """Makes the file end at the checkpoint that a run goes on from.
 
         Args:
             step:
