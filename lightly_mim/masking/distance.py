@@ -42,8 +42,10 @@ def average_distance(mask: Mask | Tensor, image_size: tuple[int, int]) -> Tensor
     # (B, h, W), squared, infinite where a row has nothing visible.
     visible = ~mask.cells.repeat_interleave(width // w, dim=-1)
     x = torch.arange(width, dtype=torch.float32, device=visible.device)
-    before = torch.where(visible, x, -math.inf).cummax(dim=-1).values
-    after = torch.where(visible, x, math.inf).flip(-1).cummin(dim=-1).values.flip(-1)
+    there = x.expand(visible.shape)
+    before = there.masked_fill(~visible, -math.inf).cummax(dim=-1).values
+    after = there.masked_fill(~visible, math.inf)
+    after = after.flip(-1).cummin(dim=-1).values.flip(-1)
     along = torch.minimum(x - before, after - x).square()
 
     # Of a cell row, the pixel row that is nearest to y counts: (H, h), squared.

@@ -86,5 +86,5 @@ class MixtureMasking(Masking):
         count = min(mask.count for mask in laid)
         if any(mask.count > count for mask in laid):
             scan = scan_from_a_side((batch_size, *grid), device, generator)
-            cells = mark_lowest(torch.where(cells, scan, cells[0].numel()), count)
+            cells = mark_lowest(scan.masked_fill(~cells, cells[0].numel()), count)
         return Mask(cells, count)

@@ -123,7 +123,7 @@ class TrainingModule(pl.LightningModule):
 
     def _note_non_finite(self, value: Tensor) -> None:
         bad = (self._bad_step < 0) & ~torch.isfinite(value)
-        self._bad_step = torch.where(bad, self.global_step, self._bad_step)
+        self._bad_step = self._bad_step.masked_fill(bad, self.global_step)
 
     def check_finite(self) -> None:
         """Ends the run if a loss or a gradient was not finite.
