@@ -295,6 +295,10 @@ class KeyedLoader(DataLoader[Any]):
         for worker in getattr(iterator, "_workers", ()):
             worker._popen.terminate = worker._popen.kill
             _running.add(iterator)
+        # Before what torch just registered: with pinned memory it waits 5 s for each
+        # worker, which nobody has told to end, and then kills it.
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
         return iterator
 
     def _begin_workers(self) -> Any:
@@ -444,11 +448,7 @@ def _all_begin(workers: Sequence[Any], pipe: int, seconds: float) -> bool:
     return True
 
 
-@atexit.register
 def _end_workers() -> None:
-    """Ends workers in time: multiprocessing's own exit would kill them with a fuss.
-
-    It was registered earlier, so it runs later.
-    """
+    """Ends workers at exit, before others kill them with a fuss."""
     for iterator in list(_running):
         iterator._shutdown_workers()

@@ -326,6 +326,26 @@ class TestKeyedLoader:
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
+    def test_workers_end_before_torch_waits_for_them(self) -> None:
+        # What PyTorch before 2.14 registers for workers that pin memory.
+        program = (
+            "import atexit, torch\n"
+            "from torch.utils.data import TensorDataset, dataloader\n"
+            "from lightly_mim.data.loading import KeyedLoader\n"
+            "class Iterator(dataloader._MultiProcessingDataLoaderIter):\n"
+            "    def __init__(self, loader):\n"
+            "        super().__init__(loader)\n"
+            "        atexit.register(lambda: print(self._workers[0].is_alive()))\n"
+            "dataloader._MultiProcessingDataLoaderIter = Iterator\n"
+            "pairs = TensorDataset(torch.zeros(99), torch.zeros(99))\n"
+            "iterator = iter(KeyedLoader(pairs, 2, num_workers=1, labels=False))\n"
+            "next(iterator)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
 
 class TestState:
     def test_state__counts_what_was_handed_out(self) -> None:
