@@ -37,6 +37,8 @@ def quiet(world_size: int) -> Iterator[None]:
     with warnings.catch_warnings():
         # `choose_layout` refuses a SLURM job in which this matters.
         warnings.filterwarnings("ignore", "The `srun` command is available")
+        # `accelerator="cpu"` says so.
+        warnings.filterwarnings("ignore", "GPU available but not used")
         # Of Lightning's own call of PyTorch.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
         for logger in talkers:
