@@ -269,12 +269,10 @@ class TestValueRange:
     def test_dark_pictures_are_warned_of_once(
         self,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
         name: str,
         high: int,
         warns: int,
     ) -> None:
-        monkeypatch.setattr("lightly_mim.data.notes._said", set())
         self._write(tmp_path / name, 0, high)
         if 0 < high < 4096:
             bits = high.bit_length()
