@@ -168,9 +168,10 @@ def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
 
     Several words are a list behind every option, `--method.depths 2 2` too, as none
     stands by itself. A single word becomes one only where nothing but a list is taken:
-    `--layers 4`, but not `--devices 2`.
+    `--layers 4`, but not `--devices 2`. Commas do as well, `--protocols knn,linear`,
+    but for text, which may have some of its own.
     """
-    only_lists = dict(_list_options(command, "--"))
+    lists = dict(_list_options(command, "--"))
     joined: list[str] = []
     position = 0
     while position < len(words):
@@ -181,10 +182,11 @@ def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
             continue
         values = list(itertools.takewhile(_is_value, words[position:]))
         position += len(values)
-        if len(values) > 1:
+        items = lists.get(word, [])
+        if items and str not in items and not "".join(values).startswith("["):
+            values = [item for value in values for item in value.split(",")]
+        if len(values) > 1 or (len(values) == 1 and items and values[0][:1] != "["):
             values = [f"[{','.join(map(_quote, values))}]"]
-        elif values and only_lists.get(word) and not values[0].startswith("["):
-            values = [f"[{_quote(values[0])}]"]
         joined += values
     return joined
 
@@ -211,14 +213,18 @@ def _say_true(words: list[str], command: Callable[..., Any]) -> list[str]:
     return said
 
 
-def _list_options(function: Any, prefix: str) -> Iterator[tuple[str, bool]]:
-    """Yields the options that take lists, and whether they take nothing else."""
+def _list_options(function: Any, prefix: str) -> Iterator[tuple[str, list[Any]]]:
+    """Yields the options that take lists, and the types of their items.
+
+    There are none for an option that takes something else as well.
+    """
     for name, hint in get_type_hints(function).items():
         union = get_origin(hint) in (Union, UnionType)
         parts = [p for p in (get_args(hint) if union else (hint,)) if p is not NoneType]
-        lists = [get_origin(part) in (list, tuple, Sequence) for part in parts]
-        if any(lists):
-            yield prefix + name, all(lists)
+        lists = [part for part in parts if get_origin(part) in (list, tuple, Sequence)]
+        if lists:
+            only = len(lists) == len(parts)
+            yield prefix + name, [*get_args(lists[0])] if only else []
         for part in parts:
             if dataclasses.is_dataclass(part):
                 yield from _list_options(part, f"{prefix}{name}.")

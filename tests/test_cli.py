@@ -245,6 +245,7 @@ def options(
     layers: list[int] | None = None,
     devices: int | str | list[int] = "auto",
     size: int | tuple[int, int] | None = None,
+    words: list[str] | None = None,
     resume: bool = False,
 ) -> None:
     pass
@@ -257,6 +258,11 @@ def options(
         ("--a 3 --layers 1", "--a 3 --layers [1]"),
         ("--layers [1,2] --a 3", "--layers [1,2] --a 3"),
         ("--layers=0 1", "--layers [0,1]"),
+        ("--layers 0,-1 --a 3", "--layers [0,-1] --a 3"),
+        ("--layers 0,1 -1", "--layers [0,1,-1]"),
+        ("--words a,b", '--words ["a,b"]'),
+        ("--words a,b c", '--words ["a,b",c]'),
+        ("--devices 0,1", "--devices 0,1"),
         ("--devices 1", "--devices 1"),
         ("--devices auto --a 3", "--devices auto --a 3"),
         ("--devices 0 1", "--devices [0,1]"),
