@@ -1,6 +1,11 @@
 """Evaluates an encoder on labelled images; takes any encoder, knows no method."""
 
-from lightly_mim.evaluation.base import FeatureProtocol, ImageProtocol, Outcome
+from lightly_mim.evaluation.base import (
+    FeatureProtocol,
+    ImageProtocol,
+    Outcome,
+    TrainingRun,
+)
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
 from lightly_mim.evaluation.dense.protocols import DenseKNN, DenseLinear
@@ -88,6 +93,7 @@ __all__ = [
     "RawPixels",
     "Result",
     "Results",
+    "TrainingRun",
     "alpha_req",
     "at_random",
     "cached_features",

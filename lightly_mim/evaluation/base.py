@@ -184,6 +184,39 @@ class LabelledImages(NamedTuple):
     test: Dataset[Any]
 
 
+class TrainingRun(NamedTuple):
+    """Where and how an `ImageProtocol` trains.
+
+    Attributes:
+        out:
+            Directory for checkpoints, which a training that was cut goes on from.
+        seed:
+            Seed of everything that is random.
+        device:
+            Where to compute.
+        precision:
+            "32", "bf16" for bfloat16 autocast, or "16" for float16 autocast with a
+            gradient scaler on a GPU.
+        num_workers:
+            Number of processes that read images, per device.
+        progress:
+            Whether to show a progress bar, rather than a line for each epoch.
+        layout:
+            The processes that train together and call the protocol all at once.
+        compile:
+            Whether to compile what is trained with `torch.compile`.
+    """
+
+    out: Path
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    precision: MixedPrecision = "32"
+    num_workers: int | None = None
+    progress: bool = False
+    layout: Layout = ONE
+    compile: bool = False
+
+
 class ImageProtocol(Protocol):
     """A protocol that trains on augmented images through the encoder.
 
@@ -204,15 +237,7 @@ class ImageProtocol(Protocol):
         encoder: MaskedEncoder,
         images: LabelledImages,
         num_classes: int,
-        *,
-        out: Path,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        precision: MixedPrecision = "32",
-        num_workers: int | None = None,
-        progress: bool = False,
-        layout: Layout = ONE,
-        compile: bool = False,
+        run: TrainingRun,
     ) -> list[Outcome]:
         """Trains on the training images and predicts the test images once.
 
@@ -223,23 +248,8 @@ class ImageProtocol(Protocol):
                 Training and test images.
             num_classes:
                 Number of classes.
-            out:
-                Directory for checkpoints, which a training that was cut goes on from.
-            seed:
-                Seed of everything that is random.
-            device:
-                Where to compute.
-            precision:
-                "32", "bf16" for bfloat16 autocast, or "16" for float16 autocast with a
-                gradient scaler on a GPU.
-            num_workers:
-                Number of processes that read images, per device.
-            progress:
-                Whether to show a progress bar, rather than a line for each epoch.
-            layout:
-                The processes that train together and call this all at once.
-            compile:
-                Whether to compile what is trained with `torch.compile`.
+            run:
+                Where and how to train.
 
         Returns:
             One outcome.

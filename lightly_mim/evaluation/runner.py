@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -14,7 +15,7 @@ from lightly_mim.data import seed_from
 from lightly_mim.data.notes import printable, some
 from lightly_mim.encoders import Pool
 from lightly_mim.encoders.base import AnyPool
-from lightly_mim.evaluation.base import ChecksLabels, Outcome
+from lightly_mim.evaluation.base import ChecksLabels, Outcome, TrainingRun
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.features import EncoderFeatures, Encoding, Features
 from lightly_mim.evaluation.foreign_encoders import AnyEncoder
@@ -115,19 +116,18 @@ class Runner:
         feature_seconds = 0.0
         if protocol.reads == "images":
             with self.kept.checkpoints(key) as folder:
-                outcomes = protocol(
-                    self.models[task.model],
-                    self.images.labelled(),
-                    len(self.classes),
-                    out=folder,
-                    seed=seed,
-                    device=self.how.device,
-                    precision=self.how.precision,
-                    num_workers=self.how.num_workers,
-                    progress=self.how.progress,
-                    layout=self.layout,
-                    compile=self.compile,
+                run = TrainingRun(
+                    folder,
+                    seed,
+                    torch.device(self.how.device),
+                    self.how.precision,
+                    self.how.num_workers,
+                    self.how.progress,
+                    self.layout,
+                    self.compile,
                 )
+                encoder, images = self.models[task.model], self.images.labelled()
+                outcomes = protocol(encoder, images, len(self.classes), run)
         else:
             train, test = self._features(task, protocol.reads)
             feature_seconds = train.seconds + test.seconds

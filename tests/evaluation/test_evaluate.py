@@ -32,6 +32,7 @@ from lightly_mim.evaluation import (
     Linear,
     Result,
     Results,
+    TrainingRun,
     check_evaluation,
     evaluate,
     runner,
@@ -730,14 +731,14 @@ class Training(FineTune):
         assert encoder.num_layers == 2
 
     def __call__(
-        self, encoder: Any, images: Any, num_classes: int, *, out: Path, **options: Any
+        self, encoder: Any, images: Any, num_classes: int, run: TrainingRun
     ) -> list[Outcome]:
         train = images.train(lambda image: torch.tensor(image.size))
         assert train[0][0].tolist() == [32, 32]
         assert [train[n][1] for n in range(24)] == [0] * 12 + [1] * 12
         assert images.test[0][0].shape == (3, 32, 32)
-        out.mkdir(parents=True, exist_ok=True)
-        place = out / "checkpoint"
+        run.out.mkdir(parents=True, exist_ok=True)
+        place = run.out / "checkpoint"
         if not place.exists():
             place.write_text("half")
             if self.fail:

@@ -14,7 +14,6 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +30,12 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.base import LabelledImages, Outcome, rank_classes
+from lightly_mim.evaluation.base import (
+    LabelledImages,
+    Outcome,
+    TrainingRun,
+    rank_classes,
+)
 from lightly_mim.evaluation.supervised.augmentation import (
     FineTuneTransform,
     check_rand_augment,
@@ -50,11 +54,6 @@ from lightly_mim.evaluation.supervised.supervised import (
     train_and_score,
 )
 from lightly_mim.optim import build_optimizer, layer_ids
-from lightly_mim.training.machine import (
-    ONE,
-    Layout,
-    MixedPrecision,
-)
 
 # An epoch of fewer steps than this gets smaller batches, if no batch size is asked for.
 _MIN_STEPS_PER_EPOCH = 25
@@ -216,33 +215,24 @@ class FineTune:
         encoder: MaskedEncoder,
         images: LabelledImages,
         num_classes: int,
-        *,
-        out: Path,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        precision: MixedPrecision = "32",
-        num_workers: int | None = None,
-        progress: bool = False,
-        layout: Layout = ONE,
-        compile: bool = False,
+        run: TrainingRun,
     ) -> list[Outcome]:
         """See `ImageProtocol`."""
-        device = torch.device(device)
         name = self.recipe or default_recipe(encoder)
         train = images.train(self._transform(encoder))
         num_train = len(train)  # type: ignore[arg-type]
         self.check(num_train)
         self.check_encoder(encoder)
         recipe = self.settings(name, num_train)
-        plan = self._plan(num_train, recipe, layout.world_size)
-        with keyed_random_state(seed, "finetune", "head"):
+        plan = self._plan(num_train, recipe, run.layout.world_size)
+        with keyed_random_state(run.seed, "finetune", "head"):
             model = FineTuned(encoder, num_classes, self.pool, recipe.head_std)
         if recipe.drop_path is not None:
             model.encoder.set_drop_path(recipe.drop_path)
         if self.grad_checkpointing:
             model.encoder.set_grad_checkpointing()
-        model.encoder.choose_attention(device, bf16=precision == "bf16")
-        model.to(device)
+        model.encoder.choose_attention(run.device, bf16=run.precision == "bf16")
+        model.to(run.device)
         optimizer, schedule = build_optimizer(
             model,
             recipe,
@@ -252,7 +242,7 @@ class FineTune:
             recipe.exempt(model.no_weight_decay()),
             layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None,
             decay_ends=recipe.decay_ends,
-            fused=precision != "16",  # see `lightly_mim.training.cuda`,
+            fused=run.precision != "16",  # see `lightly_mim.training.cuda`,
         )
         logits = train_and_score(
             Classification(
@@ -261,7 +251,7 @@ class FineTune:
                 trained=model,
                 optimizer=optimizer,
                 schedule=schedule,
-                loss=mixed_loss(recipe, num_classes, device),
+                loss=mixed_loss(recipe, num_classes, run.device),
                 epochs=recipe.epochs,
                 plan=plan,
                 clip_grad=recipe.clip_grad or None,
@@ -275,13 +265,7 @@ class FineTune:
                 "grad_checkpointing": None,  # changes nothing
                 "recipe": name,
             },
-            out=out,
-            seed=seed,
-            precision=precision,
-            num_workers=num_workers,
-            progress=progress,
-            layout=layout,
-            compile=compile,
+            run=run,
         )
         return [
             Outcome(

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -31,7 +30,12 @@ from lightly_mim.arguments import (
 )
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, Pool
-from lightly_mim.evaluation.base import LabelledImages, Outcome, rank_classes
+from lightly_mim.evaluation.base import (
+    LabelledImages,
+    Outcome,
+    TrainingRun,
+    rank_classes,
+)
 from lightly_mim.evaluation.features import EncoderFeatures
 from lightly_mim.evaluation.supervised.supervised import (
     BatchPlan,
@@ -40,7 +44,6 @@ from lightly_mim.evaluation.supervised.supervised import (
     train_and_score,
 )
 from lightly_mim.optim import Recipe, build_schedule
-from lightly_mim.training.machine import ONE, Layout, MixedPrecision
 from lightly_mim.transforms import MAETransform
 
 _LARGE_DEPTH = 24  # blocks of ViT-L, which the code trains for 50 epochs
@@ -146,18 +149,9 @@ class LinearMAE:
         encoder: MaskedEncoder,
         images: LabelledImages,
         num_classes: int,
-        *,
-        out: Path,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        precision: MixedPrecision = "32",
-        num_workers: int | None = None,
-        progress: bool = False,
-        layout: Layout = ONE,
-        compile: bool = False,
+        run: TrainingRun,
     ) -> list[Outcome]:
         """See `ImageProtocol`. The encoder computes in bfloat16, the probe does not."""
-        device = torch.device(device)
         pool = self._pool(encoder)
         transform = MAETransform(encoder.img_size, min_scale=0.08, normalize=None)
         train = images.train(transform)
@@ -169,13 +163,13 @@ class LinearMAE:
             num_train,
             self.batch_size,
             self.micro_batch_size,
-            processes=layout.world_size,
+            processes=run.layout.world_size,
         )
         _check_norm(plan)
-        with keyed_random_state(seed, "linear_mae", "head"):
+        with keyed_random_state(run.seed, "linear_mae", "head"):
             model = _Probe(copy.deepcopy(encoder), num_classes, pool, self.layer)
-        model.encoder.choose_attention(device, bf16=precision == "bf16")
-        model.to(device)
+        model.encoder.choose_attention(run.device, bf16=run.precision == "bf16")
+        model.to(run.device)
         lr = self.lr * plan.batch_size / 256
         optimizer = build_lars(
             model.probe.parameters(), lr, self.momentum, self.trust_coefficient
@@ -201,13 +195,7 @@ class LinearMAE:
             encoder,
             num_classes,
             identity=dataclasses.asdict(self),
-            out=out,
-            seed=seed,
-            precision=precision,
-            num_workers=num_workers,
-            progress=progress,
-            layout=layout,
-            compile=compile,
+            run=run,
         )
         return [
             Outcome(

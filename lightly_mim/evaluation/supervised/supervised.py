@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +30,13 @@ from torch.utils.data import Dataset
 
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
 from lightly_mim.encoders import MaskedEncoder
+from lightly_mim.evaluation.base import TrainingRun
 from lightly_mim.evaluation.features import batch_images, normalize_images
 from lightly_mim.evaluation.fingerprints import encoder_fingerprint
 from lightly_mim.evaluation.probes.standardize import check_label_range
 from lightly_mim.training.cuda import float32_products
 from lightly_mim.training.machine import (
-    ONE,
     Layout,
-    MixedPrecision,
     check_precision,
     lightning_precision,
 )
@@ -247,21 +245,14 @@ def train_and_score(
     num_classes: int,
     *,
     identity: Mapping[str, Any],
-    out: Path,
-    seed: int,
-    precision: MixedPrecision,
-    num_workers: int | None,
-    progress: bool,
-    layout: Layout = ONE,
-    compile: bool = False,
+    run: TrainingRun,
 ) -> Tensor:
     """Trains a classifier to its last epoch and scores the test images once.
 
     Training images, with their augmentation, are uint8 tensors with shape (C, H, W) or
     lists of one such view; test images are such tensors. The encoder gives their mean
     and standard deviation, and `identity` is of the settings, see `Classifier`. The
-    other arguments are those of `ImageProtocol`; the processes of the layout run
-    already, see `lightly_mim.training.machine.start`.
+    processes of the layout run already, see `lightly_mim.training.machine.start`.
 
     Returns:
         Float tensor with shape (num_test, num_classes) on the CPU, the logits, the same
@@ -276,8 +267,8 @@ def train_and_score(
     """
     plan = task.plan
     device = next(task.model.parameters()).device
-    check_precision(precision, device)
-    processes = layout.world_size
+    check_precision(run.precision, device)
+    layout, processes = run.layout, run.layout.world_size
     accumulate = plan.num_parts // processes
     if processes == 1 and device.index is not None:
         layout = Layout([device.index], 1, layout.environment)
@@ -286,36 +277,36 @@ def train_and_score(
         "protocol": task.name,
         "encoder": encoder_fingerprint(encoder),
         "num_classes": num_classes,
-        "seed": seed,
-        "precision": precision,
+        "seed": run.seed,
+        "precision": run.precision,
         "num_images": len(train),  # type: ignore[arg-type]
         "batch": list(plan),
         "processes": processes,
-        "compile": compile,
+        "compile": run.compile,
     }
-    module = Classifier(task, encoder, num_classes, seed, identity)
+    module = Classifier(task, encoder, num_classes, run.seed, identity)
     task.model.train()
-    if compile:
+    if run.compile:
         task.model.compile()
-    checkpoint, previous = out / CHECKPOINT_FILE, out / PREVIOUS_FILE
-    with keyed_random_state(seed, task.name):
+    checkpoint, previous = run.out / CHECKPOINT_FILE, run.out / PREVIOUS_FILE
+    with keyed_random_state(run.seed, task.name):
         trainer = resumable_trainer(
             layout,
             checkpoint,
             ask_every=LOG_EVERY,
             save_every_minutes=SAVE_EVERY_MINUTES,
-            show_bar=progress,
+            show_bar=run.progress,
             previous={checkpoint.absolute(): previous},
             remedy="Delete it: this training then begins anew.",
             max_epochs=task.epochs,
             accelerator=device.type,
             strategy="ddp" if processes > 1 else "auto",
-            precision=lightning_precision(precision),
+            precision=lightning_precision(run.precision),
             accumulate_grad_batches=accumulate,
             limit_train_batches=plan.steps_per_epoch * accumulate,
             limit_val_batches=0.0,
             log_every_n_steps=min(LOG_EVERY, plan.steps_per_epoch),
-            default_root_dir=out.absolute(),
+            default_root_dir=run.out.absolute(),
         )
 
         if trainer.is_global_zero:
@@ -331,10 +322,10 @@ def train_and_score(
                 images,
                 processes * plan.batch_size // plan.num_parts,
                 training=training,
-                seed=seed if training else 0,
+                seed=run.seed if training else 0,
                 rank=layout.rank,
                 world_size=processes,
-                num_workers=num_workers,
+                num_workers=run.num_workers,
             )
 
         with listening(), deferred():

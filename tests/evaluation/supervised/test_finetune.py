@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightly_mim.data import keyed_random_state
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.evaluation import TrainingRun
 from lightly_mim.evaluation.supervised import finetune, recipes
 from lightly_mim.evaluation.supervised.augmentation import (
     FineTuneTransform,
@@ -379,7 +380,7 @@ def test_finetune__tables_decay_in_simmims_vit_alone(
     monkeypatch.setattr(finetune, "build_optimizer", catch)
     vit = masked_encoder("beit_base_patch16_224", img_size=16, **OPTIONS)
     with pytest.raises(Stop):
-        FineTune(recipe=name)(vit, stripes(10, 2), 2, out=tmp_path, num_workers=0)
+        FineTune(recipe=name)(vit, stripes(10, 2), 2, TrainingRun(tmp_path))
     assert "encoder.vit.cls_token" in left_out
     table = "encoder.vit.blocks.0.attn.relative_position_bias_table"
     assert (table in left_out) == (name != "simmim_vit_base")
@@ -463,7 +464,9 @@ def test_finetune__learns(encoder: MaskedEncoder, tmp_path: Path) -> None:
         epochs=12, batch_size=10, lr=0.2, layer_decay=0.9, min_scale=0.5,
         rand_augment="", drop_path=0.0, **PLAIN,
     )  # fmt: skip
-    outcome = settings(encoder, stripes(40, 20), 2, out=tmp_path, num_workers=0)[0]
+    outcome = settings(
+        encoder, stripes(40, 20), 2, TrainingRun(tmp_path, num_workers=0)
+    )[0]
     labels = torch.arange(20) % 2
     assert float((outcome.ranked[:, 0] == labels).float().mean()) >= 0.9
     assert outcome.key == (1, "mean")
@@ -493,7 +496,7 @@ def test_finetune__published_augmentations(
         test=stripes(12, 7, size=(16, 32), in_chans=encoder.in_chans).test
     )
     outcome = FineTune(epochs=1, batch_size=6, clip_grad=0.0)(
-        encoder, images, 6, out=tmp_path, num_workers=0
+        encoder, images, 6, TrainingRun(tmp_path, num_workers=0)
     )[0]
     assert outcome.ranked.shape == (7, 5)
     changed = [
@@ -515,5 +518,5 @@ def test_finetune__sets_drop_path(
     for settings in (FineTune(), FineTune(drop_path=0.3)):
         settings = dataclasses.replace(settings, epochs=1, batch_size=10)
         out = tmp_path / str(len(rates))
-        settings(encoder, stripes(10, 2), 2, out=out, num_workers=0)
+        settings(encoder, stripes(10, 2), 2, TrainingRun(out, num_workers=0))
     assert rates == [0.1, 0.3]

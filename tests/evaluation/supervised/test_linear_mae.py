@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightly_mim.data import KeyedLoader
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
+from lightly_mim.evaluation import TrainingRun
 from lightly_mim.evaluation.features import normalize_images
 from lightly_mim.evaluation.supervised.linear_mae import LinearMAE, build_lars
 from lightly_mim.transforms import MAETransform
@@ -82,7 +83,7 @@ def test_linear_mae__equals_a_plain_restatement(
     settings = LinearMAE(
         epochs=3, batch_size=10, micro_batch_size=5, lr=6.4, warmup_epochs=1
     )
-    settings(encoder, stripes(23), 2, out=tmp_path, seed=4, num_workers=0)
+    settings(encoder, stripes(23), 2, TrainingRun(tmp_path, seed=4, num_workers=0))
     found = trained(tmp_path)
 
     transform = MAETransform(16, min_scale=0.08, normalize=None)
@@ -90,7 +91,7 @@ def test_linear_mae__equals_a_plain_restatement(
     norm = nn.BatchNorm1d(24, eps=1e-6, affine=False)
     # The initial weights are the protocol's own: found by a run without a way.
     LinearMAE(epochs=3, batch_size=10, micro_batch_size=5, lr=1e-30)(
-        encoder, stripes(23), 2, out=tmp_path / "start", seed=4, num_workers=0
+        encoder, stripes(23), 2, TrainingRun(tmp_path / "start", seed=4, num_workers=0)
     )
     weight = trained(tmp_path / "start")["1.weight"]
     assert float(weight.std()) == pytest.approx(0.01, rel=0.25)
@@ -134,7 +135,9 @@ def test_linear_mae__equals_a_plain_restatement(
 
 def test_linear_mae__learns(encoder: MaskedEncoder, tmp_path: Path) -> None:
     settings = LinearMAE(epochs=30, batch_size=8, lr=640.0, pool="mean")
-    outcome = settings(encoder, stripes(40, 20), 2, out=tmp_path, num_workers=0)[0]
+    outcome = settings(
+        encoder, stripes(40, 20), 2, TrainingRun(tmp_path, num_workers=0)
+    )[0]
     labels = torch.arange(20) % 2
     assert float((outcome.ranked[:, 0] == labels).float().mean()) >= 0.9
     assert outcome.key == (1, "mean")
@@ -181,7 +184,7 @@ def test_linear_mae__reads_the_feature_that_it_says(
     encoder = masked_encoder(name, img_size=(16, 32), **options)
     images = stripes(12, 4, size=(16, 32), in_chans=encoder.in_chans)
     outcome = LinearMAE(epochs=1, batch_size=4, **settings)(
-        encoder, images, 2, out=tmp_path, num_workers=0
+        encoder, images, 2, TrainingRun(tmp_path, num_workers=0)
     )[0]
     assert outcome.key == (key or (0, "cls+mean"))
     layer, pool = outcome.key

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightly_mim.encoders import MaskedEncoder, masked_encoder
-from lightly_mim.evaluation.base import ImageProtocol, LabelledImages
+from lightly_mim.evaluation.base import ImageProtocol, LabelledImages, TrainingRun
 from lightly_mim.evaluation.supervised import supervised
 from lightly_mim.evaluation.supervised.finetune import FineTune
 from lightly_mim.evaluation.supervised.linear_mae import LinearMAE
@@ -91,8 +91,8 @@ def encoder() -> MaskedEncoder:
 def run(
     protocol: ImageProtocol, encoder: MaskedEncoder, out: Path, **options: Any
 ) -> Tensor:
-    settings: dict[str, Any] = {"out": out, "num_workers": 0} | options
-    outcomes = protocol(encoder, stripes(), 2, **settings)
+    settings: dict[str, Any] = {"num_workers": 0} | options
+    outcomes = protocol(encoder, stripes(), 2, TrainingRun(out, **settings))
     assert len(outcomes) == 1
     return outcomes[0].ranked
 
@@ -263,14 +263,9 @@ def score_in_processes(out: Path, processes: int) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "train_and_score", keep)
-            protocol(
-                encoder,
-                images,
-                3,
-                out=out / f"{number}-{processes}",
-                num_workers=0,
-                layout=layout,
-            )
+            place = out / f"{number}-{processes}"
+            settings = TrainingRun(place, num_workers=0, layout=layout)
+            protocol(encoder, images, 3, settings)
 
 
 def cut_in_processes(out: Path) -> None:
@@ -315,7 +310,13 @@ def test_train_and_score__on_a_gpu(
     encoder: MaskedEncoder, tmp_path: Path, precision: str
 ) -> None:
     run(FINETUNE, encoder, tmp_path / "cpu")
-    run(FINETUNE, encoder, tmp_path / "gpu", device="cuda", precision=precision)
+    run(
+        FINETUNE,
+        encoder,
+        tmp_path / "gpu",
+        device=torch.device("cuda"),
+        precision=precision,
+    )
     found, expected = trained(tmp_path / "gpu"), trained(tmp_path / "cpu")
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
 
@@ -391,14 +392,14 @@ def test_train_and_score__refuses_another_checkpoint(
     with pytest.raises(ValueError, match="encoder was"):
         run(LINEAR, other, tmp_path)
     with pytest.raises(ValueError, match="num_images"):
-        LINEAR(encoder, stripes(30), 2, out=tmp_path, num_workers=0)
+        LINEAR(encoder, stripes(30), 2, TrainingRun(tmp_path, num_workers=0))
 
 
 def test_train_and_score__refuses_labels_that_are_no_class(
     encoder: MaskedEncoder, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"Labels lie in \[0, 2\), got 0 to 2"):
-        LINEAR(encoder, stripes(num_classes=3), 2, out=tmp_path, num_workers=0)
+        LINEAR(encoder, stripes(num_classes=3), 2, TrainingRun(tmp_path, num_workers=0))
 
 
 def test_train_and_score__a_broken_loss_is_not_saved(
