@@ -362,7 +362,8 @@ def test_pretrain__validates_on_fixed_masks(photos: Path, tmp_path: Path) -> Non
         return forward(images, mask)
 
     method.forward = watched  # type: ignore[method-assign]
-    run(tmp_path / "a", photos, method=method, epochs=2, callbacks=[Watch()])
+    watched_run = {"method": method, "callbacks": [Watch()], "rank_every": 0}
+    run(tmp_path / "a", photos, epochs=2, **watched_run)
     batches = len(seen) // 2
     assert batches == 2
     for first, second in zip(seen[:batches], seen[batches:], strict=True):

@@ -403,7 +403,6 @@ def test_pretrain__data_alone_is_enough(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(defaults, "passes", lambda num_images: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     data = pictures(tmp_path / "data", mode)
     cli.main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out

@@ -335,7 +335,7 @@ def _build(
         model: Any = timm.create_model(name, pretrained, num_classes=0, **arguments)
     except (AssertionError, TypeError) as error:
         raise ValueError(
-            f"timm cannot build '{name}' with {arguments}: {error}. {_SUPPORTED}"
+            f"timm cannot build '{name}' with {arguments} ({error}). {_SUPPORTED}"
         ) from error
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         if ":" in name:

@@ -229,7 +229,8 @@ def test_misspelled_option_of_the_encoder(
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
         method(VIT, **(SMALL | options))
-    assert "Did you mean" not in str(error.value)
+    # Python 3.13 asks so itself, in quotes, and means timm's words.
+    assert not re.search(r"Did you mean \w", str(error.value))
 
 
 def test_misspelled_argument__of_ones_own_method() -> None:

@@ -99,7 +99,7 @@ def run(
 
 def checkpoint(out: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(
-        out / supervised.CHECKPOINT_FILE, weights_only=True
+        out / supervised.CHECKPOINT_FILE, map_location="cpu", weights_only=True
     )
     return content
 
