@@ -75,7 +75,13 @@ from lightly_mim.evaluation.runner import (
 )
 from lightly_mim.files import atomic_write
 from lightly_mim.reporting.page import write_page_or_warn
-from lightly_mim.training.machine import ONE, check_precision, choose_layout, start
+from lightly_mim.training.machine import (
+    ONE,
+    Layout,
+    check_precision,
+    choose_layout,
+    start,
+)
 from lightly_mim.transforms import EvalTransform
 
 Baseline = Literal["random", "pixels"]
@@ -240,12 +246,6 @@ def evaluate(
     """
     given = dict(locals())
     chosen = resolve_protocols(protocols)
-    started = devices is not None or num_nodes is not None
-    if distributed and started:
-        raise ValueError(
-            "distributed is for processes that have found each other, and devices and "
-            "num_nodes let them: pass one or the other."
-        )
     for unused in _unused(given, chosen):
         warnings.warn(unused, stacklevel=3)
     file = None if out is None else results_file(Path(out), overwrite, RESULTS_FILE)
@@ -254,14 +254,7 @@ def evaluate(
         model = load_encoder(encoder, **loading)
     transform = EvalTransform(model.img_size, crop_ratio, normalize=None)
     show = sys.stdout.isatty() if progress is None else progress
-    place = choose_device(device)
-    check_precision(precision, place)
-    layout = ONE
-    if started:
-        layout = choose_layout("auto" if devices is None else devices, num_nodes)
-        place = start(layout, place.type)
-    together = distributed or layout.world_size > 1
-    world = World.distributed() if together else World()
+    place, layout, world = _start(device, devices, num_nodes, distributed, precision)
     images = EvaluationImages(
         data,
         val,
@@ -275,63 +268,37 @@ def evaluate(
         world,
         show,
     )
-    train, test = images.train, images.test
-    resized = loading.get("img_size") is not None
-    notes = [*origin_notes(model, resized=resized), *images.notes]
-    notes += [
-        note for each in chosen.values() for note in each.check(num_images(train))
-    ]
-    if isinstance(train, ImageDataset):
-        check_labels_of(chosen.values(), torch.tensor(train.targets), train.classes)
-    if holdout is not None:
-        notes.append(
-            f"Scored are {num_images(test)} held-out training images, not the test "
-            "images."
-        )
-    notes += image_notes(test, transform, model)
-    notes += shared_notes(train, test)
-    taken = _pools(model, layers, pools, notes)
+    notes = origin_notes(model, resized=loading.get("img_size") is not None)
+    notes += [*images.notes, *_check_images(chosen, images, holdout)]
+    notes += image_notes(images.test, transform, model)
+    notes += shared_notes(images.train, images.test)
+    pools = _pools(model, layers, pools, notes)
     check_encoder(chosen, model, distributed)
 
-    models: dict[str, AnyEncoder] = {model_name(encoder, model): model}
-    if "random" in baselines:
-        models[RANDOM] = at_random(model, seed)
-    if "pixels" in baselines:
-        pixels = RawPixels(model.img_size, model.in_chans, pixel_size)
-        pixels.mean, pixels.std = model.mean, model.std
-        models[PIXELS] = pixels
-        skipped = [name for name, each in chosen.items() if each.reads != "pooled"]
-        if skipped:
-            notes.append(f"No raw pixels for {', '.join(skipped)}, made for encoders.")
+    models = {model_name(encoder, model): model}
+    models |= _baselines(baselines, model, seed, pixel_size)
     reads = {name: each.reads for name, each in chosen.items()}
     if label_free:
         reads[LABEL_FREE] = "pooled"
+    if "pixels" in baselines and {*reads.values()} != {"pooled"}:
+        skipped = [name for name, kind in reads.items() if kind != "pooled"]
+        notes.append(f"No raw pixels for {', '.join(skipped)}, made for encoders.")
     tasks = [
         Task(name, protocol)
         for name, each in models.items()
         for protocol, kind in reads.items()
         if kind == "pooled" or not isinstance(each, RawPixels)
     ]
-    kept = Kept(
-        models,
-        (train, test),
-        out,
-        cache,
-        conditions(transform, model, precision, place),
-    )
-    on_features = {*reads.values()} != {"images"}
-    if world.size > 1 and on_features and kept.cache is None:
+    shared = conditions(transform, model, precision, place)
+    kept = Kept(models, (images.train, images.test), out, cache, shared)
+    if world.size > 1 and kept.cache is None and {*reads.values()} != {"images"}:
         raise ValueError(
             "Processes share features through a directory on a disk: pass out or "
             "cache, and images in a folder, behind a name, or with a `fingerprint`."
         )
+    settings = {"layers": list(layers), "pools": list(pools), "seed": seed}
     keys = {
-        task: kept.row_key(
-            task,
-            chosen.get(task.protocol),
-            {"layers": list(layers), "pools": list(taken), "seed": seed},
-        )
-        for task in tasks
+        task: kept.row_key(task, chosen.get(task.protocol), settings) for task in tasks
     }
     runner = Runner(
         models,
@@ -342,7 +309,7 @@ def evaluate(
         world,
         Encoding(batch_size, num_workers, place, precision, show),
         layers=layers,
-        pools=taken,
+        pools=pools,
         seed=seed,
         layout=layout,
         compile=compile,
@@ -351,7 +318,7 @@ def evaluate(
 
     def run(task: Task) -> dict[str, Any]:
         row, outcomes = runner.run(task, keys[task])
-        if saved is not None and task.model == next(iter(models)):
+        if saved is not None and task.model == tasks[0].model:
             for outcome in outcomes:
                 save_classifier(
                     saved / f"{task.protocol}.safetensors",
@@ -367,26 +334,21 @@ def evaluate(
     found = kept.rows(keys, runner.encode, run, world)
     rows = [Result(**row) for task in tasks for row in found[task]["rows"]]
     measures = [row for task in tasks for row in found[task]["measures"]]
-    classes = found[tasks[0]]["classes"]
     notes += class_notes(found[tasks[0]])
     if any(len(row.draws or ()) > 1 for row in rows):
         notes.append("± is the standard deviation over draws of the training images.")
-    record = evaluation_record(
-        given,
-        chosen,
-        describe_encoder(model),
-        {
-            "classes": classes,
-            "num_train": num_images(train),
-            "num_test": num_images(test),
-        },
-    )
+    described = {
+        "classes": found[tasks[0]]["classes"],
+        "num_train": num_images(images.train),
+        "num_test": num_images(images.test),
+    }
+    record = evaluation_record(given, chosen, describe_encoder(model), described)
     results = Results(rows, [*notes, *kept.notes], record, measures)
     world.wait()  # all have seen that there were no results
     if file is not None and world.rank == 0:
         with atomic_write(file) as temporary:
             temporary.write_text(to_text(results.to_dict()))
-        for other in (Path(file.parent) / CLASSIFIERS).glob("*.safetensors"):
+        for other in (file.parent / CLASSIFIERS).glob("*.safetensors"):
             if other.stem not in chosen:  # of an evaluation that was overwritten
                 other.unlink()
         kept.clear(list(keys.values()))
@@ -428,6 +390,62 @@ def check_evaluation(
     check_encoder(chosen, encoder, given["distributed"])
     if (img_size := loading.get("img_size")) is not None:
         resize_encoder(encoder, img_size, loading.get("tables"))
+
+
+def _start(
+    device: str | None,
+    devices: int | str | list[int] | None,
+    num_nodes: int | None,
+    distributed: bool,
+    precision: Precision,
+) -> tuple[torch.device, Layout, World]:
+    """Returns where this process computes, and the processes that it works with.
+
+    Those of `devices` and `num_nodes` are started, see `evaluate`.
+    """
+    started = devices is not None or num_nodes is not None
+    if distributed and started:
+        raise ValueError(
+            "distributed is for processes that have found each other, and devices and "
+            "num_nodes let them: pass one or the other."
+        )
+    place, layout = choose_device(device), ONE
+    check_precision(precision, place)
+    if started:
+        layout = choose_layout("auto" if devices is None else devices, num_nodes)
+        place = start(layout, place.type)
+    together = distributed or layout.world_size > 1
+    return place, layout, World.distributed() if together else World()
+
+
+def _check_images(
+    chosen: Mapping[str, Any], images: EvaluationImages, holdout: float | None
+) -> list[str]:
+    """Lets protocols refuse the images, and returns what to say of their number."""
+    train = images.train
+    notes = [note for each in chosen.values() for note in each.check(num_images(train))]
+    if isinstance(train, ImageDataset):
+        check_labels_of(chosen.values(), torch.tensor(train.targets), train.classes)
+    if holdout is not None:
+        notes.append(
+            f"Scored are {num_images(images.test)} held-out training images, not the "
+            "test images."
+        )
+    return notes
+
+
+def _baselines(
+    names: Sequence[Baseline], model: AnyEncoder, seed: int, pixel_size: int
+) -> dict[str, AnyEncoder]:
+    """Returns what the encoder is compared with, by its name in the results."""
+    found: dict[str, AnyEncoder] = {}
+    if "random" in names:
+        found[RANDOM] = at_random(model, seed)
+    if "pixels" in names:
+        pixels = RawPixels(model.img_size, model.in_chans, pixel_size)
+        pixels.mean, pixels.std = model.mean, model.std
+        found[PIXELS] = pixels
+    return found
 
 
 def _unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:
