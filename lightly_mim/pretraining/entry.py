@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,13 +24,11 @@ from lightly_mim.arguments import (
     checked,
 )
 from lightly_mim.checkpoints import save_encoder
-from lightly_mim.data import keyed_random_state
 from lightly_mim.data.depth import ValueRange
 from lightly_mim.data.notes import by_reason
 from lightly_mim.data.sources import Data
 from lightly_mim.evaluation.images import own_value_range
 from lightly_mim.methods.base import MaskedImageModel
-from lightly_mim.methods.pretrained import from_pretrained, start_from
 from lightly_mim.monitoring import OnlineProbe, Probe
 from lightly_mim.monitoring.pictures import MaskDistance
 from lightly_mim.optim import Recipe
@@ -40,26 +37,24 @@ from lightly_mim.pretraining.arguments import (
     config_of,
     refuse,
     run_arguments,
-    stored_recipe,
     withdrawal,
+)
+from lightly_mim.pretraining.choosing import (
+    build_method,
+    choose_as_before,
+    choose_for_images,
 )
 from lightly_mim.pretraining.images import PretrainingImages
 from lightly_mim.pretraining.length import epochs_in
 from lightly_mim.pretraining.module import Pretraining
-from lightly_mim.pretraining.summary import summary
+from lightly_mim.pretraining.summary import say_what_next, summary
 from lightly_mim.pretraining.watchers import drawing, watching
 from lightly_mim.report import report_run
 from lightly_mim.runs import Changes, RunDirectory
 from lightly_mim.sessions import SessionNotes
 from lightly_mim.settings import (
-    as_published,
-    brightness_share,
-    channel_statistics,
-    choose_method,
     set_statistics,
     settings_of,
-    statistics_are_open,
-    suit_as_before,
     warn_of_few_steps,
 )
 from lightly_mim.training.machine import Precision, choose_layout, default_precision
@@ -299,21 +294,9 @@ def pretrain(
     for name in ("data", "val"):
         if isinstance(arguments[name], str) and Path(arguments[name]).is_dir():
             arguments[name] = str(Path(arguments[name]))  # photos/ is photos
-    takes_weights = init is not None and not (resume and run.checkpoint.exists())
-    if method is None and init is not None:
-        method, takes_weights = partial(from_pretrained, init), False
-    elif method is None:
-        method = choose_method(data, accelerator)
     built = isinstance(method, MaskedImageModel)
-    if not isinstance(method, MaskedImageModel):
-        with keyed_random_state(seed, "weights"):
-            made = as_published(method, recipe)()
-        if not isinstance(made, MaskedImageModel):
-            raise ValueError(f"method makes a {type(made).__name__}, no method.")
-        method = made
-    if takes_weights and init is not None:
-        with keyed_random_state(seed, "init"):
-            start_from(method, init)
+    goes_on = resume and run.checkpoint.exists()
+    method = build_method(method, data, init, recipe, accelerator, seed, goes_on)
     precision = precision or default_precision(accelerator)
     layout = choose_layout(devices, num_nodes)
     if stored is not None and value_range is None and stored.get("value_range"):
@@ -334,30 +317,12 @@ def pretrain(
     )
     images: PretrainingImages | None = None
     if stored is not None:
-        # What was chosen when the run began is the run's own.
-        own = stored_recipe(run, stored) if recipe is None else None
-        measured = {} if minutes is None else {"epochs": stored["recipe"]["epochs"]}
-        settings = settings_of(method, arguments | measured, own)
-        normalize = normalize or stored.get("normalize")
-        if recipe is None:
-            suit_as_before(method, stored)
+        settings, normalize = choose_as_before(method, run, stored, arguments)
     else:
         if _rank() == 0:  # before anything is looked at or chosen
             run.check({}, resume, overwrite, allow_changes)
         images = open_images()
-        provisional = {} if minutes is None else {"warmup_epochs": None}
-        settings = settings_of(
-            method, arguments | provisional, num_images=images.num_images
-        )
-        pictures = images.pixels() if recipe is None else None
-        if pictures is not None:
-            method.suit(brightness_share(pictures))
-            if normalize is None and statistics_are_open(method.encoder):
-                normalize = channel_statistics(pictures)
-        if normalize is None and init is not None:
-            # A run that goes on does not read the weights again, which say it.
-            mean, std = method.encoder.mean, method.encoder.std
-            normalize = {"mean": list(mean), "std": list(std)}
+        settings, normalize = choose_for_images(method, images, arguments)
     if normalize is not None:
         set_statistics(method.encoder, normalize)
     if value_range is not None:
@@ -438,7 +403,7 @@ def pretrain(
             callback.read()
     device = trainer.strategy.root_device
     method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
-    checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
+    checkpoint = run.checkpoint if goes_on else None
     if checkpoint is None:  # before anything is written
         method.fit_target(images.sample)
     if trainer.is_global_zero:
@@ -478,17 +443,8 @@ def pretrain(
             print(f"Finished. The encoder is in {run.encoder}.", flush=True)
             if report:
                 report_run(run.path, method, *images.shown(), device)
-            testable = images.val is not None and getattr(images.val, "classes", None)
-            named = all(isinstance(part, str | Path | None) for part in (data, val))
-            if named and method.encoder.name:
-                words = ["evaluate", "--encoder", str(run.path), "--data", str(data)]
-                words += [] if val is None else ["--val", str(val)]
-                words += ["--baselines", "random", "pixels", "--out", str(run.path)]
-                if not testable:
-                    features = str(run.path / "features.npz")
-                    words = ["embed", str(run.path), str(data), "--out", features]
-                what = "Evaluate it" if testable else "Write the features of its images"
-                print(f"{what}: {shlex.join(['lightly-mim', *words])}", flush=True)
+            if method.encoder.name:
+                say_what_next(run.path, data, val, images)
     return method
 
 

@@ -1,8 +1,9 @@
-"""What a run says before it begins."""
+"""What a run says before it begins, and when it has ended."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Generator
 
 from lightly_mim import defaults
+from lightly_mim.data.sources import Data
 from lightly_mim.masking import Mask
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.optim import Recipe
@@ -56,6 +58,24 @@ def summary(
     if checkpoint:
         lines.append(f"going on from {checkpoint}")
     return "\n".join(lines)
+
+
+def say_what_next(
+    run: Path, data: Data, val: Data | None, images: PretrainingImages
+) -> None:
+    """Prints the command that evaluates a run, or writes features without labels."""
+    if not all(isinstance(part, str | Path | None) for part in (data, val)):
+        return  # a data set in Python has no name for the command line
+    if images.val is not None and getattr(images.val, "classes", None):
+        what = "Evaluate it"
+        words = ["evaluate", "--encoder", str(run), "--data", str(data)]
+        words += [] if val is None else ["--val", str(val)]
+        words += ["--baselines", "random", "pixels", "--out", str(run)]
+    else:
+        what = "Write the features of its images"
+        features = str(run / "features.npz")
+        words = ["embed", str(run), str(data), "--out", features]
+    print(f"{what}: {shlex.join(['lightly-mim', *words])}", flush=True)
 
 
 def _words_of(method: MaskedImageModel) -> str:
