@@ -97,7 +97,8 @@ def test_no_gpu_ends_with_2(
 
 @pytest.mark.gpu
 def test_gpu(gpu_check: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu_check.main(["--encoder", "vit_tiny_patch16_224", "--steps", "20"])
+    words = ["--encoder", "vit_tiny_patch16_224", "--encoder-option", "depth=2"]
+    gpu_check.main([*words, "--steps", "20"])
     assert "CUDA only" not in capsys.readouterr().out
 
 
