@@ -129,6 +129,8 @@ def _check_unused(words: Sequence[str], command: Callable[..., Any]) -> None:
 def _read_files(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
     """Puts what a file behind `--config` says, once it is checked, in its place.
 
+    It comes before the other options, which win wherever they stand.
+
     Raises:
         ValueError: If a file says what it may not say, see `ConfigFile`, or is of a
             version with other arguments; if another option names a file of settings.
@@ -143,14 +145,17 @@ def _read_files(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
         for name, hint in get_type_hints(command).items()
         if dataclasses.is_dataclass(hint)
     }
-    for place, (option, value) in enumerate(itertools.pairwise(words)):
+    files: list[str] = []
+    for place, (option, value) in enumerate(itertools.pairwise([*words])):
         if option == "--config" and not value.startswith("--"):
             file = ConfigFile(value, command, named, trust)
             _refuse_replaced(file.options)
-            words[place + 1] = json.dumps(file.options)
+            del words[place - len(files) : place - len(files) + 2]
+            files += [option, json.dumps(file.options)]
         elif option in settings and is_file(value):
             raise ValueError(f"{option} {value} is a file: pass one as --config alone.")
-    return words
+    first = [*itertools.takewhile(_is_value, words)]
+    return [*first, *files, *words[len(first) :]]
 
 
 def _refuse_replaced(options: Mapping[str, Any]) -> None:

@@ -315,6 +315,14 @@ def rebuild(model: MaskedImageModel, directory: Path, *words: str) -> Any:
     return cli.check([*COMMAND, "--config", str(directory / "config.yaml"), *words])
 
 
+def test_config__words_win_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("out: nowhere\ndata: nothing\nepochs: 3\nlr: 0.1\n")
+    for words in (["--epochs", "7", "--config"], ["--config"]):
+        given = cli.read(["pretrain", *words, str(file), "--lr", "2"])
+        assert (given["epochs"], given["lr"]) == (7 if "7" in words else 3, 2)
+
+
 @pytest.mark.parametrize(
     ("method", "name"),
     [
