@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightly_mim.arguments import Seed, Workers, checked
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.training.machine import ONE, Layout, MixedPrecision
 
+_CPU = torch.device("cpu")
 NUM_RANKS = 5  # classes per test image that a protocol predicts, for the top-5 accuracy
 
 
@@ -184,7 +187,9 @@ class LabelledImages(NamedTuple):
     test: Dataset[Any]
 
 
-class TrainingRun(NamedTuple):
+@checked
+@dataclass(frozen=True)
+class TrainingRun:
     """Where and how an `ImageProtocol` trains.
 
     Attributes:
@@ -208,10 +213,10 @@ class TrainingRun(NamedTuple):
     """
 
     out: Path
-    seed: int = 0
-    device: torch.device = torch.device("cpu")
+    seed: Seed = 0
+    device: torch.device = _CPU
     precision: MixedPrecision = "32"
-    num_workers: int | None = None
+    num_workers: Workers | None = None
     progress: bool = False
     layout: Layout = ONE
     compile: bool = False
