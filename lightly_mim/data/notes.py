@@ -32,6 +32,11 @@ def say(text: str) -> None:
         print(text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns "1 epoch" or "2 epochs"."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
 def some(names: Sequence[str]) -> str:
     """Returns the first names, and how many more there are.
 

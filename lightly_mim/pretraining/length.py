@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from lightly_mim.data import keyed_random_state
+from lightly_mim.data.notes import counted
 from lightly_mim.methods.base import MaskedImageModel
 from lightly_mim.optim import Recipe
 from lightly_mim.pretraining.images import PretrainingImages
@@ -91,7 +92,7 @@ def epochs_in(
     rate = images.steps_per_epoch * settings.batch_size / per_epoch
     epochs = max(int(minutes * 60 / per_epoch), 1)
     print(
-        f"{rate:.0f} images/s: {epochs} epoch{'s' if epochs > 1 else ''} in "
+        f"{rate:.0f} images/s: {counted(epochs, 'epoch')} in "
         f"{epochs * per_epoch / 60:.3g} minutes"
     )
     return epochs

@@ -12,6 +12,7 @@ import torch
 from torch import Generator
 
 from lightly_mim import defaults
+from lightly_mim.data.notes import counted
 from lightly_mim.data.sources import Data
 from lightly_mim.masking import Mask
 from lightly_mim.methods.base import MaskedImageModel
@@ -47,10 +48,11 @@ def summary(
         f"({100 * mask.count / cells:.1f} %), target {method.target}",
         f"{images.num_images} training images, {validation}, normalised with mean "
         f"{_numbers(encoder.mean)} and deviation {_numbers(encoder.std)}",
-        f"{recipe.epochs} epochs of {images.steps_per_epoch} steps of "
-        f"{recipe.batch_size} images, {steps} in all, learning rate up to {lr:.3g} "
-        f"after {warmup} steps, weight decay {recipe.weight_decay:g}, crops of "
-        f"{recipe.min_scale:g} to 1 of an image"
+        f"{counted(recipe.epochs, 'epoch')} of "
+        f"{counted(images.steps_per_epoch, 'step')} of "
+        f"{counted(recipe.batch_size, 'image')}, {steps} in all, learning rate up to "
+        f"{lr:.3g} after {counted(warmup, 'step')}, weight decay "
+        f"{recipe.weight_decay:g}, crops of {recipe.min_scale:g} to 1 of an image"
         + (", where not said chosen by lightly_mim.defaults" if ours else ""),
         f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision "
         f"{trainer.precision}",

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from lightly_mim.data import KeyedLoader, keyed_random_state, seed_from
+from lightly_mim.data.notes import counted
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.base import TrainingRun
 from lightly_mim.evaluation.features import batch_images, normalize_images
@@ -311,7 +312,8 @@ def train_and_score(
 
         if trainer.is_global_zero:
             print(
-                f"{task.name}: {task.epochs} epochs of {plan.steps_per_epoch} steps of "
+                f"{task.name}: {counted(task.epochs, 'epoch')} of "
+                f"{counted(plan.steps_per_epoch, 'step')} of "
                 f"{plan.batch_size} images, {processes} x {device.type}, "
                 f"{trainer.precision}",
                 flush=True,
