@@ -150,7 +150,11 @@ def _read_files(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
         if option == "--config" and not value.startswith("--"):
             file = ConfigFile(value, command, named, trust)
             _refuse_replaced(file.options)
-            del words[place - len(files) : place - len(files) + 2]
+            here = place - len(files)
+            del words[here : here + 2]
+            more = words[here : here + 1]
+            if more and _is_value(more[0]) and not all(map(_is_value, words[:here])):
+                raise ValueError(f"--config takes one file, got {more[0]!r} behind it.")
             files += [option, json.dumps(file.options)]
         elif option in settings and is_file(value):
             raise ValueError(f"{option} {value} is a file: pass one as --config alone.")
@@ -173,8 +177,8 @@ def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
 
     Several words are a list behind every option, `--method.depths 2 2` too, as none
     stands by itself. A single word becomes one only where nothing but a list is taken:
-    `--layers 4`, but not `--devices 2`. Commas do as well, `--protocols knn,linear`,
-    but for text, which may have some of its own.
+    `--layers 4`, but not `--devices 2`. Commas part numbers and the names of choices,
+    too: `--protocols knn,linear`.
     """
     lists = dict(_list_options(command, "--"))
     joined: list[str] = []
@@ -188,12 +192,20 @@ def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
         values = list(itertools.takewhile(_is_value, words[position:]))
         position += len(values)
         items = lists.get(word, [])
-        if items and str not in items and not "".join(values).startswith("["):
-            values = [item for value in values for item in value.split(",")]
+        if items and all(i in (int, float, ...) or get_args(i) for i in items):
+            values = _part(values)
         if len(values) > 1 or (len(values) == 1 and items and values[0][:1] != "["):
             values = [f"[{','.join(map(_quote, values))}]"]
         joined += values
     return joined
+
+
+def _part(values: list[str]) -> list[str]:
+    """Parts words at their commas, unless they are a list in YAML already."""
+    if any(value.startswith("[") for value in values):
+        return values
+    items = [item.strip() for value in values for item in value.split(",")]
+    return [item for item in items if item] or values
 
 
 def _quote(word: str) -> str:

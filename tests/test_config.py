@@ -321,6 +321,18 @@ def test_config__words_win_wherever_they_stand(tmp_path: Path) -> None:
     for words in (["--epochs", "7", "--config"], ["--config"]):
         given = cli.read(["pretrain", *words, str(file), "--lr", "2"])
         assert (given["epochs"], given["lr"]) == (7 if "7" in words else 3, 2)
+    with pytest.raises(ValueError, match="--config takes one file, got '5' behind it"):
+        cli.read(["pretrain", "--lr", "2", "--config", str(file), "5"])
+
+
+def test_config__of_a_command_with_first_words(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("top: 3\n")
+    config = ["--config", str(file)]
+    for words in (["m", "i", *config], [*config, "m", "i"], ["m", *config, "i"]):
+        given = cli.read(["predict", *words])
+        found = [str(given[name]) for name in ("model", "images", "top")]
+        assert found == ["m", "i", "3"]
 
 
 @pytest.mark.parametrize(

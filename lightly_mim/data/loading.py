@@ -295,10 +295,11 @@ class KeyedLoader(DataLoader[Any]):
         for worker in getattr(iterator, "_workers", ()):
             worker._popen.terminate = worker._popen.kill
             _running.add(iterator)
-        # Before what torch just registered: with pinned memory it waits 5 s for each
-        # worker, which nobody has told to end, and then kills it.
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
+        if self.pin_memory:
+            # Before what PyTorch, before 2.14, has just registered: it waits 5 s for
+            # each worker, which nobody has told to end, and then kills it.
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)
         return iterator
 
     def _begin_workers(self) -> Any:
@@ -448,7 +449,15 @@ def _all_begin(workers: Sequence[Any], pipe: int, seconds: float) -> bool:
     return True
 
 
+@atexit.register
 def _end_workers() -> None:
-    """Ends workers at exit, before others kill them with a fuss."""
+    """Ends workers at exit: multiprocessing's own exit would kill them with a fuss.
+
+    It was registered earlier, so it runs later.
+    """
     for iterator in list(_running):
         iterator._shutdown_workers()
+
+
+# A forked process, which may run functions at its exit, ends no workers of its parent.
+os.register_at_fork(after_in_child=_running.clear)

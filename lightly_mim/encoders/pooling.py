@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 Pool = Literal["mean", "cls", "cls+mean"]
 AnyPool = Pool | Literal["tokens"]  # all patch tokens: not pooled at all
+_POOLS: tuple[str, ...] = get_args(Pool)  # which compiled code cannot ask for
 
 
 def pool_tokens(
@@ -48,8 +49,8 @@ def pool_tokens(
 
 def check_pool(pool: str) -> None:
     """Raises a ValueError if there is no such pool."""
-    if pool not in get_args(Pool):
-        raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, got '{pool}'.")
+    if pool not in _POOLS:
+        raise ValueError(f"pool is one of {', '.join(_POOLS)}, got '{pool}'.")
 
 
 def timm_pooling(model: nn.Module) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -103,9 +102,9 @@ class MaskedTransformer(MaskedEncoder, MaskedVisionTransformer):
     def pool_encoded(self, tokens: Tensor) -> Tensor | None:
         """Pools encoded tokens, see `MaskedEncoder.pool_encoded`."""
         fc_norm = getattr(self.vit, "fc_norm", None)
-        if self.pool != "cls" and not isinstance(fc_norm, NoneType | nn.Identity):
-            return None
-        return super().pool_encoded(tokens)
+        if self.pool == "cls" or fc_norm is None or isinstance(fc_norm, nn.Identity):
+            return super().pool_encoded(tokens)
+        return None
 
     def encode_masked(self, images: Tensor, mask: Mask | Tensor) -> Tensor:
         """Encodes images with mask tokens, see `MaskedEncoder.encode_masked`."""

@@ -245,6 +245,11 @@ def evaluate(
         OSError: If `out` or `cache` cannot be written.
     """
     given = dict(locals())
+    if distributed and (devices is not None or num_nodes is not None):
+        raise ValueError(
+            "distributed is for processes that have found each other, and devices and "
+            "num_nodes let them: pass one or the other."
+        )
     chosen = resolve_protocols(protocols)
     for unused in _unused(given, chosen):
         warnings.warn(unused, stacklevel=3)
@@ -403,15 +408,9 @@ def _start(
 
     Those of `devices` and `num_nodes` are started, see `evaluate`.
     """
-    started = devices is not None or num_nodes is not None
-    if distributed and started:
-        raise ValueError(
-            "distributed is for processes that have found each other, and devices and "
-            "num_nodes let them: pass one or the other."
-        )
     place, layout = choose_device(device), ONE
     check_precision(precision, place)
-    if started:
+    if devices is not None or num_nodes is not None:
         layout = choose_layout("auto" if devices is None else devices, num_nodes)
         place = start(layout, place.type)
     together = distributed or layout.world_size > 1

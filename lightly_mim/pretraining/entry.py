@@ -403,7 +403,7 @@ def pretrain(
             callback.read()
     device = trainer.strategy.root_device
     method.choose_attention(device, bf16=trainer.precision == "bf16-mixed")
-    checkpoint = run.checkpoint if goes_on else None
+    checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
     if checkpoint is None:  # before anything is written
         method.fit_target(images.sample)
     if trainer.is_global_zero:

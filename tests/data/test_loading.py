@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from lightly_mim.data import BrokenImageError
+from lightly_mim.data import BrokenImageError, loading
 from lightly_mim.data.folder import ImageDataset
 from lightly_mim.data.items import KeyedDataset, collate
 from lightly_mim.data.loading import GlobalBatches, KeyedLoader, default_num_workers
@@ -335,6 +335,7 @@ class TestKeyedLoader:
             "class Iterator(dataloader._MultiProcessingDataLoaderIter):\n"
             "    def __init__(self, loader):\n"
             "        super().__init__(loader)\n"
+            "        loader.pin_memory = True\n"
             "        atexit.register(lambda: print(self._workers[0].is_alive()))\n"
             "dataloader._MultiProcessingDataLoaderIter = Iterator\n"
             "pairs = TensorDataset(torch.zeros(99), torch.zeros(99))\n"
@@ -345,6 +346,18 @@ class TestKeyedLoader:
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+    def test_a_forked_process_leaves_the_workers_of_its_parent(self) -> None:
+        # From Python 3.13 on, multiprocessing's children run functions at their exit.
+        loader = KeyedLoader(Numbers(12), 2, num_workers=1)
+        iterator = iter(loader)
+        next(iterator)
+        child = os.fork()
+        if child == 0:
+            loading._end_workers()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(list(iterator)) == 5
 
 
 class TestState:

@@ -46,9 +46,9 @@ def test_low_frequencies__are_drawn_as_scipy_inverts_them() -> None:
     pixels = target.to_pixels(values, images, INDEX, (8, 12))
     for b, k, c in np.ndindex(2, 3, 3):
         kept = np.zeros((8, 12))
-        kept[:3, :3] = values[b, k].reshape(3, 3, 3)[..., c]
+        kept[:3, :3] = values[b, k].reshape(3, 3, 3)[..., c].numpy()
         expected = scipy.fft.idctn(kept, norm="ortho")
-        actual = pixels[b, k].reshape(8, 12, 3)[..., c]
+        actual = pixels[b, k].reshape(8, 12, 3)[..., c].numpy()
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 

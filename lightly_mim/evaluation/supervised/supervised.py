@@ -314,7 +314,7 @@ def train_and_score(
             print(
                 f"{task.name}: {counted(task.epochs, 'epoch')} of "
                 f"{counted(plan.steps_per_epoch, 'step')} of "
-                f"{plan.batch_size} images, {processes} x {device.type}, "
+                f"{counted(plan.batch_size, 'image')}, {processes} x {device.type}, "
                 f"{trainer.precision}",
                 flush=True,
             )

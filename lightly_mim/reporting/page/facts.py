@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from lightly_mim.data.notes import counted
 from lightly_mim.reporting.page.reading import (
     RunFiles,
     as_mapping,
@@ -33,7 +34,7 @@ def summary(run: RunFiles) -> list[str]:
             as_text(config.get("data", ""), 80),
         ]
         epochs = dig(config, "recipe", "epochs")
-        said += [f"{epochs} epochs"] if isinstance(epochs, int) else []
+        said += [counted(epochs, "epoch")] if isinstance(epochs, int) else []
     elif run.results:
         name = dig(run.results, "encoder", "name")
         data = dig(run.results, "arguments", "data")
