@@ -304,7 +304,7 @@ def test_train_and_score__refuses_float16_on_a_cpu(
         run(FINETUNE, encoder, tmp_path, precision="16")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: there is no CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
 def test_train_and_score__on_a_gpu(
     encoder: MaskedEncoder, tmp_path: Path, precision: str
