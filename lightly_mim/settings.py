@@ -135,6 +135,9 @@ def settings_of(
     assert recipe is not None
     if epochs is not None and epochs != recipe.epochs:
         recipe = recipe.for_epochs(epochs)
+    if stored is None and recipe.source == defaults.SOURCE:
+        # Ours has the rate itself, also where a config.yaml brings it.
+        given["lr_batch_size"] = given.get("batch_size", recipe.batch_size)
     return dataclasses.replace(recipe, **given)
 
 

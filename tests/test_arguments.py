@@ -324,7 +324,8 @@ UNCHECKED = {
     *("MIMOutput", "MaskedEncoder", "MaskedImageModel", "BrokenImageError"),
     *("DenseResult", "DenseResults", "Features", "Result", "Results"),
     *("ReplacementName", "Classifier", "Outcome", "Predictions"),
-    *("FeatureProtocol", "ImageProtocol"),  # what a protocol of one's own is
+    # What a protocol of one's own is, and what it is given and may call.
+    *("FeatureProtocol", "ImageProtocol", "LabelledImages", "rank_classes"),
     *("collate", "keyed_random_state", "seed_from"),
 }
 

@@ -502,12 +502,19 @@ def test_proposed_command_is_quoted(
     where = ["--data", str(data / "train"), "--val", str(data / "val")]
     where += ["--baselines", "random", "pixels", "--out", str(out)]
     assert words[4:] == where
-    # Without labels of test images.
+    # Without test images, and without labels.
     run(tmp_path / "b", data / "val", epochs=1)
     last = capsys.readouterr().out.splitlines()[-1]
-    features = tmp_path / "b" / "features.npz"
+    words = shlex.split(last.removeprefix("Evaluate it: "))
+    assert words[4:8] == ["--data", str(data / "val"), "--holdout", "0.2"]
+    (one,) = {path.parent for path in (data / "train").glob("*/0*")} - {
+        data / "train" / "temple"
+    }
+    run(tmp_path / "c", one, epochs=1, batch_size=2)
+    last = capsys.readouterr().out.splitlines()[-1]
+    features = tmp_path / "c" / "features.npz"
     words = shlex.split(last.removeprefix("Write the features of its images: "))
-    assert words[2:] == [str(tmp_path / "b"), str(data / "val"), "--out", str(features)]
+    assert words[2:] == [str(tmp_path / "c"), str(one), "--out", str(features)]
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,19 @@ def test_pretrain__data_alone_is_enough(
     assert_same(model.encoder.vit.state_dict(), encoder.vit.state_dict())
 
 
+def test_settings_of__a_rate_is_the_rate_behind_a_config() -> None:
+    method = SimMIM(**TINY_VIT)
+    chosen = settings_of(method, arguments(batch_size=8), num_images=100)
+    again = partial(arguments, recipe=chosen, batch_size=4)
+    for lr in (None, 0.003):
+        own = settings_of(method, again(lr=lr))
+        rate = own.lr * own.batch_size / own.lr_batch_size
+        assert rate == pytest.approx(lr or chosen.lr)
+    # A published one counts by its own images.
+    own = settings_of(method, again(recipe="vit_base_800ep", lr=0.003))
+    assert own.lr_batch_size == method.recipe("vit_base_800ep").lr_batch_size
+
+
 def test_pretrain__fewer_images_than_a_batch(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", "RGB", count=5)
     options = {k: v for k, v in CHOSEN.items() if k != "epochs"} | {"epochs": 1}

@@ -3,8 +3,10 @@
 from lightly_mim.evaluation.base import (
     FeatureProtocol,
     ImageProtocol,
+    LabelledImages,
     Outcome,
     TrainingRun,
+    rank_classes,
 )
 from lightly_mim.evaluation.cache import cached_features
 from lightly_mim.evaluation.dense.evaluate import evaluate_dense
@@ -84,6 +86,7 @@ __all__ = [
     "FineTune",
     "FineTuned",
     "ImageProtocol",
+    "LabelledImages",
     "Linear",
     "LinearMAE",
     "Logistic",
@@ -117,6 +120,7 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "predict",
+    "rank_classes",
     "rank_me",
     "show",
     "uniformity",

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightly_mim.arguments import Seed, Workers, checked
+from lightly_mim.arguments import Device, Seed, Workers, checked
 from lightly_mim.encoders import MaskedEncoder
 from lightly_mim.evaluation.features import Features, Key
 from lightly_mim.training.machine import ONE, Layout, MixedPrecision
 
-_CPU = torch.device("cpu")
 NUM_RANKS = 5  # classes per test image that a protocol predicts, for the top-5 accuracy
 
 
@@ -180,7 +179,9 @@ class LabelledImages(NamedTuple):
             (image, label, filename). Raises a ValueError if the data set has a
             transform of its own.
         test:
-            Data set of the test images with the transform of the evaluation.
+            Data set of the test images with the transform of the evaluation: uint8
+            tensors of the encoder's size, which the protocol normalises with
+            `encoder.mean` and `encoder.std`.
     """
 
     train: Callable[[Callable[[Any], Any]], Dataset[Any]]
@@ -194,7 +195,8 @@ class TrainingRun:
 
     Attributes:
         out:
-            Directory for checkpoints, which a training that was cut goes on from.
+            Directory for checkpoints, which a training that was cut goes on from, such
+            as Path("runs/finetune").
         seed:
             Seed of everything that is random.
         device:
@@ -214,7 +216,7 @@ class TrainingRun:
 
     out: Path
     seed: Seed = 0
-    device: torch.device = _CPU
+    device: Device = "cpu"
     precision: MixedPrecision = "32"
     num_workers: Workers | None = None
     progress: bool = False
@@ -225,7 +227,8 @@ class TrainingRun:
 class ImageProtocol(Protocol):
     """A protocol that trains on augmented images through the encoder.
 
-    `name` is as in `FeatureProtocol`, and `reads` is "images".
+    `name` and `check` are as in `FeatureProtocol`, and `reads` is "images". `LinearMAE`
+    is one to begin from.
     """
 
     name: ClassVar[str]
@@ -233,9 +236,11 @@ class ImageProtocol(Protocol):
 
     def check(self, num_train: int) -> list[str]:
         """See `FeatureProtocol`."""
+        return []
 
     def check_encoder(self, encoder: MaskedEncoder) -> None:
         """Raises a ValueError if the settings do not fit the encoder."""
+        return
 
     def __call__(
         self,
@@ -248,7 +253,7 @@ class ImageProtocol(Protocol):
 
         Args:
             encoder:
-                The encoder, which is left as it is.
+                The encoder. Train a copy of it: others use it, too.
             images:
                 Training and test images.
             num_classes:
@@ -257,7 +262,8 @@ class ImageProtocol(Protocol):
                 Where and how to train.
 
         Returns:
-            One outcome.
+            One outcome, whose key is the layer and the pooling that the classes were
+            read from, such as (encoder.num_layers - 1, "mean").
         """
 
 

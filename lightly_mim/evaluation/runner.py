@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -119,7 +118,7 @@ class Runner:
                 run = TrainingRun(
                     folder,
                     seed,
-                    torch.device(self.how.device),
+                    self.how.device,
                     self.how.precision,
                     self.how.num_workers,
                     self.how.progress,

@@ -65,13 +65,15 @@ def summary(
 def say_what_next(
     run: Path, data: Data, val: Data | None, images: PretrainingImages
 ) -> None:
-    """Prints the command that evaluates a run, or writes features without labels."""
+    """Prints the command that evaluates a run, or without labels writes features."""
     if not all(isinstance(part, str | Path | None) for part in (data, val)):
         return  # a data set in Python has no name for the command line
-    if images.val is not None and getattr(images.val, "classes", None):
+    tested = images.val is not None and getattr(images.val, "classes", None)
+    if tested or len(getattr(images.plain(), "classes", None) or []) > 1:
         what = "Evaluate it"
         words = ["evaluate", "--encoder", str(run), "--data", str(data)]
         words += [] if val is None else ["--val", str(val)]
+        words += [] if tested else ["--holdout", "0.2"]
         words += ["--baselines", "random", "pixels", "--out", str(run)]
     else:
         what = "Write the features of its images"

@@ -37,7 +37,7 @@ from lightly_mim.evaluation import (
     evaluate,
     runner,
 )
-from lightly_mim.evaluation.base import FeatureProtocol, Outcome
+from lightly_mim.evaluation.base import FeatureProtocol, ImageProtocol, Outcome
 from lightly_mim.evaluation.label_free_measures import label_free
 from lightly_mim.evaluation.probes.attentive import Attentive
 from lightly_mim.evaluation.probes.low_label import LowLabel
@@ -745,6 +745,23 @@ class Training(FineTune):
                 raise Cut
         labels = torch.tensor(images.test.targets)
         return [Outcome((1, "mean"), {}, [], labels[:, None])]
+
+
+def test_evaluate__images_need_no_more_than_a_call(
+    folder: Path, encoder: MaskedEncoder
+) -> None:
+    class Bare(ImageProtocol):
+        name = "bare"
+        reads = "images"
+
+        def __call__(
+            self, encoder: Any, images: Any, num_classes: int, run: TrainingRun
+        ) -> list[Outcome]:
+            labels = torch.tensor(images.test.targets)
+            return [Outcome((1, "mean"), {}, [], labels[:, None])]
+
+    results = evaluate(encoder, folder, [Bare()], **FAST)
+    assert [row.top1 for row in results.rows] == [1.0]
 
 
 def test_evaluate__tokens_and_training(

@@ -218,6 +218,7 @@ class FineTune:
         run: TrainingRun,
     ) -> list[Outcome]:
         """See `ImageProtocol`."""
+        device = torch.device(run.device)
         name = self.recipe or default_recipe(encoder)
         train = images.train(self._transform(encoder))
         num_train = len(train)  # type: ignore[arg-type]
@@ -231,8 +232,8 @@ class FineTune:
             model.encoder.set_drop_path(recipe.drop_path)
         if self.grad_checkpointing:
             model.encoder.set_grad_checkpointing()
-        model.encoder.choose_attention(run.device, bf16=run.precision == "bf16")
-        model.to(run.device)
+        model.encoder.choose_attention(device, bf16=run.precision == "bf16")
+        model.to(device)
         optimizer, schedule = build_optimizer(
             model,
             recipe,
@@ -251,7 +252,7 @@ class FineTune:
                 trained=model,
                 optimizer=optimizer,
                 schedule=schedule,
-                loss=mixed_loss(recipe, num_classes, run.device),
+                loss=mixed_loss(recipe, num_classes, device),
                 epochs=recipe.epochs,
                 plan=plan,
                 clip_grad=recipe.clip_grad or None,

@@ -152,6 +152,7 @@ class LinearMAE:
         run: TrainingRun,
     ) -> list[Outcome]:
         """See `ImageProtocol`. The encoder computes in bfloat16, the probe does not."""
+        device = torch.device(run.device)
         pool = self._pool(encoder)
         transform = MAETransform(encoder.img_size, min_scale=0.08, normalize=None)
         train = images.train(transform)
@@ -168,8 +169,8 @@ class LinearMAE:
         _check_norm(plan)
         with keyed_random_state(run.seed, "linear_mae", "head"):
             model = _Probe(copy.deepcopy(encoder), num_classes, pool, self.layer)
-        model.encoder.choose_attention(run.device, bf16=run.precision == "bf16")
-        model.to(run.device)
+        model.encoder.choose_attention(device, bf16=run.precision == "bf16")
+        model.to(device)
         lr = self.lr * plan.batch_size / 256
         optimizer = build_lars(
             model.probe.parameters(), lr, self.momentum, self.trust_coefficient
