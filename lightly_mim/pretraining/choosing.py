@@ -1,4 +1,4 @@
-"""What a run takes where nothing was said: of its images, of weights, or as before."""
+"""What a run takes where nothing was said: from its images, from weights, as before."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def choose_for_images(
         method:
             The method, which is made to suit them.
         images:
-            They.
+            Training and validation images.
         arguments:
             Arguments of `pretrain`.
     """
