@@ -1,4 +1,4 @@
-"""What a run takes where nothing was said: from its images, from weights, as before."""
+"""Settles a run's method, optimiser settings and statistics, anew or as before."""
 
 from __future__ import annotations
 
