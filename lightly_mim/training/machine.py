@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,6 +59,17 @@ ONE = Layout(1, 1, LightningEnvironment())
 
 def _together() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+@atexit.register
+def _wait_for_collectives() -> None:
+    """Waits a moment at exit, if there are several processes.
+
+    A thread of gloo's lets go of Python's objects behind a collective. One that has not
+    by the time at which Python ends aborts the process, and with it a SLURM step.
+    """
+    if _together():
+        time.sleep(0.1)
 
 
 def choose_layout(devices: int | str | list[int], num_nodes: int | None) -> Layout:

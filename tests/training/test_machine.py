@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +143,21 @@ def test_autocast() -> None:
     check_precision("16", torch.device("cuda"))
     with pytest.raises(ValueError, match='"16" is for GPUs'):
         check_precision("16", cpu)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_exit__waits_behind_collectives(begins: bool, tmp_path: Path) -> None:
+    # Seen in a core file: gloo's thread asked for the GIL as Python ended, and aborted.
+    program = (
+        "from torch import distributed\n"
+        "from lightly_mim.training import machine\n"
+        f"if {begins}:\n"
+        f"    place = distributed.FileStore({str(tmp_path / 'store')!r}, 1)\n"
+        "    options = {'store': place, 'rank': 0, 'world_size': 1}\n"
+        "    distributed.init_process_group('gloo', **options)\n"
+        "machine.time.sleep = lambda seconds: print('waits', seconds)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "waits 0.1\n" * begins
