@@ -44,9 +44,8 @@ _SLURM_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # In which forked workers have to begin, the first time and once more: it takes them
 # milliseconds, but on a machine that does much else.
 _SECONDS_TO_BEGIN = (10, 30, 60)
-_begun: list[
-    int
-] = []  # pipes by which workers that are forked now tell that they begin
+# Pipes by which workers that are forked now tell that they begin.
+_begun: list[int] = []
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have workers
 
@@ -306,9 +305,7 @@ class KeyedLoader(DataLoader[Any]):
         """Makes an iterator whose workers all have begun.
 
         A fork while another thread holds a lock of Python's own leaves a child that
-        waits for it for ever, and the run with it: such workers are forked again. With
-        Lightning it happens right behind a collective, whose thread lets go of Python's
-        objects at that moment.
+        waits for it for ever, and the run with it: such workers are forked again.
         """
         context = self.multiprocessing_context or multiprocessing
         if (
@@ -317,8 +314,7 @@ class KeyedLoader(DataLoader[Any]):
             or context.get_start_method() != "fork"
         ):
             return super()._get_iterator()
-        if distributed.is_available() and distributed.is_initialized():
-            time.sleep(0.1)
+        wait_behind_collectives()
         for seconds in _SECONDS_TO_BEGIN:
             reading, writing = os.pipe()
             _begun.append(writing)
@@ -422,6 +418,17 @@ def default_num_workers(dataset: AnyDataset, world_size: PositiveInt = 1) -> int
     else:
         share = cpus // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return max(1, min(share, _MAX_WORKERS))
+
+
+def wait_behind_collectives() -> None:
+    """Waits a moment, if there are several processes: before a fork, and at exit.
+
+    Behind a collective, a thread of gloo's lets go of Python's objects. A fork at that
+    moment makes a worker that hangs; a thread that has not done it by the time at which
+    Python ends aborts the process, and with it a SLURM step.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        time.sleep(0.1)
 
 
 def _begin(worker: int) -> None:

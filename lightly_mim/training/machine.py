@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
+from lightly_mim.data.loading import wait_behind_collectives
 from lightly_mim.training import cuda
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -61,15 +61,7 @@ def _together() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-@atexit.register
-def _wait_for_collectives() -> None:
-    """Waits a moment at exit, if there are several processes.
-
-    A thread of gloo's lets go of Python's objects behind a collective. One that has not
-    by the time at which Python ends aborts the process, and with it a SLURM step.
-    """
-    if _together():
-        time.sleep(0.1)
+atexit.register(wait_behind_collectives)
 
 
 def choose_layout(devices: int | str | list[int], num_nodes: int | None) -> Layout:

@@ -149,13 +149,14 @@ def test_autocast() -> None:
 def test_exit__waits_behind_collectives(begins: bool, tmp_path: Path) -> None:
     # Seen in a core file: gloo's thread asked for the GIL as Python ended, and aborted.
     program = (
+        "import time\n"
         "from torch import distributed\n"
-        "from lightly_mim.training import machine\n"
+        "import lightly_mim.training.machine\n"
         f"if {begins}:\n"
         f"    place = distributed.FileStore({str(tmp_path / 'store')!r}, 1)\n"
         "    options = {'store': place, 'rank': 0, 'world_size': 1}\n"
         "    distributed.init_process_group('gloo', **options)\n"
-        "machine.time.sleep = lambda seconds: print('waits', seconds)\n"
+        "time.sleep = lambda seconds: print('waits', seconds)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
