@@ -403,6 +403,9 @@ def test_pretrain__data_alone_is_enough(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(defaults, "passes", lambda num_images: 2)
+    # On a GPU other settings are chosen; Lightning counts them.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     data = pictures(tmp_path / "data", mode)
     cli.main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out

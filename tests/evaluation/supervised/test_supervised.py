@@ -310,13 +310,7 @@ def test_train_and_score__on_a_gpu(
     encoder: MaskedEncoder, tmp_path: Path, precision: str
 ) -> None:
     run(FINETUNE, encoder, tmp_path / "cpu")
-    run(
-        FINETUNE,
-        encoder,
-        tmp_path / "gpu",
-        device=torch.device("cuda"),
-        precision=precision,
-    )
+    run(FINETUNE, encoder, tmp_path / "gpu", device="cuda", precision=precision)
     found, expected = trained(tmp_path / "gpu"), trained(tmp_path / "cpu")
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
 
