@@ -194,7 +194,7 @@ def _join_lists(words: list[str], command: Callable[..., Any]) -> list[str]:
         items = lists.get(word, [])
         if items and all(i in (int, float, ...) or get_args(i) for i in items):
             values = _part(values)
-        if len(values) > 1 or (len(values) == 1 and items and values[0][:1] != "["):
+        if len(values) > 1 or (values and items and not values[0].startswith("[")):
             values = [f"[{','.join(map(_quote, values))}]"]
         joined += values
     return joined

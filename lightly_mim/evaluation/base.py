@@ -212,6 +212,9 @@ class TrainingRun:
             The processes that train together and call the protocol all at once.
         compile:
             Whether to compile what is trained with `torch.compile`.
+
+    Raises:
+        ValueError: If one of them is out of range.
     """
 
     out: Path

@@ -118,12 +118,12 @@ class Runner:
                 run = TrainingRun(
                     folder,
                     seed,
-                    self.how.device,
-                    self.how.precision,
-                    self.how.num_workers,
-                    self.how.progress,
-                    self.layout,
-                    self.compile,
+                    device=self.how.device,
+                    precision=self.how.precision,
+                    num_workers=self.how.num_workers,
+                    progress=self.how.progress,
+                    layout=self.layout,
+                    compile=self.compile,
                 )
                 encoder, images = self.models[task.model], self.images.labelled()
                 outcomes = protocol(encoder, images, len(self.classes), run)

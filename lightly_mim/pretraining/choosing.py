@@ -39,6 +39,9 @@ def build_method(
 
     Without one it is that of `init`, or one for the images. A run that goes on gets its
     weights from its checkpoint. The other arguments are those of `pretrain`.
+
+    Raises:
+        ValueError: If `method` makes something else, or `init` does not fit it.
     """
     takes_weights = method is not None and not goes_on
     if method is None and init is not None:

@@ -72,8 +72,10 @@ def say_what_next(
     if tested or len(getattr(images.plain(), "classes", None) or []) > 1:
         what = "Evaluate it"
         words = ["evaluate", "--encoder", str(run), "--data", str(data)]
-        words += [] if val is None else ["--val", str(val)]
-        words += [] if tested else ["--holdout", "0.2"]
+        if not tested:
+            words += ["--holdout", "0.2"]
+        elif val is not None:
+            words += ["--val", str(val)]
         words += ["--baselines", "random", "pixels", "--out", str(run)]
     else:
         what = "Write the features of its images"

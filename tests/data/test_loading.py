@@ -143,6 +143,15 @@ class TestGlobalBatches:
             GlobalBatches(10, **arguments)
 
 
+def run_program(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 class TestKeyedLoader:
     def test_batches__same_for_any_number_of_workers(self, photos: Path) -> None:
         dataset = ImageDataset(photos, SimMIMTransform(32, normalize=None))
@@ -302,12 +311,7 @@ class TestKeyedLoader:
             ")\n"
             "print(sum(int(batch[0].sum()) for batch in loader))\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program, *hanging.split()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_program(program, *hanging.split())
         assert done.stdout == said, done.stderr
         assert ("did not begin within 2 s, nor before" in done.stderr) == (not said)
 
@@ -321,9 +325,7 @@ class TestKeyedLoader:
             "iterator = iter(KeyedLoader(pairs, 2, num_workers=1, labels=False))\n"
             "next(iterator)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-        )
+        done = run_program(program)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     def test_workers_end_before_torch_waits_for_them(self) -> None:
@@ -342,9 +344,7 @@ class TestKeyedLoader:
             "iterator = iter(KeyedLoader(pairs, 2, num_workers=1, labels=False))\n"
             "next(iterator)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-        )
+        done = run_program(program)
         assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
     def test_a_forked_process_leaves_the_workers_of_its_parent(self) -> None:
